@@ -1,0 +1,192 @@
+// Block-sparse attention on the CPU: registration, allocation and the choice of instruction set.
+//
+// Shapes, dtypes and the layout's indices were checked in Python; what torch.compile may have skipped
+// there and could read out of bounds (position codes) is checked again here.
+
+#include "block_sparse_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace svitt {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+/// (batch, heads, tokens, head_dim) over memory laid out (batch, tokens, heads, head_dim).
+Tensor empty_like_heads(const Tensor& x) {
+  return torch::stable::transpose(empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}), 1, 2);
+}
+
+Matrix matrix(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Dtype dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "block_sparse_attention: dtype must be float32, float16 or bfloat16");
+  }
+}
+
+void check_codes(const Attention& p, const Tensor& codes) {
+  const int64_t tokens = p.num_tokens(), reach = (p.table_rows - 1) / 2;
+  for (int64_t b = 0; b < codes.size(0) && tokens > 0; ++b) {
+    const auto [low, high] = std::minmax_element(p.codes + b * tokens, p.codes + (b + 1) * tokens);
+    STD_TORCH_CHECK(static_cast<int64_t>(*high) - *low <= reach,
+                    "block_sparse_attention: position_codes must differ by at most ", reach,
+                    " for this bias_table, got a difference of ", static_cast<int64_t>(*high) - *low);
+  }
+}
+
+/// Rearrange the table for the kernels, see kTablePad; `tables` owns the result.
+void bind_bias(Attention& p, const OptionalTensor& table, const OptionalTensor& codes,
+               std::vector<float>& tables) {
+  if (!table.has_value()) return;
+  const int64_t extra = 2 * p.num_global + static_cast<int64_t>(p.num_global) * p.num_global;
+  p.table_rows = table->size(0) - extra;
+  p.table_stride = p.table_rows + 2 * kTablePad + extra;
+  p.codes = codes->const_data_ptr<int32_t>();
+  p.codes_stride = codes->size(0) > 1 ? codes->size(1) : 0;
+  check_codes(p, *codes);
+  tables.assign(p.heads * p.table_stride, 0.0f);
+  const float* from = table->const_data_ptr<float>();
+  for (int64_t h = 0; h < p.heads; ++h) {
+    float* to = tables.data() + h * p.table_stride;
+    for (int64_t r = 0; r < p.table_rows; ++r)
+      to[kTablePad + p.table_rows - 1 - r] = from[r * p.heads + h];
+    for (int64_t r = 0; r < extra; ++r)
+      to[p.table_rows + 2 * kTablePad + r] = from[(p.table_rows + r) * p.heads + h];
+  }
+  p.table = tables.data();
+}
+
+/// Sum the rearranged partial gradients over the batch, in order, back into (rows, heads).
+Tensor reduce_table(const Backward& p, const Tensor& table) {
+  Tensor result = empty(table, {table.size(0), table.size(1)});
+  float* to = result.mutable_data_ptr<float>();
+  for (int64_t r = 0; r < table.size(0); ++r)
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int64_t at = r < p.table_rows ? kTablePad + p.table_rows - 1 - r : r + 2 * kTablePad;
+      float sum = 0.0f;
+      for (int64_t b = 0; b < p.batch; ++b)
+        sum += p.grad_table[(b * p.heads + h) * p.table_stride + at];
+      to[r * p.heads + h] = sum;
+    }
+  return result;
+}
+
+template <class P>
+P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_counts,
+          const Tensor& key_blocks, int64_t block_size, int64_t num_global,
+          const OptionalTensor& lengths, double scale) {
+  P p{};
+  p.dtype = dtype(query);
+  p.batch = query.size(0), p.heads = query.size(1), p.tokens = query.size(2);
+  p.head_dim = static_cast<int>(query.size(3));
+  p.block_size = static_cast<int>(block_size), p.num_global = static_cast<int>(num_global);
+  p.blocks = key_counts.size(2);
+  p.query = matrix(query), p.key = matrix(key), p.value = matrix(value);
+  const int64_t rows = p.blocks, heads = key_counts.size(1);
+  p.keys = {key_counts.const_data_ptr<int32_t>(), key_blocks.const_data_ptr<int32_t>(),
+            key_counts.size(0) > 1 ? heads * rows : 0, heads > 1 ? rows : 0, key_blocks.size(3)};
+  p.lengths = lengths.has_value() ? lengths->const_data_ptr<int32_t>() : nullptr;
+  p.scale = static_cast<float>(scale);
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(
+    Tensor query, Tensor key, Tensor value, Tensor key_counts, Tensor key_blocks, Tensor, Tensor,
+    int64_t block_size, int64_t num_global, OptionalTensor bias_table,
+    OptionalTensor position_codes, OptionalTensor key_lengths, double scale, bool return_saliency) {
+  auto p = problem<Forward>(query, key, value, key_counts, key_blocks, block_size, num_global,
+                            key_lengths, scale);
+  std::vector<float> tables;
+  bind_bias(p, bias_table, position_codes, tables);
+  Tensor out = empty_like_heads(query);
+  Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Float);
+  Tensor saliency = empty(query, return_saliency ? Sizes{p.batch, p.num_tokens()} : Sizes{0},
+                          ScalarType::Float);
+  std::vector<float> rows(return_saliency ? p.batch * p.heads * p.num_tokens() : 0);
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<float>();
+  p.saliency = return_saliency ? rows.data() : nullptr;
+
+  const Isa best = isa();
+  auto* kernel = best >= Isa::avx512 ? avx512::forward
+                 : best == Isa::avx2 ? avx2::forward
+                                     : generic::forward;
+  if (best == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0)
+    kernel = avx512::forward_amx;
+  torch::stable::parallel_for(0, p.batch * p.heads * p.row_blocks(), 1,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+
+  if (return_saliency) {
+    float* mean = saliency.mutable_data_ptr<float>();
+    const int64_t tokens = p.num_tokens();
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t n = 0; n < tokens; ++n) {
+        float sum = 0.0f;
+        for (int64_t h = 0; h < p.heads; ++h) sum += rows[(b * p.heads + h) * tokens + n];
+        mean[b * tokens + n] = sum / static_cast<float>(p.heads);
+      }
+  }
+  return {out, lse, saliency};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
+    Tensor key_counts, Tensor key_blocks, Tensor, Tensor, int64_t block_size, int64_t num_global,
+    OptionalTensor bias_table, OptionalTensor position_codes, OptionalTensor key_lengths,
+    double scale) {
+  auto p = problem<Backward>(query, key, value, key_counts, key_blocks, block_size, num_global,
+                             key_lengths, scale);
+  std::vector<float> tables;
+  bind_bias(p, bias_table, position_codes, tables);
+  Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(query),
+         grad_value = empty_like_heads(query);
+  std::vector<float> grad_tables(p.table == nullptr ? 0 : p.batch * p.heads * p.table_stride);
+  p.grad_out = matrix(grad_out), p.out = matrix(out);
+  p.lse = lse.const_data_ptr<float>();
+  p.grad_query = grad_query.mutable_data_ptr();
+  p.grad_key = grad_key.mutable_data_ptr();
+  p.grad_value = grad_value.mutable_data_ptr();
+  p.grad_table = p.table == nullptr ? nullptr : grad_tables.data();
+
+  const Isa best = isa();
+  auto* kernel = best >= Isa::avx512 ? avx512::backward
+                 : best == Isa::avx2 ? avx2::backward
+                                     : generic::backward;
+  torch::stable::parallel_for(0, p.batch * p.heads, 1,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+
+  Tensor grad_table = bias_table.has_value() ? reduce_table(p, *bias_table)
+                                             : empty(query, {0}, ScalarType::Float);
+  return {grad_query, grad_key, grad_value, grad_table};
+}
+
+}  // namespace
+}  // namespace svitt
+
+STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+  m.impl("block_sparse_attention", TORCH_BOX(&svitt::forward_op));
+  m.impl("block_sparse_attention_backward", TORCH_BOX(&svitt::backward_op));
+}

@@ -1,0 +1,80 @@
+// What the dispatcher hands to the kernels of each instruction set: pointers, strides, sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace svitt {
+
+enum class Dtype { f32, bf16, f16 };
+
+struct Matrix {  // (batch, heads, tokens, head_dim), last stride 1, strides in elements
+  const void* data;
+  int64_t batch, head, token;
+};
+
+struct BlockLists {  // (1 or batch, 1 or heads, blocks[, width]); a stride of 0 broadcasts
+  const int32_t* counts;
+  const int32_t* numbers;
+  int64_t batch, head;  // in rows
+  int64_t width;
+};
+
+// The bias table of one head, rearranged: the R0 rows reversed, so that the bias of one query against
+// consecutive codes is consecutive in memory, `kTablePad` floats on both sides, then the global rows.
+constexpr int kTablePad = 16;
+
+struct Attention {
+  Dtype dtype;
+  int64_t batch, heads, tokens;
+  int head_dim, block_size, num_global;
+  int64_t blocks;
+  Matrix query, key, value;
+  BlockLists keys;
+  const float* table;       // (heads, table_stride) rearranged, or null
+  int64_t table_stride;
+  int64_t table_rows;       // R0
+  const int32_t* codes;     // (1 or batch, num_tokens)
+  int64_t codes_stride;     // 0 broadcasts
+  const int32_t* lengths;   // (batch,) or null
+  float scale;
+
+  int64_t num_tokens() const { return tokens - num_global; }
+  int64_t length(int64_t b) const {
+    if (lengths == nullptr) return tokens;
+    const int64_t n = lengths[b];
+    return n < 0 ? 0 : n > tokens ? tokens : n;
+  }
+  // A row block: the globals as block -1, if there are any, then the blocks of tokens.
+  int64_t row_blocks() const { return blocks + (num_global > 0 ? 1 : 0); }
+};
+
+struct Forward : Attention {
+  void* out;         // (batch, tokens, heads, head_dim) contiguous
+  float* lse;        // (batch, heads, tokens)
+  float* saliency;   // (batch, heads, num_tokens), rows of global 0; or null
+};
+
+struct Backward : Attention {
+  Matrix grad_out, out;
+  const float* lse;
+  void *grad_query, *grad_key, *grad_value;  // (batch, tokens, heads, head_dim) contiguous
+  float* grad_table;                         // (batch, heads, table_stride) rearranged, zeroed; or null
+};
+
+// Items are independent of each other: any split over threads gives the same bits.
+#define SVITT_DECLARE(ISA)                                                 \
+  namespace ISA {                                                          \
+  void forward(const Forward& problem, int64_t begin, int64_t end);        \
+  void backward(const Backward& problem, int64_t begin, int64_t end);      \
+  }
+SVITT_DECLARE(generic)
+SVITT_DECLARE(avx2)
+SVITT_DECLARE(avx512)
+#undef SVITT_DECLARE
+
+namespace avx512 {
+/// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `forward`.
+void forward_amx(const Forward& problem, int64_t begin, int64_t end);
+}
+
+}  // namespace svitt

@@ -1,0 +1,29 @@
+// Block-sparse attention for avx512; see isa.h for why the kernels are included, not linked.
+#include "isa.h"
+#include "block_sparse_attention.h"
+
+#if defined(__x86_64__)
+#define SVITT_LANES_16
+SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace svitt::avx512 {
+#include "simd.h"
+
+#include "gemm.h"
+
+#include "block_sparse_attention_common.h"
+
+#include "block_sparse_attention_forward.h"
+
+#include "block_sparse_attention_backward.h"
+}  // namespace svitt::avx512
+
+SVITT_TARGET_END
+SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
+
+namespace svitt::avx512 {
+#include "block_sparse_attention_amx.h"
+}  // namespace svitt::avx512
+
+SVITT_TARGET_END
+#endif

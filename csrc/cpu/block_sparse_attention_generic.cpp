@@ -1,0 +1,18 @@
+// Block-sparse attention for generic; see isa.h for why the kernels are included, not linked.
+#include "isa.h"
+#include "block_sparse_attention.h"
+
+#define SVITT_LANES_4
+
+namespace svitt::generic {
+#include "simd.h"
+
+#include "gemm.h"
+
+#include "block_sparse_attention_common.h"
+
+#include "block_sparse_attention_forward.h"
+
+#include "block_sparse_attention_backward.h"
+}  // namespace svitt::generic
+

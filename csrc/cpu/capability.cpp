@@ -1,0 +1,67 @@
+// Which instruction set the CPU kernels use on this machine: `svitt_ops::cpu_capability`.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace svitt {
+namespace {
+
+// AMX needs the processor's word and the kernel's leave to use the tile registers.
+bool amx_usable() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & (1u << 5)) == 0) return false;  // AVX512-BF16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa detect() {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) return amx_usable() ? Isa::amx : Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+namespace {
+
+std::string cpu_capability() {
+  switch (isa()) {
+    case Isa::amx: return "avx512+amx";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "generic";
+  }
+}
+
+}  // namespace
+}  // namespace svitt
+
+STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&svitt::cpu_capability));
+}

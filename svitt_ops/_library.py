@@ -1,0 +1,81 @@
+"""The torch dispatcher's side of every op: schema, CPU fallback, CUDA launcher, fake.
+
+The dispatcher is the only backend switch. Schemas live here, in Python; the compiled CPU extension
+adds its kernels to the CPU key when it is loaded, and the CUDA key imports Triton on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from svitt_ops import _extension
+
+NAMESPACE = "svitt_ops"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("cpu_capability() -> str")
+_warned = False
+
+
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda_module: str,
+    compiled: bool = True,
+) -> None:
+    """Define one op.
+
+    Args:
+        schema: torch schema without the namespace; its name is also the Triton launcher's.
+        fake: shapes, strides and dtypes of the results.
+        cpu: plain-PyTorch implementation, for the CPU key where nothing was compiled.
+        cuda_module: module of ``svitt_ops.kernels`` that holds the launcher of the same name.
+        compiled: whether the CPU extension has a kernel for this op.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def launch(*args: Any) -> Any:
+        module = importlib.import_module(f"svitt_ops.kernels.{cuda_module}")
+        return getattr(module, name)(*args)
+
+    def fall_back(*args: Any) -> Any:
+        _warn_once()
+        return cpu(*args)
+
+    _library.impl(name, launch, "CUDA")
+    if not compiled:
+        _library.impl(name, cpu, "CPU")
+    elif not _extension.load_cpu():
+        _library.impl(name, fall_back, "CPU")
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "svitt_ops: the compiled CPU extension is missing, CPU ops run the slow plain-PyTorch "
+            f"reference ({_extension.status().cpu_reason}); see `svitt info`",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Attach autograd to an op whose gradient is the op ``<name>_backward``, itself not derivable."""
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{name}: a second derivative is not available")
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_library)

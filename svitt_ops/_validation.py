@@ -1,0 +1,75 @@
+"""Checks that ops share: each error names the op, the argument, what it must be and what it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
+    """A floating tensor of a dtype that the kernels take, on ``device``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def check_qkv(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Self-attention's operands: one shape, dtype and device, contiguous last dimension."""
+    check_tensor(op, "query", query)
+    if query.dim() != 4:
+        raise ValueError(
+            f"{op}: query must have shape (batch, heads, tokens, head_dim), got {tuple(query.shape)}"
+        )
+    if not 8 <= query.shape[-1] <= 256:
+        raise ValueError(f"{op}: head_dim must be 8 to 256, got {query.shape[-1]}")
+    for name, x in (("key", key), ("value", value)):
+        check_tensor(op, name, x, query.device)
+        if x.shape != query.shape:
+            raise ValueError(
+                f"{op}: {name} must have shape {tuple(query.shape)}, got {tuple(x.shape)}"
+            )
+        if x.dtype != query.dtype:
+            raise TypeError(f"{op}: {name} must be {query.dtype} as query is, got {x.dtype}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must have a contiguous last dimension, got strides {x.stride()}"
+            )
+
+
+def check_int32(
+    op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> None:
+    """An int32 tensor of one of several shapes, on ``device``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != torch.int32:
+        raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def readable(x: Tensor, any_device: bool = False) -> bool:
+    """Whether values can be looked at: a real tensor, not traced, on the CPU unless ``any_device``.
+
+    Reading a device tensor would make the host wait, so kernels clamp what is not checked here.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return any_device or x.device.type == "cpu"
+
+
+def check_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
+    """Every value in ``low`` to ``high``, where the values can be read without waiting."""
+    if x.numel() and readable(x):
+        least, most = int(x.min()), int(x.max())
+        if least < low or most > high:
+            raise ValueError(f"{op}: {name} must be {low} to {high}, got {least} to {most}")
