@@ -11,7 +11,9 @@ namespace svitt::avx512 {
 
 #include "gemm.h"
 
-#include "block_sparse_attention_common.h"
+#include "block_sparse_attention_tiles.h"
+
+#include "block_sparse_attention_bias.h"
 
 #include "block_sparse_attention_forward.h"
 

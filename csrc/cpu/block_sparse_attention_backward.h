@@ -1,76 +1,88 @@
 // Backward: one sweep over the row blocks of a head, five small products a chunk.
-// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_common.h.
+// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 //
 // dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of the row blocks, so
 // there is nothing to reduce over threads. Weights are recomputed from the forward's log-sum-exp.
 
+constexpr int kRowTile = 64;  // query rows per pass
+
 struct BackwardScratch {
   Arena arena;
-  int width, stride;
-  float *query, *query_panels, *grad_out, *grad_panels, *keys, *key_rows, *values;
-  float *weights, *slopes, *grad_query, *grad_key, *grad_value, *delta;
-  int32_t* token;
+  Tiling tiling;
+  int width, stride;  // of a row of head_dim, of a row of logits
+  int64_t column_tile;
+  float *keys, *key_buffer, *values;
+  HeadRows key_rows;
+  float *query, *grad_out, *weights, *slopes, *delta;
+  float *grad_query, *grad_key, *grad_value;
+  Chunk* chunk;
   BiasColumns* bias;
 
   explicit BackwardScratch(const Backward& p)
-      : width(round_up(p.head_dim, W)), stride(kColumns + W) {
-    const int64_t panels = round_up(p.head_dim, kPanel);
-    query = arena.floats(kRowTile * width);
-    query_panels = arena.floats(kRowTile * panels);
-    grad_out = arena.floats(kRowTile * width);
-    grad_panels = arena.floats(kRowTile * panels);
-    keys = arena.floats(static_cast<int64_t>(kColumns) * width);
-    key_rows = arena.floats(kColumns * panels);
-    values = arena.floats(static_cast<int64_t>(kColumns) * width);
-    weights = arena.floats(kRowTile * stride);
-    slopes = arena.floats(kRowTile * stride);
-    grad_query = arena.floats(kRowTile * width);
-    grad_key = arena.floats(p.tokens * width);
-    grad_value = arena.floats(p.tokens * width);
-    delta = arena.floats(kRowTile);
-    token = arena.ints(kColumns);
-    bias = static_cast<BiasColumns*>(arena.take(sizeof(BiasColumns)));
+      : tiling(p, W), width(round_up(p.head_dim, W)), stride(kColumns + W) {
+    column_tile = static_cast<int64_t>(round_up(tiling.width, kPanel)) * p.head_dim;
+    keys = arena.take<float>(tiling.tiles() * column_tile);
+    key_buffer = arena.take<float>(p.tokens * width);
+    values = arena.take<float>(tiling.tiles() * column_tile);
+    query = arena.take<float>(kRowTile * width);
+    grad_out = arena.take<float>(kRowTile * width);
+    weights = arena.take<float>(kRowTile * stride);
+    slopes = arena.take<float>(kRowTile * stride);
+    delta = arena.take<float>(kRowTile);
+    grad_query = arena.take<float>(kRowTile * width);
+    grad_key = arena.take<float>(p.tokens * width);
+    grad_value = arena.take<float>(p.tokens * width);
+    chunk = arena.take<Chunk>(1);
+    bias = arena.take<BiasColumns>(1);
+  }
+  template <class T>
+  void stage(const Backward& p, int64_t b, int64_t h) {
+    tiling.length = static_cast<int>(p.length(b));
+    stage_columns<T>(tiling, p.key, b, h, p.head_dim, keys);
+    key_rows.stage<T>(p.key, b, h, tiling.length, p.head_dim, key_buffer, width);
+    stage_columns<T>(tiling, p.value, b, h, p.head_dim, values);
+    std::memset(grad_key, 0, sizeof(float) * p.tokens * width);
+    std::memset(grad_value, 0, sizeof(float) * p.tokens * width);
+    if (p.table != nullptr) bias->bind(p, b);
   }
 };
 
+template <class T>
+SVITT_INLINE void load_rows(const Matrix& m, const RowBlock& block, int row, int rows, int dims,
+                            float* to, int width) {
+  copy_rows(base<T>(m, block.b, block.h) + row * m.token, m.token, rows, dims, to, width);
+}
+
 /// Weights from dot products, then the logits' gradient from the weights' gradient, one row.
 SVITT_INLINE void differentiate_row(const Backward& p, const RowBlock& block,
-                                    const BiasColumns& bias, const float* table, float* grad_table,
-                                    int row, float lse, float delta, float* weights, float* slopes,
-                                    int n) {
-  finish_logits(p, block, bias, table, row, weights, n);
-  exponentiate(weights, n, lse);
-  const int32_t code =
-      table != nullptr && !block.global ? bias.centre - bias.codes[row - p.num_global] : 0;
-  for (int j = 0; j * W < n; ++j) {
-    vf slope = load(weights + j * W) * (load(slopes + j * W) - splat(delta));
-    if ((j + 1) * W > n) slope = lane_numbers() < n - j * W ? slope : vf{};
+                                    const BackwardScratch& s, const float* table,
+                                    float* grad_table, int row, float lse, float delta,
+                                    float* weights, float* slopes) {
+  const Chunk& chunk = *s.chunk;
+  finish_logits(p, block, chunk, *s.bias, table, row, weights);
+  exponentiate(weights, chunk.columns, lse);
+  const int32_t code = table != nullptr && !block.global ? s.bias->row_code(row) : 0;
+  for (int c = 0; c < chunk.columns; c += W) {
+    vf slope = load(weights + c) * (load(slopes + c) - splat(delta));
     if (grad_table != nullptr) {
+      slope = load(chunk.mask + c) == 0.0f ? slope : vf{};
       if (block.global) {
-        bias.add_global_row(grad_table, row, j, slope);
+        s.bias->add_global_row(grad_table, row, c / W, slope);
       } else {
-        bias.add_token_row(grad_table, code, j, slope);
+        s.bias->add_token_row(grad_table, code, c / W, slope);
       }
     }
-    store(slopes + j * W, slope * splat(p.scale));
+    store(slopes + c, slope * splat(p.scale));
   }
 }
 
 template <class T>
 void backward_tile(const Backward& p, RowBlock& block, int row, int rows, BackwardScratch& s,
                    float* grad_table) {
-  const T* key = base<T>(p.key, block.b, block.h);
-  const T* value = base<T>(p.value, block.b, block.h);
   const float* table = p.table == nullptr ? nullptr : p.table + block.h * p.table_stride;
   const float* lse = p.lse + (block.b * p.heads + block.h) * p.tokens + row;
-  int32_t* token = s.token;
-  for (int r = 0; r < rows; ++r) token[r] = row + r;
-  const Gather<T> queries{base<T>(p.query, block.b, block.h), p.query.token, token, rows};
-  const Gather<T> grads{base<T>(p.grad_out, block.b, block.h), p.grad_out.token, token, rows};
-  pack_rows(queries, p.head_dim, s.query_panels);
-  pack_rows(grads, p.head_dim, s.grad_panels);
-  copy_rows(queries.data + row * queries.stride, queries.stride, rows, p.head_dim, s.query, s.width);
-  copy_rows(grads.data + row * grads.stride, grads.stride, rows, p.head_dim, s.grad_out, s.width);
+  load_rows<T>(p.query, block, row, rows, p.head_dim, s.query, s.width);
+  load_rows<T>(p.grad_out, block, row, rows, p.head_dim, s.grad_out, s.width);
   const T* out = base<T>(p.out, block.b, block.h) + row * p.out.token;
   for (int r = 0; r < rows; ++r) {
     vf sum{};
@@ -81,33 +93,45 @@ void backward_tile(const Backward& p, RowBlock& block, int row, int rows, Backwa
   }
 
   float *weight_rows[kRowTile], *slope_rows[kRowTile], *query_rows[kRowTile];
-  float *key_rows[kColumns], *value_rows[kColumns];
-  for (int r = 0; r < rows; ++r) {
-    weight_rows[r] = s.weights + r * s.stride;
-    slope_rows[r] = s.slopes + r * s.stride;
-    query_rows[r] = s.grad_query + r * s.width;
-  }
+  for (int r = 0; r < rows; ++r) query_rows[r] = s.grad_query + r * s.width;
+  const int64_t columns_panel = static_cast<int64_t>(p.head_dim) * kPanel;
+  const Chunk& chunk = *s.chunk;
+  Segment by_keys[kSegments];
   bool first = true;
-  block.rewind();
-  while (const int n = block.gather(token, kColumns)) {
-    const Gather<T> keys{key, p.key.token, token, n};
-    pack_columns(keys, p.head_dim, s.keys);
-    pack_rows(keys, p.head_dim, s.key_rows);
-    pack_columns(Gather<T>{value, p.value.token, token, n}, p.head_dim, s.values);
-    if (table != nullptr) s.bias->describe(token, n);
-    multiply(rows, n, p.head_dim, {s.query, s.width, 1}, s.keys, weight_rows, false);
-    multiply(rows, n, p.head_dim, {s.grad_out, s.width, 1}, s.values, slope_rows, false);
-    for (int r = 0; r < rows; ++r)
-      differentiate_row(p, block, *s.bias, table, grad_table, row + r, lse[r], s.delta[r],
-                        weight_rows[r], slope_rows[r], n);
-    for (int i = 0; i < n; ++i) {
-      key_rows[i] = s.grad_key + static_cast<int64_t>(token[i]) * s.width;
-      value_rows[i] = s.grad_value + static_cast<int64_t>(token[i]) * s.width;
+  for (block.rewind(s.tiling); block.gather(s.tiling, *s.chunk); first = false) {
+    if (table != nullptr) s.bias->describe(chunk);
+    for (int i = 0; i < chunk.entries; ++i) {
+      const Entry& e = chunk.entry[i];
+      for (int r = 0; r < rows; ++r) {
+        weight_rows[r] = s.weights + r * s.stride + e.column;
+        slope_rows[r] = s.slopes + r * s.stride + e.column;
+      }
+      const Segment dots{s.query, s.keys + e.tile * s.column_tile, kPanel, columns_panel,
+                         p.head_dim};
+      multiply(rows, s.tiling.width, &dots, 1, {s.width, 1}, weight_rows, false);
+      const Segment grads{s.grad_out, s.values + e.tile * s.column_tile, kPanel, columns_panel,
+                          p.head_dim};
+      multiply(rows, s.tiling.width, &grads, 1, {s.width, 1}, slope_rows, false);
     }
-    multiply(n, p.head_dim, rows, {s.weights, 1, s.stride}, s.grad_panels, value_rows, true);
-    multiply(n, p.head_dim, rows, {s.slopes, 1, s.stride}, s.query_panels, key_rows, true);
-    multiply(rows, p.head_dim, n, {s.slopes, s.stride, 1}, s.key_rows, query_rows, !first);
-    first = false;
+    for (int r = 0; r < rows; ++r)
+      differentiate_row(p, block, s, table, grad_table, row + r, lse[r], s.delta[r],
+                        s.weights + r * s.stride, s.slopes + r * s.stride);
+    for (int i = 0; i < chunk.entries; ++i) {
+      const Entry& e = chunk.entry[i];
+      float *key_rows[kColumns], *value_rows[kColumns];
+      const int count = e.to - e.from, column = e.column + e.from;
+      for (int j = 0; j < count; ++j) {
+        const int64_t token = chunk.token[column + j];
+        key_rows[j] = s.grad_key + token * s.width;
+        value_rows[j] = s.grad_value + token * s.width;
+      }
+      const Segment by_weights{s.weights + column, s.grad_out, s.width, kPanel, rows};
+      multiply(count, p.head_dim, &by_weights, 1, {1, s.stride}, value_rows, true);
+      const Segment by_slopes{s.slopes + column, s.query, s.width, kPanel, rows};
+      multiply(count, p.head_dim, &by_slopes, 1, {1, s.stride}, key_rows, true);
+    }
+    const int segments = column_segments(chunk, s.tiling, s.slopes, s.key_rows, by_keys);
+    multiply(rows, p.head_dim, by_keys, segments, {s.stride, 1}, query_rows, !first);
   }
   if (first) std::memset(s.grad_query, 0, sizeof(float) * rows * s.width);
   T* to = static_cast<T*>(p.grad_query);
@@ -122,16 +146,14 @@ void backward_items(const Backward& p, int64_t begin, int64_t end) {
   RowBlock block;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.heads, h = item % p.heads;
-    std::memset(s.grad_key, 0, sizeof(float) * p.tokens * s.width);
-    std::memset(s.grad_value, 0, sizeof(float) * p.tokens * s.width);
+    s.stage<T>(p, b, h);
     float* grad_table = p.grad_table == nullptr ? nullptr : p.grad_table + item * p.table_stride;
-    if (p.table != nullptr) s.bias->bind(p, b);
     for (int64_t i = 0; i < p.row_blocks(); ++i) {
-      block.start(p, b, h, i);
+      block.start(p, s.tiling, b, h, i);
       for (int r = 0; r < block.rows; r += kRowTile)
         backward_tile<T>(p, block, block.row + r,
                          block.rows - r < kRowTile ? block.rows - r : kRowTile, s, grad_table);
-      for (int row = block.row + block.rows; row < block.end; ++row)
+      for (int64_t row = block.row + block.rows; row < block.end; ++row)
         std::memset(static_cast<T*>(p.grad_query) + ((b * p.tokens + row) * p.heads + h) * p.head_dim,
                     0, sizeof(T) * p.head_dim);
     }

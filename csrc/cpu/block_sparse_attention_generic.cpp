@@ -9,7 +9,9 @@ namespace svitt::generic {
 
 #include "gemm.h"
 
-#include "block_sparse_attention_common.h"
+#include "block_sparse_attention_tiles.h"
+
+#include "block_sparse_attention_bias.h"
 
 #include "block_sparse_attention_forward.h"
 

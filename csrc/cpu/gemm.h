@@ -1,8 +1,9 @@
 // C (rows x columns) = or += A B with B packed, accumulators in registers.
 // Included inside namespace svitt::SVITT_ISA after simd.h.
 //
-// B is packed in panels of 2 W columns: panel p, row k starts at b + (p * depth + k) * 2 W. A is read by
-// broadcast with any strides, so that a transposed A costs nothing. Rows of C are given by pointers.
+// B is taken in panels of 2 W columns: panel p, row k starts at b + p * panel + k * step, so that both
+// rows in place and packed transposes serve. A is read by broadcast with any strides, so that a transposed
+// A costs nothing. Rows of C are given by pointers.
 
 #if defined(SVITT_LANES_16)
 constexpr int kRows = 14;  // 28 accumulators, 2 of B, 1 broadcast: 31 of 32 registers
@@ -11,32 +12,42 @@ constexpr int kRows = 6;  // 12 accumulators, 2 of B, 1 broadcast: 15 of 16 regi
 #endif
 constexpr int kPanel = 2 * W;
 
-struct Operand {
-  const float* data;
-  int64_t row;    // stride between rows
-  int64_t depth;  // stride along the summed dimension
+/// One stretch of the summed dimension: A(r, k) = a[r * row + k * step].
+struct Segment {
+  const float* a;
+  const float* b;
+  int64_t step, panel;  // of B
+  int depth;
+};
+struct Strides {
+  int64_t row, step;
 };
 
 template <int R, int C>
-void multiply_tile(int depth, Operand a, const float* b, float* const* c, int column, bool add) {
+void multiply_tile(const Segment* segments, int count, int64_t row, int panel, Strides a,
+                   float* const* c, int column, bool add) {
   vf acc[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int j = 0; j < C; ++j) acc[r][j] = add ? load(c[r] + column + j * W) : vf{};
-  const float* x = a.data;
-  for (int k = 0; k < depth; ++k) {
-    vf panel[C];
+  for (int i = 0; i < count; ++i) {
+    const float* x = segments[i].a + row * a.row;
+    const float* b = segments[i].b + panel * segments[i].panel;
+    const int64_t step = segments[i].step;
+    for (int k = 0; k < segments[i].depth; ++k) {
+      vf loaded[C];
 #pragma GCC unroll 2
-    for (int j = 0; j < C; ++j) panel[j] = load(b + j * W);
+      for (int j = 0; j < C; ++j) loaded[j] = load(b + j * W);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vf s = splat(x[r * a.row]);
+      for (int r = 0; r < R; ++r) {
+        const vf s = splat(x[r * a.row]);
 #pragma GCC unroll 2
-      for (int j = 0; j < C; ++j) acc[r][j] += s * panel[j];
+        for (int j = 0; j < C; ++j) acc[r][j] += s * loaded[j];
+      }
+      b += step;
+      x += a.step;
     }
-    b += kPanel;
-    x += a.depth;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -44,7 +55,7 @@ void multiply_tile(int depth, Operand a, const float* b, float* const* c, int co
     for (int j = 0; j < C; ++j) store(c[r] + column + j * W, acc[r][j]);
 }
 
-using TileFunction = void (*)(int, Operand, const float*, float* const*, int, bool);
+using TileFunction = void (*)(const Segment*, int, int64_t, int, Strides, float* const*, int, bool);
 
 template <int C, int... R>
 struct Tiles {
@@ -58,68 +69,63 @@ template <int C>
 using AllTiles = Tiles<C, 1, 2, 3, 4, 5, 6>;
 #endif
 
-/// rows x columns of C; columns are rounded up to W, which C and the panels of B must have room for.
-SVITT_INLINE void multiply(int rows, int columns, int depth, Operand a, const float* b,
+/// rows x columns of C = or += the sum over segments; columns are rounded up to W, which C and the
+/// panels of B must have room for. Rows are split evenly: a lone last row would wait for every sum.
+SVITT_INLINE void multiply(int rows, int columns, const Segment* segments, int count, Strides a,
                            float* const* c, bool add) {
-  const int vectors = (columns + W - 1) / W;
-  for (int r = 0; r < rows; r += kRows) {
-    const int count = rows - r < kRows ? rows - r : kRows;
-    const Operand part{a.data + r * a.row, a.row, a.depth};
+  const int vectors = (columns + W - 1) / W, groups = (rows + kRows - 1) / kRows;
+  for (int g = 0; g < groups; ++g) {
+    const int first = rows * g / groups, size = rows * (g + 1) / groups - first;
     for (int j = 0; j < vectors; j += 2) {
-      const float* panel = b + static_cast<int64_t>(j) * W * depth;
       const auto& table = vectors - j > 1 ? AllTiles<2>::table : AllTiles<1>::table;
-      table[count - 1](depth, part, panel, c + r, j * W, add);
+      table[size - 1](segments, count, first, j / 2, a, c + first, j * W, add);
     }
   }
 }
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-/// Where gathered rows of a (tokens, head_dim) matrix lie: row i is token[i].
+/// Panels over rows, transposed: B[k = dim][column = row]. Columns from `rows` up to `width`, a
+/// multiple of W, are 0.
 template <class T>
-struct Gather {
-  const T* data;
-  int64_t stride;
-  const int32_t* token;
-  int count;
-};
-
-/// Panels over head_dim: B[k = row][column = dim]. Padding columns are 0.
-template <class T>
-SVITT_INLINE void pack_rows(Gather<T> rows, int dims, float* packed) {
-  for (int d = 0; d < dims; d += W) {
-    float* to = packed + (static_cast<int64_t>(d / kPanel) * rows.count) * kPanel + d % kPanel;
-    for (int i = 0; i < rows.count; ++i)
-      store(to + i * kPanel, load_some(rows.data + rows.token[i] * rows.stride + d, dims - d));
-  }
-}
-
-/// Panels over rows, transposed: B[k = dim][column = row]. Padding columns are 0.
-template <class T>
-SVITT_INLINE void pack_columns(Gather<T> rows, int dims, float* packed) {
-  for (int i = 0; i < rows.count; i += W) {
+SVITT_INLINE void pack_columns(const T* data, int64_t stride, int rows, int dims, float* packed,
+                               int width) {
+  for (int i = 0; i < width; i += W) {
     float* panel = packed + static_cast<int64_t>(i / kPanel) * dims * kPanel + i % kPanel;
     for (int d = 0; d < dims; d += W) {
       vf block[W];
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r)
-        block[r] = i + r < rows.count
-                       ? load_some(rows.data + rows.token[i + r] * rows.stride + d, dims - d)
-                       : vf{};
+        block[r] = i + r < rows ? load_some(data + (i + r) * stride + d, dims - d) : vf{};
       transpose(block);
-      const int count = dims - d < W ? dims - d : W;
-      for (int r = 0; r < count; ++r) store(panel + (d + r) * kPanel, block[r]);
+      const int depth = dims - d < W ? dims - d : W;
+      for (int r = 0; r < depth; ++r) store(panel + (d + r) * kPanel, block[r]);
     }
   }
 }
 
-/// Plain rows of `stride` floats, padded with 0 to a multiple of W.
+/// One more column of panels made by `pack_columns`.
 template <class T>
-SVITT_INLINE void copy_rows(const T* data, int64_t from_stride, int rows, int dims, float* to,
-                            int stride) {
+SVITT_INLINE void pack_column(const T* row, int dims, float* packed, int column) {
+  float* to = packed + static_cast<int64_t>(column / kPanel) * dims * kPanel + column % kPanel;
+  for (int d = 0; d < dims; ++d) to[d * kPanel] = to_float(row[d]);
+}
+
+/// Bring the row at p to the cache before it is needed.
+template <bool Write, class T>
+SVITT_INLINE void prefetch_row(const T* p, int dims) {
+  const char* from = reinterpret_cast<const char*>(p);
+  for (int byte = 0; byte < dims * static_cast<int>(sizeof(T)); byte += 64)
+    __builtin_prefetch(from + byte, Write ? 1 : 0, 2);
+}
+
+/// Plain rows of `width` floats, padded with 0 to a multiple of W.
+template <class T>
+SVITT_INLINE void copy_rows(const T* data, int64_t stride, int rows, int dims, float* to,
+                            int width) {
   for (int i = 0; i < rows; ++i)
     for (int d = 0; d < dims; d += W)
-      store(to + i * stride + d, load_some(data + i * from_stride + d, dims - d));
+      store(to + i * width + d, load_some(data + i * stride + d, dims - d));
 }
 
 template <class T>

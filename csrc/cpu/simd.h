@@ -24,17 +24,38 @@ SVITT_INLINE V load_as(const T* p) {
 SVITT_INLINE vf load(const float* p) { return load_as<vf>(p); }
 SVITT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
+#if defined(SVITT_LANES_16)
+SVITT_INLINE vf vmax(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b)); }
+#elif defined(SVITT_LANES_8)
+SVITT_INLINE vf vmax(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b)); }
+#else
 SVITT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+#endif
 
+SVITT_INLINE vi lane_numbers() {
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+/// Lanes of a, then of b, in the order of `from`.
+SVITT_INLINE vf shuffle(vf a, vf b, vi from) {
+#if defined(__clang__)
+  vf result;
+  for (int i = 0; i < W; ++i) result[i] = from[i] < W ? a[from[i]] : b[from[i] - W];
+  return result;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+/// Reduce the lanes pairwise, in an order that does not depend on the compiler.
 SVITT_INLINE float hmax(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  for (int half = W / 2; half > 0; half /= 2) v = vmax(v, shuffle(v, v, lane_numbers() ^ half));
+  return v[0];
 }
 SVITT_INLINE float hsum(vf v) {
-  // Pairwise, so that the order does not depend on how the compiler reduces.
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  for (int half = W / 2; half > 0; half /= 2) v += shuffle(v, v, lane_numbers() ^ half);
   return v[0];
 }
 
@@ -96,20 +117,28 @@ SVITT_INLINE vf load_some(const T* p, int n) {
   return v;
 }
 
-/// 2^x to about 1 ulp for x <= 0; anything below 2^-126 becomes 2^-126, which no fp32 sum that holds a 1
-/// can tell from 0.
-SVITT_INLINE vf exp2_nonpositive(vf x) {
+/// exp(x) for x <= 0 by a polynomial of the given degree: 5 is good to 2e-7, 4 to 3e-6. Below -87 it
+/// stays near 1e-38, which no sum that holds a 1 can tell from 0.
+template <int Degree>
+SVITT_INLINE vf exp_nonpositive(vf x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < -126.0f ? splat(-126.0f) : x;
-  const vf shifted = x + kMagic;
-  const vf f = x - (shifted - kMagic);
-  vf p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  constexpr float kLog2e = 1.4426950408889634f;
+  x = vmax(x, splat(-87.0f));
+  const vf shifted = x * kLog2e + kMagic;
+  const vf f = x * kLog2e - (shifted - kMagic);
+  vf p;
+  if constexpr (Degree == 5) {
+    p = splat(0.001327647129073739f) * f + 0.009675540961325169f;
+    p = p * f + 0.05550713092088699f;
+    p = p * f + 0.24022120237350464f;
+    p = p * f + 0.6931469440460205f;
+    p = p * f + 1.0000001192092896f;
+  } else {
+    p = splat(0.009570101276040077f) * f + 0.05591785907745361f;
+    p = p * f + 0.240247443318367f;
+    p = p * f + 0.6931217908859253f;
+    p = p * f + 0.9999992847442627f;
+  }
   const vi exponent = reinterpret_cast<vi>(shifted) << 23;
   return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
 }
@@ -122,18 +151,12 @@ SVITT_INLINE void swap_halves(vf* rows) {
       low[lane] = (lane & S) ? W + lane - S : lane;
       high[lane] = (lane & S) ? W + lane : lane + S;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (i & S) continue;
       const vf a = rows[i], b = rows[i + S];
-#if defined(__clang__)
-      for (int lane = 0; lane < W; ++lane) {
-        rows[i][lane] = (lane & S) ? b[lane - S] : a[lane];
-        rows[i + S][lane] = (lane & S) ? b[lane] : a[lane + S];
-      }
-#else
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + S] = __builtin_shuffle(a, b, high);
-#endif
+      rows[i] = shuffle(a, b, low);
+      rows[i + S] = shuffle(a, b, high);
     }
     swap_halves<2 * S>(rows);
   }
