@@ -48,6 +48,17 @@ struct BackwardScratch {
 };
 
 template <class T>
+SVITT_INLINE void write_head(const Backward& p, void* output, int64_t b, int64_t h,
+                             const float* rows, int width) {
+  constexpr int64_t kAhead = 16;
+  for (int64_t n = 0; n < p.tokens; ++n) {
+    if (n + kAhead < p.tokens)
+      prefetch_row<true>(output_row<T>(p, output, b, h, n + kAhead), p.head_dim);
+    write_row(output_row<T>(p, output, b, h, n), rows + n * width, p.head_dim, 1.0f);
+  }
+}
+
+template <class T>
 SVITT_INLINE void load_rows(const Matrix& m, const RowBlock& block, int row, int rows, int dims,
                             float* to, int width) {
   copy_rows(base<T>(m, block.b, block.h) + row * m.token, m.token, rows, dims, to, width);
@@ -76,6 +87,19 @@ SVITT_INLINE void differentiate_row(const Backward& p, const RowBlock& block,
   }
 }
 
+/// Rows r0 to r0 + count of A times the transposed tiles of a chunk.
+SVITT_INLINE void multiply_by_tiles(const Backward& p, const BackwardScratch& s, int r0, int count,
+                                    const float* a, const float* tiles, float* c) {
+  for (int i = 0; i < s.chunk->entries; ++i) {
+    const Entry& e = s.chunk->entry[i];
+    float* to[kRows];
+    for (int r = 0; r < count; ++r) to[r] = c + (r0 + r) * s.stride + e.column;
+    const Segment part{a + r0 * s.width, tiles + e.tile * s.column_tile, kPanel,
+                       static_cast<int64_t>(p.head_dim) * kPanel, p.head_dim};
+    multiply(count, s.tiling.width, &part, 1, {s.width, 1}, to, false);
+  }
+}
+
 template <class T>
 void backward_tile(const Backward& p, RowBlock& block, int row, int rows, BackwardScratch& s,
                    float* grad_table) {
@@ -92,30 +116,24 @@ void backward_tile(const Backward& p, RowBlock& block, int row, int rows, Backwa
     s.delta[r] = hsum(sum);
   }
 
-  float *weight_rows[kRowTile], *slope_rows[kRowTile], *query_rows[kRowTile];
+  float *query_rows[kRowTile];
   for (int r = 0; r < rows; ++r) query_rows[r] = s.grad_query + r * s.width;
-  const int64_t columns_panel = static_cast<int64_t>(p.head_dim) * kPanel;
   const Chunk& chunk = *s.chunk;
   Segment by_keys[kSegments];
   bool first = true;
   for (block.rewind(s.tiling); block.gather(s.tiling, *s.chunk); first = false) {
     if (table != nullptr) s.bias->describe(chunk);
-    for (int i = 0; i < chunk.entries; ++i) {
-      const Entry& e = chunk.entry[i];
-      for (int r = 0; r < rows; ++r) {
-        weight_rows[r] = s.weights + r * s.stride + e.column;
-        slope_rows[r] = s.slopes + r * s.stride + e.column;
+    const int groups = (rows + kRows - 1) / kRows;
+    for (int g = 0; g < groups; ++g) {
+      const int r0 = rows * g / groups, count = rows * (g + 1) / groups - r0;
+      multiply_by_tiles(p, s, r0, count, s.query, s.keys, s.weights);
+      multiply_by_tiles(p, s, r0, count, s.grad_out, s.values, s.slopes);
+      for (int r = r0; r < r0 + count; ++r) {
+        prefetch_row<true>(output_row<T>(p, p.grad_query, block.b, block.h, row + r), p.head_dim);
+        differentiate_row(p, block, s, table, grad_table, row + r, lse[r], s.delta[r],
+                          s.weights + r * s.stride, s.slopes + r * s.stride);
       }
-      const Segment dots{s.query, s.keys + e.tile * s.column_tile, kPanel, columns_panel,
-                         p.head_dim};
-      multiply(rows, s.tiling.width, &dots, 1, {s.width, 1}, weight_rows, false);
-      const Segment grads{s.grad_out, s.values + e.tile * s.column_tile, kPanel, columns_panel,
-                          p.head_dim};
-      multiply(rows, s.tiling.width, &grads, 1, {s.width, 1}, slope_rows, false);
     }
-    for (int r = 0; r < rows; ++r)
-      differentiate_row(p, block, s, table, grad_table, row + r, lse[r], s.delta[r],
-                        s.weights + r * s.stride, s.slopes + r * s.stride);
     for (int i = 0; i < chunk.entries; ++i) {
       const Entry& e = chunk.entry[i];
       float *key_rows[kColumns], *value_rows[kColumns];
@@ -134,10 +152,9 @@ void backward_tile(const Backward& p, RowBlock& block, int row, int rows, Backwa
     multiply(rows, p.head_dim, by_keys, segments, {s.stride, 1}, query_rows, !first);
   }
   if (first) std::memset(s.grad_query, 0, sizeof(float) * rows * s.width);
-  T* to = static_cast<T*>(p.grad_query);
   for (int r = 0; r < rows; ++r)
-    write_row(to + ((block.b * p.tokens + row + r) * p.heads + block.h) * p.head_dim,
-              query_rows[r], p.head_dim, 1.0f);
+    write_row(output_row<T>(p, p.grad_query, block.b, block.h, row + r), query_rows[r], p.head_dim,
+              1.0f);
 }
 
 template <class T>
@@ -154,14 +171,11 @@ void backward_items(const Backward& p, int64_t begin, int64_t end) {
         backward_tile<T>(p, block, block.row + r,
                          block.rows - r < kRowTile ? block.rows - r : kRowTile, s, grad_table);
       for (int64_t row = block.row + block.rows; row < block.end; ++row)
-        std::memset(static_cast<T*>(p.grad_query) + ((b * p.tokens + row) * p.heads + h) * p.head_dim,
-                    0, sizeof(T) * p.head_dim);
+        std::memset(static_cast<void*>(output_row<T>(p, p.grad_query, b, h, row)), 0,
+                    sizeof(T) * p.head_dim);
     }
-    for (int64_t n = 0; n < p.tokens; ++n) {
-      const int64_t at = ((b * p.tokens + n) * p.heads + h) * p.head_dim;
-      write_row(static_cast<T*>(p.grad_key) + at, s.grad_key + n * s.width, p.head_dim, 1.0f);
-      write_row(static_cast<T*>(p.grad_value) + at, s.grad_value + n * s.width, p.head_dim, 1.0f);
-    }
+    write_head<T>(p, p.grad_key, b, h, s.grad_key, s.width);
+    write_head<T>(p, p.grad_value, b, h, s.grad_value, s.width);
   }
 }
 

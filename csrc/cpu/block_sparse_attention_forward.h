@@ -40,7 +40,7 @@ void write_results(const Forward& p, const RowBlock& block, int64_t length, cons
   for (int row = block.row; row < block.end; ++row) {
     const int r = row - block.row;
     const bool some = r < block.rows && s.sum[r] != 0.0f;
-    T* to = static_cast<T*>(p.out) + ((block.b * p.tokens + row) * p.heads + block.h) * p.head_dim;
+    T* to = output_row<T>(p, p.out, block.b, block.h, row);
     float* lse = p.lse + (block.b * p.heads + block.h) * p.tokens + row;
     *lse = some ? s.most[r] + __builtin_logf(s.sum[r]) : -kInfinity;
     if (some) {
@@ -100,8 +100,7 @@ struct ForwardScratch : RowScratch {
 template <class T>
 SVITT_INLINE void prefetch_neighbours(const Forward& p, const RowBlock& block, int r) {
   const int64_t row = block.row + r;
-  prefetch_row<true>(static_cast<T*>(p.out) + ((block.b * p.tokens + row) * p.heads + block.h) * p.head_dim,
-                     p.head_dim);
+  prefetch_row<true>(output_row<T>(p, p.out, block.b, block.h, row), p.head_dim);
   if (row + p.block_size < p.tokens)
     prefetch_row<false>(base<T>(p.query, block.b, block.h) + (row + p.block_size) * p.query.token,
                         p.head_dim);

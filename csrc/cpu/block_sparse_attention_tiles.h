@@ -5,7 +5,8 @@ constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kColumns = 512;    // columns per chunk: the logits of kRows rows stay in the L1 cache
 constexpr int kGlobalTile = 256;  // globals per tile where they have tiles of their own
 
-/// A bump allocator; every array is aligned to a vector.
+/// Scratch arrays, aligned to a vector. Large allocations all start at the same place of a page, where
+/// loads from one array wait for stores to another; so each starts a few lines further in.
 class Arena {
  public:
   Arena() = default;
@@ -16,9 +17,10 @@ class Arena {
   }
   template <class T>
   T* take(int64_t count) {
-    void* p = ::operator new(sizeof(T) * static_cast<size_t>(count) + 64, std::align_val_t(64));
+    const size_t shift = 320 * static_cast<size_t>(used_);
+    void* p = ::operator new(sizeof(T) * static_cast<size_t>(count) + shift, std::align_val_t(64));
     kept_[used_++] = p;
-    return static_cast<T*>(p);
+    return reinterpret_cast<T*>(static_cast<char*>(p) + shift);
   }
 
  private:
@@ -29,6 +31,12 @@ class Arena {
 template <class T>
 const T* base(const Matrix& m, int64_t b, int64_t h) {
   return static_cast<const T*>(m.data) + b * m.batch + h * m.head;
+}
+
+/// Row of a result laid out (batch, tokens, heads, head_dim).
+template <class T>
+SVITT_INLINE T* output_row(const Attention& p, void* output, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(output) + ((b * p.tokens + row) * p.heads + h) * p.head_dim;
 }
 
 /// One block of keys; its columns are its tokens, then its globals, then padding.

@@ -1,0 +1,91 @@
+# make demo | test | lint | bench, and the checks of .ci/run. Each target sets up .venv first.
+#   make setup PYTHON=python3.12 TORCH=torch==2.11.0     another Python, another torch
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The newest of these that the Python and the torch at hand accept.
+TRITON ?= triton>=3.6,<=3.9.0
+OLD_TRITON := 3.6.0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
+
+.PHONY: setup demo test lint format bench compile-check cuda-check asan wheel-check clean
+.DELETE_ON_ERROR:
+
+setup: .venv/installed
+
+# torch comes first and alone, so that nothing after it can choose another one.
+.venv/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than Python 3.10 or missing: make setup PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot create environments: install its venv package" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja numpy '$(TORCH)'
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
+	$(PIP) install -q -c constraints.txt --no-build-isolation \
+	  "$(TRITON); sys_platform == 'linux'" -e '.[dev,bench]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(wildcard svitt_ops models training)
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+	$(BIN)/codespell
+
+format: .venv/installed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+bench: .venv/installed
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Every Triton kernel for sm_80 and sm_90, by the newest Triton and by the oldest supported one.
+compile-check: .venv/installed build/triton-$(OLD_TRITON)
+	$(BIN)/python -m svitt_ops.kernels.compile_check
+	PYTHONPATH=$(CURDIR)/build/triton-$(OLD_TRITON) $(BIN)/python -m svitt_ops.kernels.compile_check
+
+build/triton-$(OLD_TRITON): | .venv/installed
+	rm -rf $@.part
+	$(PIP) install -q --no-deps --target $@.part triton==$(OLD_TRITON)
+	mv $@.part $@
+
+cuda-check: .venv/installed
+	$(BIN)/python setup.py -q cuda_check
+
+# The ops' tests on a CPU extension built with gcc's AddressSanitizer, which the interpreter is not.
+asan: .venv/installed
+	SVITT_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	ldd build/asan/lib/svitt_ops/_C_cpu.abi3.so | grep -oE '/\S*lib(asan|stdc\+\+)\.so\S*' > build/asan/preload
+	LD_PRELOAD="$$(paste -sd: build/asan/preload)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(CURDIR)/build/asan/lib \
+	  $(BIN)/pytest -p no:cacheprovider --capture=sys tests/ops $(PYTEST_ARGS)
+
+# sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
+wheel-check: .venv/installed
+	rm -rf build/wheel
+	$(BIN)/python setup.py -q sdist --dist-dir build/wheel
+	$(PIP) wheel -q --no-build-isolation --no-deps --wheel-dir build/wheel build/wheel/*.tar.gz
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q --disable-pip-version-check --no-deps build/wheel/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+	mkdir build/wheel/outside
+	cd build/wheel/outside && ../venv/bin/svitt info && ../venv/bin/python $(CURDIR)/tests/smoke.py
+
+clean:
+	rm -rf .venv build dist *.egg-info svitt_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,435 @@
+"""Block-sparse attention backward: query, key, value, bias table, without float atomics.
+
+Tiling. Two kernels walk the layout as the forward does (see `block_sparse_attention`): the first
+owns query rows and walks the keys they attend; the second owns key rows and walks, in the
+transposed lists, the queries that attend them. Each tile recomputes its logits (seven matrix
+products in all). The global rows sit in the spare rows of both: every program scores the global
+queries against its own block's keys, and its own block's queries against the global keys, and
+writes partial gradients; one more kernel adds the partials of the M blocks in ascending order.
+
+Memory traffic per token and head of dimension D with e bytes an element: query kernel q, k, v, out,
+grad_out read, grad_query written, 6 D e; key kernel q, k, v, grad_out read, grad_key and grad_value
+written, 6 D e; together 12 D e bytes (1,536 for D = 64 in bf16), plus 12 for lse and delta.
+Repeated reads come from L2.
+
+Numerics. Logits as in the forward: fp32 dot product, then scale. delta = rowsum(grad_out * out) in
+fp32. P and dS are cast to the dtype of the inputs for the products, sums stay in fp32, `scale`
+multiplies the sums.
+
+Gradient of the table. Every pair adds to one entry, in an order that only atomics could serve, and
+float atomics would make the result depend on the order. Integers do not: the sum is taken in int64
+fixed point. The query kernel finds, per head, the largest magnitude a pair may contribute (an
+integer maximum over float bits); the key kernel scales by a power of two such that all pairs of
+that head together stay below 2^62, rounds, and adds. With 2^c pairs a head this keeps 62 - c bits
+below the largest contribution (about 38 for 32 clips of 4 frames, against the 24 of an fp32 sum).
+Sums with the globals' entries, which all tokens share, are reduced in the program first. A NaN or
+infinite contribution makes that head's gradient NaN.
+
+Source: SViTT (Li et al., CVPR 2023), section 3.2; FlashAttention-2 (Dao, 2023), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .block_sparse_attention import block_sparse_attention
+from .block_sparse_walk import (
+    LOG2_E,
+    bias_arguments,
+    bias_index,
+    column_mask,
+    column_tokens,
+    layout_strides,
+    list_extent,
+    load_codes,
+    load_rows,
+    products,
+    row_tokens,
+    sample_length,
+    store_rows,
+)
+from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
+
+_SIZES = [
+    "num_heads", "seq_len", "num_blocks", "list_width", "num_offsets", "pair_bits",
+    "layout_batch", "layout_head", "codes_batch", "stats_stack",
+]  # fmt: skip
+_FINITE_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def _load_offsets(lse_ptr, stats_ptr, stats_stack, tokens, exists):
+    """What to subtract from a row's logits, in base 2: one number after the other.
+
+    The first is +inf where a row has no key or does not exist, so that its probabilities are 0.
+    """
+    if stats_ptr is not None:
+        first = tl.load(stats_ptr + tokens, mask=exists, other=float("-inf"))
+        second = tl.load(stats_ptr + stats_stack + tokens, mask=exists, other=0.0)
+    else:
+        first = tl.load(lse_ptr + tokens, mask=exists, other=float("-inf")) * LOG2_E
+        second = 0.0
+    return tl.where(first == float("-inf"), float("inf"), first), second
+
+
+@triton.jit
+def _fixed_point_exponent(top_bits, pair_bits):
+    """Exponent s such that 2^pair_bits contributions up to the top one, times 2^s, fit int64."""
+    exponent = ((top_bits >> 23) & 0xFF) - 126
+    # One bit of headroom for the rounding differences between the two kernels' contributions.
+    return tl.minimum(tl.maximum(61 - pair_bits - exponent, -120), 120)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_fixed(ptr, value, unit, mask):
+    """Adds value to int64 fixed-point sums; exact, hence independent of the order."""
+    tl.atomic_add(ptr, tl.floor(value * unit + 0.5).to(tl.int64), mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _grad_query_kernel(
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_query_ptr, partial_ptr, sums_ptr,
+    counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
+    num_heads, seq_len, num_blocks, list_width, num_offsets, layout_batch, layout_head, codes_batch,
+    stats_stack, grad_out_batch, grad_out_head, grad_out_row, query_batch, query_head, query_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row,
+    out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
+    grid_blocks = tl.maximum(num_blocks, 1)
+    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
+    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    block, tile = within // ROW_TILES, within % ROW_TILES
+    length = sample_length(lengths_ptr, batch, seq_len)
+    key_ptr += batch * key_batch + head * key_head
+    value_ptr += batch * value_batch + head * value_head
+    lse_ptr += pair.to(tl.int64) * seq_len
+    if stats_ptr is not None:
+        stats_ptr += pair.to(tl.int64) * seq_len
+    delta_ptr += pair.to(tl.int64) * seq_len
+
+    rows, row_token = row_tokens(block, tile, BLOCK_SIZE, NUM_GLOBAL, ROWS)
+    row_exists = (rows < BLOCK_SIZE + NUM_GLOBAL) & (row_token < length)
+    query_ptr += batch * query_batch + head * query_head
+    query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
+    grad_out_ptr += batch * grad_out_batch + head * grad_out_head
+    grad_out = load_rows(grad_out_ptr, row_token, grad_out_row, row_exists, HEAD_DIM, DIM)
+    out_ptr += batch * out_batch + head * out_head
+    out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
+    lse, lse_low = _load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
+    blocks_ptr, listed, columns = list_extent(
+        counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+    )  # fmt: skip
+    if table_ptr is not None:
+        table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
+        table_ptr += head * table_size
+        codes_ptr += batch * codes_batch
+        centre = (num_offsets - 1) // 2
+        row_code = load_codes(codes_ptr, row_token, row_exists, centre, NUM_GLOBAL)
+        top_bits = tl.zeros([ROWS], tl.int32)
+
+    scale_log2 = scale * LOG2_E
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for start in range(0, columns, COLUMNS):
+        token, exists, in_list, own = column_tokens(
+            start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        key = load_rows(key_ptr, token, key_row, exists, HEAD_DIM, DIM)
+        logit = products(query, key) * scale_log2
+        logit += column_mask(rows, in_list, own, BLOCK_SIZE, NUM_GLOBAL)
+        if table_ptr is not None:
+            code = load_codes(codes_ptr, token, exists, 0, NUM_GLOBAL)
+            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
+            logit += tl.load(table_ptr + index) * LOG2_E
+        logit -= lse[:, None]
+        if stats_ptr is not None:
+            logit -= lse_low[:, None]
+        prob = tl.exp2(logit)
+        value = load_rows(value_ptr, token, value_row, exists, HEAD_DIM, DIM)
+        grad_prob = products(grad_out, value)
+        grad_logit = prob * (grad_prob - delta[:, None])
+        acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
+        if table_ptr is not None:
+            # Without the cancellation between the two terms, a bound for the other kernel's
+            # rounding too.
+            bound = prob * (tl.abs(grad_prob) + tl.abs(delta)[:, None])
+            top_bits = tl.maximum(top_bits, tl.max(bound.to(tl.int32, bitcast=True), axis=1))
+
+    acc *= scale
+    is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)
+    grad_query_ptr += batch * grad_batch + head * grad_head
+    store_rows(grad_query_ptr, row_token, grad_row, acc, is_token, HEAD_DIM, DIM)
+    is_global = (rows >= BLOCK_SIZE) & (rows < BLOCK_SIZE + NUM_GLOBAL)
+    delta_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
+    tl.store(delta_ptr + row_token, delta, mask=(rows < delta_rows) & (row_token < seq_len))
+    if NUM_GLOBAL > 0:
+        slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
+        store_rows(partial_ptr, slot, HEAD_DIM, acc, is_global, HEAD_DIM, DIM)
+    if table_ptr is not None:
+        top_ptr = sums_ptr + head * (table_size + 1) + table_size
+        tl.atomic_max(top_ptr, tl.max(top_bits, axis=0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _grad_key_kernel(
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, sums_ptr,
+    counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
+    num_heads, seq_len, num_blocks, list_width, num_offsets, pair_bits,
+    layout_batch, layout_head, codes_batch,
+    stats_stack, grad_out_batch, grad_out_head, grad_out_row, query_batch, query_head, query_row,
+    key_batch, key_head, key_row, value_batch, value_head, value_row,
+    grad_batch, grad_head, grad_row,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one row tile of keys and values; columns are the queries that attend them."""
+    grid_blocks = tl.maximum(num_blocks, 1)
+    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
+    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    block, tile = within // ROW_TILES, within % ROW_TILES
+    length = sample_length(lengths_ptr, batch, seq_len)
+    query_ptr += batch * query_batch + head * query_head
+    grad_out_ptr += batch * grad_out_batch + head * grad_out_head
+    lse_ptr += pair.to(tl.int64) * seq_len
+    if stats_ptr is not None:
+        stats_ptr += pair.to(tl.int64) * seq_len
+    delta_ptr += pair.to(tl.int64) * seq_len
+
+    rows, row_token = row_tokens(block, tile, BLOCK_SIZE, NUM_GLOBAL, ROWS)
+    row_exists = (rows < BLOCK_SIZE + NUM_GLOBAL) & (row_token < length)
+    key_ptr += batch * key_batch + head * key_head
+    key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
+    value_ptr += batch * value_batch + head * value_head
+    value = load_rows(value_ptr, row_token, value_row, row_exists, HEAD_DIM, DIM)
+    blocks_ptr, listed, columns = list_extent(
+        counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+    )  # fmt: skip
+    if table_ptr is not None:
+        table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
+        table_ptr += head * table_size
+        codes_ptr += batch * codes_batch
+        row_code = load_codes(codes_ptr, row_token, row_exists, 0, NUM_GLOBAL)
+        centre = (num_offsets - 1) // 2
+        sums_ptr += head * (table_size + 1)
+        top_bits = tl.load(sums_ptr + table_size).to(tl.int32)
+        unit = _power_of_two(_fixed_point_exponent(top_bits, pair_bits))
+        is_key = row_exists & (rows < BLOCK_SIZE)
+        is_global_key = row_exists & (rows >= BLOCK_SIZE)
+        to_global = tl.zeros([ROWS], tl.float32)
+
+    scale_log2 = scale * LOG2_E
+    acc_key = tl.zeros([ROWS, DIM], tl.float32)
+    acc_value = tl.zeros([ROWS, DIM], tl.float32)
+    for start in range(0, columns, COLUMNS):
+        token, exists, in_list, own = column_tokens(
+            start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        query = load_rows(query_ptr, token, query_row, exists, HEAD_DIM, DIM)
+        logit = products(key, query) * scale_log2
+        logit += column_mask(rows, in_list, own, BLOCK_SIZE, NUM_GLOBAL)
+        if table_ptr is not None:
+            code = load_codes(codes_ptr, token, exists, centre, NUM_GLOBAL)
+            index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
+            logit += tl.load(table_ptr + index) * LOG2_E
+        lse, lse_low = _load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
+        logit -= lse[None, :]
+        if stats_ptr is not None:
+            logit -= lse_low[None, :]
+        prob = tl.exp2(logit)
+        grad_out = load_rows(grad_out_ptr, token, grad_out_row, exists, HEAD_DIM, DIM)
+        acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
+        grad_prob = products(value, grad_out)
+        delta = tl.load(delta_ptr + token, mask=exists, other=0.0)
+        grad_logit = prob * (grad_prob - delta[None, :])
+        acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
+        if table_ptr is not None:
+            among_tokens = is_key[:, None] & (token >= NUM_GLOBAL)[None, :] & (grad_logit != 0.0)
+            _add_fixed(sums_ptr + index, grad_logit, unit, among_tokens)
+            if NUM_GLOBAL > 0:
+                from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
+                to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
+                if start < NUM_GLOBAL:
+                    is_global = token < NUM_GLOBAL
+                    entry = sums_ptr + num_offsets + token
+                    to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
+                    _add_fixed(entry, to_tokens, unit, is_global & exists)
+                    among = is_global_key[:, None] & is_global[None, :]
+                    _add_fixed(sums_ptr + index, grad_logit, unit, among)
+
+    acc_key *= scale
+    acc_key = tl.where(row_exists[:, None], acc_key, 0.0)
+    acc_value = tl.where(row_exists[:, None], acc_value, 0.0)
+    is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)
+    offset = batch * grad_batch + head * grad_head
+    store_rows(grad_key_ptr + offset, row_token, grad_row, acc_key, is_token, HEAD_DIM, DIM)
+    store_rows(grad_value_ptr + offset, row_token, grad_row, acc_value, is_token, HEAD_DIM, DIM)
+    if NUM_GLOBAL > 0:
+        partial = (rows >= BLOCK_SIZE) & (rows < BLOCK_SIZE + NUM_GLOBAL)
+        slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
+        store_rows(partial_key_ptr, slot, HEAD_DIM, acc_key, partial, HEAD_DIM, DIM)
+        store_rows(partial_value_ptr, slot, HEAD_DIM, acc_value, partial, HEAD_DIM, DIM)
+        if table_ptr is not None:
+            entry = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
+            _add_fixed(entry, to_global, unit, is_global_key)
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_partials", "stack"])
+def _combine_grads_kernel(
+    partial_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, num_heads, num_partials, stack,
+    grad_batch, grad_head, grad_row,
+    NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one global row: the sum of its partials, in order. Axis 1: which gradient."""
+    pair = tl.program_id(0) // NUM_GLOBAL
+    which = tl.program_id(0) % NUM_GLOBAL
+    grad = tl.program_id(1)
+    first = tl.program_id(0).to(tl.int64) * num_partials
+    acc = tl.zeros([DIM], tl.float32)
+    for start in range(0, num_partials, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        part = load_rows(
+            partial_ptr + grad.to(tl.int64) * stack, first + slot, HEAD_DIM, slot < num_partials,
+            HEAD_DIM, DIM,
+        )  # fmt: skip
+        acc += tl.sum(part, axis=0)
+    dim = tl.arange(0, DIM)
+    target = grad_query_ptr
+    if grad == 1:
+        target = grad_key_ptr
+    elif grad == 2:
+        target = grad_value_ptr
+    target += (pair // num_heads).to(tl.int64) * grad_batch + (pair % num_heads) * grad_head
+    target += which * grad_row + dim
+    tl.store(target, acc.to(target.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_heads", "table_size", "pair_bits"])
+def _finish_table_kernel(sums_ptr, grad_ptr, num_heads, table_size, pair_bits, SIZE: tl.constexpr):
+    """Fixed-point sums (heads, R + 1) to the fp32 gradient (R, heads)."""
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    exists = place < num_heads * table_size
+    row, head = place // num_heads, (place % num_heads).to(tl.int64)
+    sums_ptr += head * (table_size + 1)
+    total = tl.load(sums_ptr + row, mask=exists, other=0)
+    top_bits = tl.load(sums_ptr + table_size, mask=exists, other=0).to(tl.int32)
+    unit = _power_of_two(-_fixed_point_exponent(top_bits, pair_bits))
+    grad = tl.where(top_bits < _FINITE_BITS, total.to(tl.float32) * unit, float("nan"))
+    tl.store(grad_ptr + place, grad, mask=exists)
+
+
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_counts: torch.Tensor,
+    key_blocks: torch.Tensor,
+    query_counts: torch.Tensor,
+    query_blocks: torch.Tensor,
+    block_size: int,
+    num_global: int,
+    bias_table: torch.Tensor | None,
+    position_codes: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the backward kernels: two, one more with globals, one more with a bias table.
+
+    Arguments are those of the op `svitt_ops::block_sparse_attention_backward`, validated by its
+    caller.
+
+    Returns:
+        grad_query, grad_key, grad_value as their inputs, and grad_bias_table (R, heads) fp32, or
+        empty without a table.
+    """
+    batch, heads, seq_len, head_dim = query.shape
+    num_blocks, num_tokens = key_counts.shape[2], seq_len - num_global
+    grads = [query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2) for _ in range(3)]
+    table_shape = (0,) if bias_table is None else bias_table.shape
+    grad_table = query.new_empty(table_shape, dtype=torch.float32)
+    if batch == 0 or heads == 0 or seq_len == 0:
+        return grads[0], grads[1], grads[2], grad_table.zero_()
+
+    stats, stats_stack = None, 0
+    if query.dtype == torch.float32:
+        # One rounded lse is 1e-4 off at logits of 1,000, far from an fp32 result: find both parts
+        # again.
+        stats = lse.new_empty(2, *lse.shape)
+        stats_stack = stats.stride(0)
+        lists = (key_counts, key_blocks, query_counts, query_blocks, block_size, num_global)
+        block_sparse_attention(
+            query, key, value, *lists, bias_table, position_codes, key_lengths, scale, False,
+            row_stats=stats,
+        )  # fmt: skip
+
+    biased, arch = bias_table is not None, device_arch(query.device)
+    grid_blocks = max(num_blocks, 1)
+    delta = torch.empty_like(lse)
+    partial_shape = (3, batch, heads, num_global, grid_blocks, head_dim)
+    partials = query.new_empty(partial_shape, dtype=torch.float32)
+    partial_query, partial_key, partial_value = partials.unbind(0)
+    table, num_offsets, codes_batch = bias_arguments(bias_table, position_codes, num_global)
+    sums = None
+    if table is not None:
+        # One row a head: the fixed-point sums of its entries, and the bits of the top magnitude.
+        sums = query.new_zeros(heads, table.shape[1] + 1, dtype=torch.int64)
+    degree = num_global + min(max(key_blocks.shape[3], 1) * block_size, num_tokens)
+    pair_bits = (batch * (num_tokens * degree + num_global * seq_len)).bit_length()
+    inputs = [x.stride(i) for x in (grad_out, query, key, value) for i in range(3)]
+    config = {"BLOCK_SIZE": block_size, "NUM_GLOBAL": num_global, "HEAD_DIM": head_dim}
+
+    with on_device(query):
+        for which in ("grad_query", "grad_key"):
+            tile = attention_tile(which, head_dim, block_size, query.dtype, biased, arch)
+            row_tiles = cdiv(block_size + num_global, tile.rows)
+            grid = (batch * heads * grid_blocks * row_tiles,)
+            shape = {"ROW_TILES": row_tiles, **tile.shape, **tile.options}
+            if which == "grad_query":
+                _grad_query_kernel[grid](
+                    grad_out, query, key, value, out, lse, stats, delta,
+                    grads[0], partial_query, sums,
+                    key_counts, key_blocks, table, position_codes, key_lengths, scale,
+                    heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
+                    *layout_strides(key_counts), codes_batch, stats_stack,
+                    *inputs, *out.stride()[:3], *grads[0].stride()[:3], **config, **shape,
+                )  # fmt: skip
+            else:
+                _grad_key_kernel[grid](
+                    grad_out, query, key, value, lse, stats, delta,
+                    grads[1], grads[2], partial_key, partial_value, sums,
+                    query_counts, query_blocks, table, position_codes, key_lengths, scale,
+                    heads, seq_len, num_blocks, query_blocks.shape[3], num_offsets, pair_bits,
+                    *layout_strides(query_counts), codes_batch, stats_stack,
+                    *inputs, *grads[1].stride()[:3], **config, **shape,
+                )  # fmt: skip
+        if num_global > 0:
+            dim = tile.head_dim
+            _combine_grads_kernel[(batch * heads * num_global, 3)](
+                partials, *grads, heads, grid_blocks, partials.stride(0), *grads[0].stride()[:3],
+                NUM_GLOBAL=num_global, HEAD_DIM=head_dim, DIM=dim,
+                CHUNK=combine_chunk(dim), **launch_options(),
+            )  # fmt: skip
+        if sums is not None:
+            _finish_table_kernel[(cdiv(grad_table.numel(), 1024),)](
+                sums, grad_table, heads, grad_table.shape[0], pair_bits,
+                SIZE=1024, **launch_options(),
+            )  # fmt: skip
+    return grads[0], grads[1], grads[2], grad_table

@@ -1,0 +1,211 @@
+"""Compiles every Triton kernel in every tile configuration for sm_80 and sm_90; needs no GPU.
+
+    python -m svitt_ops.kernels.compile_check [--quick]
+
+The launchers run on meta tensors, and what they would launch is compiled instead, with the
+arguments specialised as Triton's launcher would specialise them: the check covers exactly what a
+GPU would run. For each compiled kernel it reports registers, spilled bytes and shared memory, and
+fails if one spills or needs more registers or shared memory than the architecture has. Run it in a
+process of its own: TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from . import block_layout, block_sparse_attention, block_sparse_attention_backward
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+REGISTERS = 64 * 1024
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one compiled kernel takes."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def attention_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of block-sparse attention over what the tile tables depend on."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(64, 56, 1, dtype) for dtype in (half, torch.float16, single)]
+    if not quick:
+        # Every padded head_dim, with and without padding, by every number of rows in a tile.
+        shapes = [(dim, 56, 1) for dim in (8, 20, 65, 80, 128, 251, 256)]
+        shapes += [(dim, size, 1) for dim in (64, 128, 256) for size in (7, 32)]
+        shapes += [(64, 100, 1), (64, 56, 0), (64, 56, 3)]
+        cases += [(*shape, dtype) for shape in shapes for dtype in (half, single)]
+    for dim, block_size, num_global, dtype in cases:
+        for bias in (False, True):
+            name = f"D={dim} block={block_size} globals={num_global} {str(dtype)[6:]}"
+            yield (
+                name + " bias" * bias,
+                partial(run_attention, dim, block_size, num_global, dtype, bias),
+            )
+
+
+def run_attention(
+    dim: int, block_size: int, num_global: int, dtype: torch.dtype, bias: bool
+) -> None:
+    """Calls both launchers; per-sample lengths, codes and saliency come with the bias."""
+    batch, heads, num_blocks = 2, 12, 14
+    tokens = num_blocks * block_size
+    # Strides of a packed projection: (batch, tokens, 3, heads, head_dim).
+    packed = torch.empty(batch, num_global + tokens, 3, heads, dim, dtype=dtype, device="meta")
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
+    counts, listed_keys, listed_queries = (
+        torch.empty(1, 1, num_blocks, *width, dtype=torch.int32, device="meta")
+        for width in ((), (4,), (9,))
+    )
+    lists = (counts, listed_keys, counts, listed_queries)
+    table = codes = lengths = None
+    if bias:
+        rows = 5103 + 2 * num_global + num_global**2
+        table = torch.empty(rows, heads, device="meta")
+        codes = torch.empty(batch, tokens, dtype=torch.int32, device="meta")
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta")
+    tail = (block_size, num_global, table, codes, lengths, 0.125)
+    saliency = bias and num_global > 0
+    inputs = (query, key, value)
+    out, lse, _ = block_sparse_attention.block_sparse_attention(*inputs, *lists, *tail, saliency)
+    block_sparse_attention_backward.block_sparse_attention_backward(
+        torch.empty_like(out), *inputs, out, lse, *lists, *tail
+    )
+
+
+def layout_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Layout drawing over the range of row lengths."""
+    for num_blocks in (14, 4096) if quick else (1, 14, 56, 100, 300, 1000, 4096):
+        noise = torch.empty(num_blocks, num_blocks, device="meta")
+        yield f"blocks={num_blocks}", partial(block_layout.draw_block_layout, noise, 1, 3)
+
+
+def specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
+    """What Triton's launcher would compile for these arguments, pointers aligned to 16 bytes."""
+    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        plain_int = isinstance(value, int) and not isinstance(value, bool)
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (plain_int and special and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif plain_int:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+@contextmanager
+def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str, int]]]]:
+    """Within, launching a kernel records its name, source and options."""
+    launches: list[tuple[str, ASTSource, dict[str, int]]] = []
+
+    def record(self: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        launches.append((self.fn.__name__, specialise(self, args, kwargs), options))
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", record))
+        for module in (block_sparse_attention, block_sparse_attention_backward):
+            patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))
+        yield launches
+
+
+def measure(source: ASTSource, options: dict[str, int], arch: int) -> Usage:
+    """Compiles for one architecture and reads the resources out of the cubin."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
+        ).stdout
+    # LOCAL and STACK both are per-thread memory that only spills make these kernels use.
+    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(
+        registers=found["REG"],
+        spills=found["STACK"] + found["LOCAL"],
+        shared=compiled.metadata.shared,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints one line per compiled kernel; 1 if any spills or exceeds shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="only the fast configurations")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("compile_check: TRITON_INTERPRET is set; run in a process without it")
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
+    )
+    seen: set[tuple[int, str, str]] = set()
+    failures = 0
+    for arch in options.arch or sorted(SHARED_LIMIT):
+        calls = [*layout_calls(options.quick), *attention_calls(options.quick)]
+        for name, call in calls:
+            with recorded_launches(arch) as launches:
+                call()
+            for kernel, source, config in launches:
+                identity = (arch, source.hash(), str(config))
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                usage = measure(source, config, arch)
+                threads = 32 * config["num_warps"]
+                bad = usage.spills > 0 or usage.shared > SHARED_LIMIT[arch]
+                bad |= usage.registers * threads > REGISTERS
+                failures += bad
+                print(
+                    f"{arch:4} {kernel.strip('_'):22} {config['num_warps']:5} "
+                    f"{config['num_stages']:6} {usage.registers:4} "
+                    f"{usage.spills:5} {usage.shared:7} {name}{'  FAILED' * bad}",
+                    flush=True,
+                )
+    print(f"{len(seen)} kernels compiled, {failures} failed")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Tile tables: how large a tile each kernel works on, and with how many warps and pipeline stages.
+
+The tables are explicit and depend on shapes, dtype and architecture alone. Nothing is tuned at run
+time: a result never depends on what ran before, the first call costs one compilation, and
+`compile_check` can visit every configuration without a GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Pass = Literal["forward", "grad_query", "grad_key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTile:
+    """One tile configuration of the block-sparse attention kernels."""
+
+    rows: int
+    """Rows a program owns (queries, or keys in the dK/dV kernel); a power of two."""
+    columns: int
+    """Gathered tokens a step of the inner loop works on."""
+    head_dim: int
+    """The head dimension, padded to a power of two of at least 16."""
+    num_warps: int
+    num_stages: int
+    max_registers: int
+    """Registers a thread at most; below 255 where one more program then runs beside the others."""
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The tile's constants under the names that the kernels give them."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "DIM": self.head_dim}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return launch_options(self.num_warps, self.num_stages) | {"maxnreg": self.max_registers}
+
+
+def next_pow2(n: int) -> int:
+    """Smallest power of two that is at least n (1 for n <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)
+
+
+def launch_options(num_warps: int = 4, num_stages: int = 2) -> dict[str, int]:
+    """Options every launch passes; multiply-adds fuse because we say so, not by default."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def device_arch(device: torch.device) -> int:
+    """Compute capability as one number (90 for an H100); 0 for a CPU, where Triton interprets."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device current, since that is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def attention_tile(
+    which: Pass, head_dim: int, block_size: int, dtype: torch.dtype, biased: bool, arch: int
+) -> AttentionTile:
+    """Tile of one of the three block-sparse attention kernels.
+
+    64 rows are what one warp group's WGMMA takes on sm_90, and hold a block of 56 with 8 rows to
+    spare for the global tokens. Smaller blocks take the next power of two; larger ones take several
+    row tiles. The entries keep every configuration free of spills (see `compile_check`), and where
+    head_dim is at most 64 let two to four programs share a multiprocessor, which is what hides the
+    latency of gathered loads.
+    """
+    dim = max(16, next_pow2(head_dim))
+    rows = min(max(16, next_pow2(block_size)), 64)
+    # Said aloud, the limit of the hardware keeps ptxas from spilling for the sake of occupancy.
+    num_warps, num_stages, max_registers = 4, 3, 255
+    if arch == 0:
+        # The interpreter pays per program and per step, whatever their size.
+        columns = 64
+    elif dtype == torch.float32:
+        # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        rows, columns = min(rows, 16 if dim <= 128 else 8), 16
+        num_warps, num_stages = 4 if dim <= 64 else 8, 1
+    elif head_dim % 8 != 0:
+        # Rows that are not aligned to 16 bytes take several times the pointers.
+        rows, columns = min(rows, 32 if dim <= 128 else 16), 16
+        num_warps, num_stages = 4 if dim <= 64 else 8, 2
+    elif dim <= 64:
+        columns = 16 if biased and which != "forward" else 32
+        if rows == 64 and not biased and arch >= 90:
+            max_registers = 168 if which == "grad_key" else 128
+        elif which == "grad_key":
+            columns = 16
+    else:
+        columns = 16 if dim > 128 or (biased and which == "grad_key") else 32
+        if dim > 128 and which == "grad_key":
+            rows = min(rows, 32)
+        num_warps, num_stages = 8 if rows == 64 or dim > 128 else 4, 2
+    return AttentionTile(
+        rows=rows,
+        columns=columns,
+        head_dim=dim,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        max_registers=max_registers,
+    )
+
+
+def draw_warps(num_blocks: int) -> int:
+    """Warps of the layout kernels, which hold one row of the M x M noise in registers."""
+    return min(max(next_pow2(num_blocks) // 256, 1), 8)
+
+
+def combine_chunk(dim: int) -> int:
+    """Partials that a combining kernel adds at a time: 16 KiB of fp32."""
+    return max(16, 4096 // dim)

@@ -1,0 +1,173 @@
+"""The build: folders mapped to packages, and the compiled extensions where a compiler is found.
+
+Metadata is in pyproject.toml. Both extensions use torch's stable ABI and Python's limited API, so
+one wheel serves every later torch and Python. `SVITT_SANITIZE=address` builds the CPU extension
+with AddressSanitizer; `python setup.py cuda_check` compiles the CUDA sources without a GPU.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from glob import glob
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Extension, find_packages, setup
+from torch import __file__ as torch_file
+from torch import version as torch_version
+from torch.utils.cpp_extension import (
+    COMMON_NVCC_FLAGS,
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+)
+
+ROOT = Path(__file__).parent
+os.chdir(ROOT)
+
+# Package -> folder. A folder that does not exist, or is not a package, is left out.
+FOLDERS = {
+    "svitt_ops": "svitt_ops",
+    "svitt_ops.kernels": "kernels",
+    "svitt_ops.models": "models",
+    "svitt_ops.training": "training",
+}
+FOLDERS = {name: folder for name, folder in FOLDERS.items() if Path(folder, "__init__.py").exists()}
+PACKAGES = [
+    package
+    for name, folder in FOLDERS.items()
+    for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
+]
+
+CPU_SOURCES = sorted(glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+TORCH_INCLUDE = str(Path(torch_file).parent / "include")
+
+MACROS = [
+    ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11, the oldest that can load it
+    ("Py_LIMITED_API", "0x030A0000"),  # Python 3.10
+]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-isystem", TORCH_INCLUDE]  # torch's own headers are not to warn
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "-gencode=arch=compute_90a,code=sm_90a",
+]
+
+
+def find_compiler() -> str | None:
+    """The first C++ compiler that turns a C++20 file into a shared library; $CXX alone if set."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <span>\nint probe(std::span<int> x) { return x[0]; }\n")
+        flags = ["-std=c++20", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        for compiler in candidates:
+            try:
+                subprocess.run([*shlex.split(compiler), *flags], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                continue
+            return compiler
+    return None
+
+
+def cuda_release(nvcc: str | None) -> str | None:
+    """The CUDA release of an nvcc, such as 13.0; None where there is no nvcc."""
+    if nvcc is None or not os.access(nvcc, os.X_OK):
+        return None
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match and match[1]
+
+
+def cpu_extension() -> Extension:
+    sanitize = os.environ.get("SVITT_SANITIZE")
+    flags = ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"] if sanitize else []
+    return CppExtension(
+        "svitt_ops._C_cpu",
+        CPU_SOURCES,
+        depends=HEADERS,
+        define_macros=MACROS,
+        extra_compile_args={"cxx": CXX_FLAGS + flags},
+        extra_link_args=flags,
+        py_limited_api=True,
+    )
+
+
+def cuda_extension() -> Extension:
+    return CUDAExtension(
+        "svitt_ops._C_cuda",
+        CUDA_SOURCES,
+        depends=HEADERS,
+        define_macros=[*MACROS, ("USE_CUDA", None)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
+    )
+
+
+def extensions() -> list[Extension]:
+    """What can be built here; each one left out is named on stderr with the reason."""
+    compiler = find_compiler()
+    if compiler is None:
+        print("svitt_ops: no C++20 compiler found: installing pure Python", file=sys.stderr)
+        return []
+    os.environ["CXX"] = compiler
+    os.environ.setdefault("CC", compiler)  # setuptools takes the linker from it
+    built = [cpu_extension()] if CPU_SOURCES else []
+    release = cuda_release(CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
+    if not CUDA_SOURCES:
+        reason = "there are no CUDA sources"
+    elif torch_version.cuda is None:
+        reason = "this torch is built without CUDA"
+    elif release is None:
+        reason = "no nvcc was found"
+    elif release.split(".")[0] != torch_version.cuda.split(".")[0]:
+        reason = f"torch is built for CUDA {torch_version.cuda}, nvcc is of CUDA {release}"
+    else:
+        return [*built, cuda_extension()]
+    print(f"svitt_ops: no CUDA extension: {reason}", file=sys.stderr)
+    return built
+
+
+class CudaCheck(Command):
+    description = "compile every csrc/cuda/*.cu; needs nvcc, but no GPU and no CUDA build of torch"
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        nvcc = shutil.which("nvcc")
+        if not CUDA_SOURCES:
+            print("cuda_check: there are no CUDA sources yet, nothing compiled")
+        elif nvcc is None:
+            print("cuda_check: no nvcc on the PATH, nothing compiled")
+        else:
+            macros = [f"-D{name}={value}" for name, value in MACROS] + ["-DUSE_CUDA"]
+            flags = [*COMMON_NVCC_FLAGS, *NVCC_FLAGS, *macros, "-isystem", TORCH_INCLUDE]
+            out = Path("build", "cuda-check")
+            out.mkdir(parents=True, exist_ok=True)
+            for source in CUDA_SOURCES:
+                target = str(out / f"{Path(source).stem}.o")
+                if subprocess.run([nvcc, *flags, "-c", source, "-o", target]).returncode:
+                    sys.exit(f"cuda_check: {source} does not compile")
+                print(f"cuda_check: {source} compiles for sm_80 and sm_90a ({cuda_release(nvcc)})")
+
+
+MODULES = [] if "cuda_check" in sys.argv else extensions()
+setup(
+    packages=PACKAGES,
+    package_dir=FOLDERS,
+    ext_modules=MODULES,
+    cmdclass={"build_ext": BuildExtension, "cuda_check": CudaCheck},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODULES else {},
+)

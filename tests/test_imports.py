@@ -1,0 +1,172 @@
+"""Imports go down only, kernels < svitt_ops < models < training; `import svitt_ops` is light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What one folder may import besides itself and the standard library; None is anything."""
+
+    packages: frozenset[str] | None
+    layers: frozenset[str] = frozenset()
+    layers_in_functions: frozenset[str] = frozenset()
+
+
+RULES = {
+    "kernels": Rule(packages=frozenset({"torch", "triton"})),
+    "svitt_ops": Rule(packages=frozenset({"torch"}), layers_in_functions=frozenset({"kernels"})),
+    "models": Rule(packages=frozenset({"torch", "transformers"}), layers=frozenset({"svitt_ops"})),
+    "training": Rule(packages=None, layers=frozenset({"svitt_ops", "kernels", "models"})),
+}
+FOLDERS = frozenset({"kernels", "models", "training", "bench", "tests", "examples"})
+
+
+def package_of(folder: str) -> str:
+    return folder if folder == "svitt_ops" else f"svitt_ops.{folder}"
+
+
+def layer_of(name: str) -> str | None:
+    """The folder that an imported name lives in; None outside of svitt_ops."""
+    first, *rest = name.split(".")
+    if first != "svitt_ops":
+        return None
+    return rest[0] if rest and rest[0] in RULES else "svitt_ops"
+
+
+def imports(node: ast.AST, package: str, in_function: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every name imported below a node, and whether inside a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, in_function) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - child.level + 1] if child.level else []
+            base += [child.module] if child.module else []
+            yield from ((".".join([*base, alias.name]), in_function) for alias in child.names)
+        elif isinstance(child, ast.Call) and is_import_call(child):
+            yield leading_text(child.args[0]) if child.args else "", in_function
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(child, package, in_function or is_function)
+
+
+def is_import_call(call: ast.Call) -> bool:
+    return ast.unparse(call.func).split(".")[-1] in ("import_module", "__import__")
+
+
+def leading_text(argument: ast.expr) -> str:
+    """What is known of an import_module argument: a string, or the start of an f-string."""
+    if isinstance(argument, ast.JoinedStr) and argument.values:
+        argument = argument.values[0]
+    known = isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    return argument.value if known else ""
+
+
+def objections(source: str, folder: str, package: str) -> list[str]:
+    """The imports that a file in a folder must not have. `package` is what `.` means in it."""
+    rule = RULES[folder]
+    found = []
+    for name, in_function in imports(ast.parse(source), package):
+        top = name.split(".")[0]
+        layer = layer_of(name)
+        if layer == folder:
+            allowed = True
+        elif layer is not None:
+            private = any(part.startswith("_") for part in name.split("."))
+            lazy = in_function and layer in rule.layers_in_functions
+            allowed = (layer in rule.layers or lazy) and not private
+        elif rule.packages is None:
+            allowed = bool(name) and top not in FOLDERS
+        else:
+            allowed = top in sys.stdlib_module_names or top in rule.packages
+        if not allowed:
+            found.append(f"{name or 'a computed name'}{' in a function' if in_function else ''}")
+    return found
+
+
+@pytest.mark.parametrize("folder", RULES)
+def test_imports_go_down_only(folder: str) -> None:
+    found = []
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        parents = path.parent.relative_to(REPOSITORY / folder).parts
+        package = ".".join([package_of(folder), *parents])
+        found += [
+            f"{path.relative_to(REPOSITORY)} imports {name}"
+            for name in objections(path.read_text(), folder, package)
+        ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("kernels", "import svitt_ops"),
+        ("kernels", "from svitt_ops import layout"),
+        ("kernels", "from ..layout import BlockLayout"),
+        ("kernels", "def launch():\n    from svitt_ops.layout import BlockLayout"),
+        ("kernels", "import numpy"),
+        ("svitt_ops", "import triton"),
+        ("svitt_ops", "import numpy as np"),
+        ("svitt_ops", "from svitt_ops.kernels import tiles"),
+        ("svitt_ops", "from svitt_ops import kernels"),
+        ("svitt_ops", "from .kernels import tiles"),
+        ("svitt_ops", "if True:\n    import svitt_ops.kernels.tiles"),
+        ("svitt_ops", "def f():\n    import triton"),
+        ("svitt_ops", "def f():\n    from svitt_ops.models import svitt"),
+        ("svitt_ops", "import importlib\nimportlib.import_module('svitt_ops.kernels.tiles')"),
+        ("svitt_ops", "import importlib\ndef f(name):\n    importlib.import_module(name)"),
+        ("models", "from svitt_ops.training import engine"),
+        ("models", "from svitt_ops.kernels import tiles"),
+        ("models", "from svitt_ops import _library"),
+        ("models", "import accelerate"),
+        ("training", "import bench"),
+        ("training", "from models import svitt"),
+        ("training", "from svitt_ops._library import define"),
+    ],
+)
+def test_a_wrong_import_is_objected_to(folder: str, source: str) -> None:
+    assert len(objections(source, folder, package_of(folder))) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("kernels", "import math\nimport torch\nimport triton.language as tl"),
+        ("kernels", "from svitt_ops.kernels import tiles\nfrom .tiles import row"),
+        ("svitt_ops", "from torch import Tensor\nfrom svitt_ops import _library\nfrom . import nn"),
+        ("svitt_ops", "def f():\n    from svitt_ops.kernels import tiles"),
+        ("svitt_ops", "def f(m):\n    importlib.import_module(f'svitt_ops.kernels.{m}')"),
+        ("models", "import transformers\nimport svitt_ops as so\nfrom svitt_ops.nn import X"),
+        ("training", "import av\nfrom svitt_ops.models import svitt\nimport svitt_ops"),
+    ],
+)
+def test_a_right_import_is_not(folder: str, source: str) -> None:
+    assert objections(source, folder, package_of(folder)) == []
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import svitt_ops
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+new = {name for name in new if not name.startswith("_sysconfigdata")}
+print(*sorted(new - set(sys.stdlib_module_names) - {"svitt_ops", "torch"}))
+print(*sorted({"triton", "transformers"} & set(sys.modules)))
+print(torch.cuda.is_initialized())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert run.stderr == ""
+    heavier, forbidden, cuda_context = run.stdout.split("\n")[:3]
+    assert heavier == ""
+    assert forbidden == ""
+    assert cuda_context == "False"
