@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from svitt_ops import _library, _validation
+from svitt_ops import _flops, _library, _validation
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.block_sparse_attention import attend
 
@@ -287,7 +286,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
 _library.differentiate(_OP, _backward, _setup_context)
 
 
-def _flops(query: Tensor, args: tuple[Any, ...]) -> int:
+def _count_flops(query: Tensor, args: tuple[Any, ...]) -> int:
     """4 head_dim FLOP an edge; lists that cannot be read count as full to their width."""
     batch, heads, tokens, head_dim = query.shape
     layout = _layout_of(query, args)
@@ -300,11 +299,5 @@ def _flops(query: Tensor, args: tuple[Any, ...]) -> int:
     return round(4 * batch * heads * head_dim * edges)
 
 
-@register_flop_formula(torch.ops.svitt_ops.block_sparse_attention, get_raw=True)
-def _forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return _flops(args[0], args[3:])
-
-
-@register_flop_formula(torch.ops.svitt_ops.block_sparse_attention_backward, get_raw=True)
-def _backward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return _flops(args[1], args[6:]) * 5 // 2
+_flops.register(_OP, lambda *args: _count_flops(args[0], args[3:]))
+_flops.register(f"{_OP}_backward", lambda *args: _count_flops(args[1], args[6:]) * 5 // 2)

@@ -74,10 +74,20 @@ SVITT_INLINE float to_float(bf16 x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+// fp16 by bits: not every compiler has the type, and F16C is not in every instruction set. The product
+// renormalises subnormals; infinities and NaN keep their all-ones exponent.
 SVITT_INLINE float to_float(fp16 x) {
-  _Float16 h;
-  std::memcpy(&h, &x, 2);
-  return static_cast<float>(h);
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float f;
+  std::memcpy(&f, &rest, 4);
+  f *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (rest >= 0x0f800000) bits |= 0x7f800000;
+  bits |= sign;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 SVITT_INLINE void from_float(float* p, float x) { *p = x; }
 SVITT_INLINE void from_float(bf16* p, float x) {
@@ -87,8 +97,23 @@ SVITT_INLINE void from_float(bf16* p, float x) {
   p->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : rounded) >> 16);
 }
 SVITT_INLINE void from_float(fp16* p, float x) {
-  const _Float16 h = static_cast<_Float16>(x);
-  std::memcpy(p, &h, 2);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits >= 0x47800000) {  // 65536 and above, infinities, NaN
+    half = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded digits at the end
+    float f;
+    std::memcpy(&f, &bits, 4);
+    f += 0.5f;
+    std::memcpy(&half, &f, 4);
+    half -= 0x3f000000;
+  } else {
+    half = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;
+  }
+  p->bits = static_cast<uint16_t>(half | sign);
 }
 
 SVITT_INLINE vf load_wide(const float* p) { return load(p); }
