@@ -57,25 +57,27 @@ void check_codes(const Attention& p, const Tensor& codes) {
   }
 }
 
-/// Rearrange the table for the kernels, see kTablePad; `tables` owns the result.
+/// Where row r of a table stands once rearranged, see kTablePad.
+int64_t rearranged(const Attention& p, int64_t r, bool reversed) {
+  if (r >= p.table_rows) return p.extra() + r - p.table_rows;
+  return kTablePad + (reversed ? p.table_rows - 1 - r : r);
+}
+
+/// Rearrange the table for the kernels; `tables` owns the result.
 void bind_bias(Attention& p, const OptionalTensor& table, const OptionalTensor& codes,
-               std::vector<float>& tables) {
+               bool reversed, std::vector<float>& tables) {
   if (!table.has_value()) return;
   const int64_t extra = 2 * p.num_global + static_cast<int64_t>(p.num_global) * p.num_global;
   p.table_rows = table->size(0) - extra;
-  p.table_stride = p.table_rows + 2 * kTablePad + extra;
+  p.table_stride = p.extra() + extra;
   p.codes = codes->const_data_ptr<int32_t>();
   p.codes_stride = codes->size(0) > 1 ? codes->size(1) : 0;
   check_codes(p, *codes);
   tables.assign(p.heads * p.table_stride, 0.0f);
   const float* from = table->const_data_ptr<float>();
-  for (int64_t h = 0; h < p.heads; ++h) {
-    float* to = tables.data() + h * p.table_stride;
-    for (int64_t r = 0; r < p.table_rows; ++r)
-      to[kTablePad + p.table_rows - 1 - r] = from[r * p.heads + h];
-    for (int64_t r = 0; r < extra; ++r)
-      to[p.table_rows + 2 * kTablePad + r] = from[(p.table_rows + r) * p.heads + h];
-  }
+  for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t r = 0; r < table->size(0); ++r)
+      tables[h * p.table_stride + rearranged(p, r, reversed)] = from[r * p.heads + h];
   p.table = tables.data();
 }
 
@@ -85,7 +87,7 @@ Tensor reduce_table(const Backward& p, const Tensor& table) {
   float* to = result.mutable_data_ptr<float>();
   for (int64_t r = 0; r < table.size(0); ++r)
     for (int64_t h = 0; h < p.heads; ++h) {
-      const int64_t at = r < p.table_rows ? kTablePad + p.table_rows - 1 - r : r + 2 * kTablePad;
+      const int64_t at = rearranged(p, r, false);
       float sum = 0.0f;
       for (int64_t b = 0; b < p.batch; ++b)
         sum += p.grad_table[(b * p.heads + h) * p.table_stride + at];
@@ -120,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   auto p = problem<Forward>(query, key, value, key_counts, key_blocks, block_size, num_global,
                             key_lengths, scale);
   std::vector<float> tables;
-  bind_bias(p, bias_table, position_codes, tables);
+  bind_bias(p, bias_table, position_codes, true, tables);
   Tensor out = empty_like_heads(query);
   Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Float);
   Tensor saliency = empty(query, return_saliency ? Sizes{p.batch, p.num_tokens()} : Sizes{0},
@@ -160,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   auto p = problem<Backward>(query, key, value, key_counts, key_blocks, block_size, num_global,
                              key_lengths, scale);
   std::vector<float> tables;
-  bind_bias(p, bias_table, position_codes, tables);
+  bind_bias(p, bias_table, position_codes, false, tables);
   Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(query),
          grad_value = empty_like_heads(query);
   std::vector<float> grad_tables(p.table == nullptr ? 0 : p.batch * p.heads * p.table_stride);

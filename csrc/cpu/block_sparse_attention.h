@@ -19,8 +19,9 @@ struct BlockLists {  // (1 or batch, 1 or heads, blocks[, width]); a stride of 0
   int64_t width;
 };
 
-// The bias table of one head, rearranged: the R0 rows reversed, so that the bias of one query against
-// consecutive codes is consecutive in memory, `kTablePad` floats on both sides, then the global rows.
+// The bias table of one head, rearranged: the R0 rows with `kTablePad` floats on both sides, then the rows
+// of the globals. The forward takes many keys for one query and has the R0 rows reversed, so that keys of
+// consecutive codes are consecutive in memory; the backward takes many queries for one key.
 constexpr int kTablePad = 16;
 
 struct Attention {
@@ -39,6 +40,8 @@ struct Attention {
   float scale;
 
   int64_t num_tokens() const { return tokens - num_global; }
+  int64_t centre() const { return (table_rows - 1) / 2 + kTablePad; }
+  int64_t extra() const { return table_rows + 2 * kTablePad; }
   int64_t length(int64_t b) const {
     if (lengths == nullptr) return tokens;
     const int64_t n = lengths[b];

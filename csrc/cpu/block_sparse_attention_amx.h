@@ -214,7 +214,8 @@ void forward_amx(const Forward& p, int64_t begin, int64_t end) {
       const int64_t head = item / p.row_blocks(), b = head / p.heads, h = head % p.heads;
       if (head != staged) scratch.stage(p, b, h);
       staged = head;
-      block.start(p, scratch.tiling, b, h, item % p.row_blocks());
+      block.start(p, scratch.tiling.length, b, h, item % p.row_blocks());
+      block.rewind(scratch.tiling);
       forward_block_amx(p, block, scratch);
     }
   }

@@ -1,55 +1,65 @@
-// Backward: one sweep over the row blocks of a head, five small products a chunk.
+// Backward: one sweep over the row blocks of a head, five small products for each block of keys.
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 //
-// dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of the row blocks, so
-// there is nothing to reduce over threads. Weights are recomputed from the forward's log-sum-exp.
+// Everything is held transposed, keys by queries: then K and V are read where they lie, the softmax
+// needs no reduction over lanes, and the weights of one block of keys stay in the L1 cache through all five
+// products. dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of the row blocks,
+// so there is nothing to reduce over threads. Weights come from the forward's log-sum-exp.
 
 constexpr int kRowTile = 64;  // query rows per pass
+constexpr int kKeyTile = 64;  // keys per pass, at most
 
 struct BackwardScratch {
   Arena arena;
-  Tiling tiling;
-  int width, stride;  // of a row of head_dim, of a row of logits
-  int64_t column_tile;
-  float *keys, *key_buffer, *values;
-  HeadRows key_rows;
-  float *query, *grad_out, *weights, *slopes, *delta;
-  float *grad_query, *grad_key, *grad_value;
-  Chunk* chunk;
-  BiasColumns* bias;
+  int width;  // head_dim rounded up to W
+  HeadRows keys, values;
+  float *key_buffer, *value_buffer, *grad_key, *grad_value;
+  float *query, *query_columns, *grad_out, *grad_columns, *grad_query;
+  float *weights, *slopes;  // (keys, kRowTile)
+  float *lse, *delta;
+  LaneCodes* lanes;
 
-  explicit BackwardScratch(const Backward& p)
-      : tiling(p, W), width(round_up(p.head_dim, W)), stride(kColumns + W) {
-    column_tile = static_cast<int64_t>(round_up(tiling.width, kPanel)) * p.head_dim;
-    keys = arena.take<float>(tiling.tiles() * column_tile);
+  explicit BackwardScratch(const Backward& p) : width(round_up(p.head_dim, W)) {
+    const int64_t columns = static_cast<int64_t>(kRowTile) * p.head_dim;
     key_buffer = arena.take<float>(p.tokens * width);
-    values = arena.take<float>(tiling.tiles() * column_tile);
-    query = arena.take<float>(kRowTile * width);
-    grad_out = arena.take<float>(kRowTile * width);
-    weights = arena.take<float>(kRowTile * stride);
-    slopes = arena.take<float>(kRowTile * stride);
-    delta = arena.take<float>(kRowTile);
-    grad_query = arena.take<float>(kRowTile * width);
+    value_buffer = arena.take<float>(p.tokens * width);
     grad_key = arena.take<float>(p.tokens * width);
     grad_value = arena.take<float>(p.tokens * width);
-    chunk = arena.take<Chunk>(1);
-    bias = arena.take<BiasColumns>(1);
+    query = arena.take<float>(kRowTile * width);
+    query_columns = arena.take<float>(columns);
+    grad_out = arena.take<float>(kRowTile * width);
+    grad_columns = arena.take<float>(columns);
+    grad_query = arena.take<float>(kRowTile * width);
+    weights = arena.take<float>(kKeyTile * kRowTile);
+    slopes = arena.take<float>(kKeyTile * kRowTile);
+    lse = arena.take<float>(kRowTile);
+    delta = arena.take<float>(kRowTile);
+    lanes = arena.take<LaneCodes>(kRowTile / W);
   }
   template <class T>
   void stage(const Backward& p, int64_t b, int64_t h) {
-    tiling.length = static_cast<int>(p.length(b));
-    stage_columns<T>(tiling, p.key, b, h, p.head_dim, keys);
-    key_rows.stage<T>(p.key, b, h, tiling.length, p.head_dim, key_buffer, width);
-    stage_columns<T>(tiling, p.value, b, h, p.head_dim, values);
+    const int64_t length = p.length(b);
+    keys.stage<T>(p.key, b, h, length, p.head_dim, key_buffer, width);
+    values.stage<T>(p.value, b, h, length, p.head_dim, value_buffer, width);
     std::memset(grad_key, 0, sizeof(float) * p.tokens * width);
     std::memset(grad_value, 0, sizeof(float) * p.tokens * width);
-    if (p.table != nullptr) bias->bind(p, b);
   }
 };
 
+/// Up to kRowTile query rows of a row block, and where their bias comes from.
+struct RowTile {
+  int64_t b, h;
+  int row, rows;
+  int columns;  // rows rounded up to W
+  bool global;
+  const float* table;
+  float* grad_table;
+  const int32_t* codes;
+};
+
 template <class T>
-SVITT_INLINE void write_head(const Backward& p, void* output, int64_t b, int64_t h,
-                             const float* rows, int width) {
+void write_head(const Backward& p, void* output, int64_t b, int64_t h, const float* rows,
+                int width) {
   constexpr int64_t kAhead = 16;
   for (int64_t n = 0; n < p.tokens; ++n) {
     if (n + kAhead < p.tokens)
@@ -58,103 +68,131 @@ SVITT_INLINE void write_head(const Backward& p, void* output, int64_t b, int64_t
   }
 }
 
+/// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
 template <class T>
-SVITT_INLINE void load_rows(const Matrix& m, const RowBlock& block, int row, int rows, int dims,
-                            float* to, int width) {
-  copy_rows(base<T>(m, block.b, block.h) + row * m.token, m.token, rows, dims, to, width);
-}
-
-/// Weights from dot products, then the logits' gradient from the weights' gradient, one row.
-SVITT_INLINE void differentiate_row(const Backward& p, const RowBlock& block,
-                                    const BackwardScratch& s, const float* table,
-                                    float* grad_table, int row, float lse, float delta,
-                                    float* weights, float* slopes) {
-  const Chunk& chunk = *s.chunk;
-  finish_logits(p, block, chunk, *s.bias, table, row, weights);
-  exponentiate(weights, chunk.columns, lse);
-  const int32_t code = table != nullptr && !block.global ? s.bias->row_code(row) : 0;
-  for (int c = 0; c < chunk.columns; c += W) {
-    vf slope = load(weights + c) * (load(slopes + c) - splat(delta));
-    if (grad_table != nullptr) {
-      slope = load(chunk.mask + c) == 0.0f ? slope : vf{};
-      if (block.global) {
-        s.bias->add_global_row(grad_table, row, c / W, slope);
-      } else {
-        s.bias->add_token_row(grad_table, code, c / W, slope);
-      }
-    }
-    store(slopes + c, slope * splat(p.scale));
-  }
-}
-
-/// Rows r0 to r0 + count of A times the transposed tiles of a chunk.
-SVITT_INLINE void multiply_by_tiles(const Backward& p, const BackwardScratch& s, int r0, int count,
-                                    const float* a, const float* tiles, float* c) {
-  for (int i = 0; i < s.chunk->entries; ++i) {
-    const Entry& e = s.chunk->entry[i];
-    float* to[kRows];
-    for (int r = 0; r < count; ++r) to[r] = c + (r0 + r) * s.stride + e.column;
-    const Segment part{a + r0 * s.width, tiles + e.tile * s.column_tile, kPanel,
-                       static_cast<int64_t>(p.head_dim) * kPanel, p.head_dim};
-    multiply(count, s.tiling.width, &part, 1, {s.width, 1}, to, false);
-  }
-}
-
-template <class T>
-void backward_tile(const Backward& p, RowBlock& block, int row, int rows, BackwardScratch& s,
-                   float* grad_table) {
-  const float* table = p.table == nullptr ? nullptr : p.table + block.h * p.table_stride;
-  const float* lse = p.lse + (block.b * p.heads + block.h) * p.tokens + row;
-  load_rows<T>(p.query, block, row, rows, p.head_dim, s.query, s.width);
-  load_rows<T>(p.grad_out, block, row, rows, p.head_dim, s.grad_out, s.width);
-  const T* out = base<T>(p.out, block.b, block.h) + row * p.out.token;
-  for (int r = 0; r < rows; ++r) {
+void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
+  const auto load_rows = [&](const Matrix& m, float* rows, float* columns) {
+    copy_rows(base<T>(m, t.b, t.h) + t.row * m.token, m.token, t.rows, p.head_dim, rows, s.width);
+    pack_columns(rows, s.width, t.rows, p.head_dim, columns, t.columns);
+  };
+  load_rows(p.query, s.query, s.query_columns);
+  load_rows(p.grad_out, s.grad_out, s.grad_columns);
+  const T* out = base<T>(p.out, t.b, t.h) + t.row * p.out.token;
+  const float* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
+  for (int r = 0; r < t.columns; ++r) {
+    // Lanes without a row get weight 0 by an infinite log-sum-exp, and no upstream gradient.
+    s.lse[r] = r < t.rows ? lse[r] : kInfinity;
     vf sum{};
-    for (int d = 0; d < p.head_dim; d += W)
+    for (int d = 0; d < p.head_dim && r < t.rows; d += W)
       sum += load(s.grad_out + r * s.width + d) *
              load_some(out + r * p.out.token + d, p.head_dim - d);
     s.delta[r] = hsum(sum);
   }
-
-  float *query_rows[kRowTile];
-  for (int r = 0; r < rows; ++r) query_rows[r] = s.grad_query + r * s.width;
-  const Chunk& chunk = *s.chunk;
-  Segment by_keys[kSegments];
-  bool first = true;
-  for (block.rewind(s.tiling); block.gather(s.tiling, *s.chunk); first = false) {
-    if (table != nullptr) s.bias->describe(chunk);
-    const int groups = (rows + kRows - 1) / kRows;
-    for (int g = 0; g < groups; ++g) {
-      const int r0 = rows * g / groups, count = rows * (g + 1) / groups - r0;
-      multiply_by_tiles(p, s, r0, count, s.query, s.keys, s.weights);
-      multiply_by_tiles(p, s, r0, count, s.grad_out, s.values, s.slopes);
-      for (int r = r0; r < r0 + count; ++r) {
-        prefetch_row<true>(output_row<T>(p, p.grad_query, block.b, block.h, row + r), p.head_dim);
-        differentiate_row(p, block, s, table, grad_table, row + r, lse[r], s.delta[r],
-                          s.weights + r * s.stride, s.slopes + r * s.stride);
-      }
-    }
-    for (int i = 0; i < chunk.entries; ++i) {
-      const Entry& e = chunk.entry[i];
-      float *key_rows[kColumns], *value_rows[kColumns];
-      const int count = e.to - e.from, column = e.column + e.from;
-      for (int j = 0; j < count; ++j) {
-        const int64_t token = chunk.token[column + j];
-        key_rows[j] = s.grad_key + token * s.width;
-        value_rows[j] = s.grad_value + token * s.width;
-      }
-      const Segment by_weights{s.weights + column, s.grad_out, s.width, kPanel, rows};
-      multiply(count, p.head_dim, &by_weights, 1, {1, s.stride}, value_rows, true);
-      const Segment by_slopes{s.slopes + column, s.query, s.width, kPanel, rows};
-      multiply(count, p.head_dim, &by_slopes, 1, {1, s.stride}, key_rows, true);
-    }
-    const int segments = column_segments(chunk, s.tiling, s.slopes, s.key_rows, by_keys);
-    multiply(rows, p.head_dim, by_keys, segments, {s.stride, 1}, query_rows, !first);
+  if (t.table == nullptr || t.global) return;
+  for (int r = 0; r < t.columns; r += W) {
+    int32_t token[W];
+    for (int i = 0; i < W; ++i) token[i] = r + i < t.rows ? t.row + r + i : -1;
+    s.lanes[r / W].describe(token, p.num_global, t.codes);
   }
-  if (first) std::memset(s.grad_query, 0, sizeof(float) * rows * s.width);
-  for (int r = 0; r < rows; ++r)
-    write_row(output_row<T>(p, p.grad_query, block.b, block.h, row + r), query_rows[r], p.head_dim,
-              1.0f);
+}
+
+/// The bias of query lanes [c, c + W) against one key, or with `Add` the gradient into the table.
+template <bool Add>
+SVITT_INLINE vf bias_of_key(const Backward& p, const RowTile& t, const LaneCodes* lanes, int key,
+                            int c, vf grad) {
+  const int g = p.num_global;
+  const bool global_key = key < g;
+  if (!t.global && !global_key) {
+    const int64_t at = p.centre() - t.codes[key - g];
+    if constexpr (Add) lanes[c / W].add(t.grad_table + at, grad);
+    return Add ? vf{} : lanes[c / W].look_up(t.table + at);
+  }
+  vf bias{};
+  for (int i = 0; i < W && c + i < t.rows; ++i) {
+    const int64_t query = t.row + c + i;
+    const int64_t at = p.extra() + (!t.global     ? g + key
+                                    : !global_key ? query
+                                                  : 2 * g + query * g + key);
+    if constexpr (Add) t.grad_table[at] += grad[i];
+    else bias[i] = t.table[at];
+  }
+  return bias;
+}
+
+/// In place: dot products to weights, gradients of weights to scaled gradients of logits.
+SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScratch& s, int key,
+                                int keys) {
+  const vf scale = splat(p.scale);
+  for (int j = 0; j < keys; ++j) {
+    float *weights = s.weights + j * kRowTile, *slopes = s.slopes + j * kRowTile;
+    for (int c = 0; c < t.columns; c += W) {
+      vf x = load(weights + c) * scale;
+      if (t.table != nullptr) x += bias_of_key<false>(p, t, s.lanes, key + j, c, vf{});
+      const vf weight = exp_nonpositive<5>(x - load(s.lse + c));
+      const vf slope = weight * (load(slopes + c) - load(s.delta + c));
+      if (t.table != nullptr) bias_of_key<true>(p, t, s.lanes, key + j, c, slope);
+      store(weights + c, weight);
+      store(slopes + c, slope * scale);
+    }
+  }
+}
+
+/// All products of a row tile with keys [key, key + keys).
+SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScratch& s, int key,
+                                int keys, bool first) {
+  float *weight_rows[kKeyTile], *slope_rows[kKeyTile], *key_rows[kKeyTile], *value_rows[kKeyTile];
+  for (int j = 0; j < keys; ++j) {
+    weight_rows[j] = s.weights + j * kRowTile;
+    slope_rows[j] = s.slopes + j * kRowTile;
+    key_rows[j] = s.grad_key + static_cast<int64_t>(key + j) * s.width;
+    value_rows[j] = s.grad_value + static_cast<int64_t>(key + j) * s.width;
+  }
+  float* query_rows[kRowTile];
+  for (int r = 0; r < t.rows; ++r) query_rows[r] = s.grad_query + r * s.width;
+  const float* k = s.keys.data + key * s.keys.step;
+  const float* v = s.values.data + key * s.values.step;
+  const int64_t panel = static_cast<int64_t>(p.head_dim) * kPanel;
+
+  const Segment dots{k, s.query_columns, kPanel, panel, p.head_dim};
+  multiply(keys, t.columns, &dots, 1, {s.keys.step, 1}, weight_rows, false);
+  const Segment grads{v, s.grad_columns, kPanel, panel, p.head_dim};
+  multiply(keys, t.columns, &grads, 1, {s.values.step, 1}, slope_rows, false);
+  differentiate(p, t, s, key, keys);
+  const Segment to_values{s.weights, s.grad_out, s.width, kPanel, t.rows};
+  multiply(keys, p.head_dim, &to_values, 1, {kRowTile, 1}, value_rows, true);
+  const Segment to_keys{s.slopes, s.query, s.width, kPanel, t.rows};
+  multiply(keys, p.head_dim, &to_keys, 1, {kRowTile, 1}, key_rows, true);
+  const Segment to_queries{s.slopes, k, s.keys.step, kPanel, keys};
+  multiply(t.rows, p.head_dim, &to_queries, 1, {1, kRowTile}, query_rows, !first);
+}
+
+template <class T>
+void backward_tile(const Backward& p, const RowBlock& block, const RowTile& t, int64_t length,
+                   BackwardScratch& s) {
+  load_tile<T>(p, t, s);
+  bool first = true;
+  const auto sweep = [&](int64_t from, int64_t to) {
+    to = to < length ? to : length;
+    for (int64_t key = from; key < to; key += kKeyTile) {
+      const int64_t left = to - key;
+      backward_keys(p, t, s, static_cast<int>(key),
+                    static_cast<int>(left < kKeyTile ? left : kKeyTile), first);
+      first = false;
+    }
+  };
+  if (t.global) {
+    sweep(0, length);
+  } else {
+    sweep(0, p.num_global);
+    for (int i = 0; i < block.listed; ++i) {
+      const int64_t from = p.num_global + static_cast<int64_t>(block.list[i]) * p.block_size;
+      sweep(from, from + p.block_size);
+    }
+  }
+  if (first) std::memset(s.grad_query, 0, sizeof(float) * t.rows * s.width);
+  for (int r = 0; r < t.rows; ++r)
+    write_row(output_row<T>(p, p.grad_query, t.b, t.h, t.row + r), s.grad_query + r * s.width,
+              p.head_dim, 1.0f);
 }
 
 template <class T>
@@ -162,14 +200,23 @@ void backward_items(const Backward& p, int64_t begin, int64_t end) {
   BackwardScratch s(p);
   RowBlock block;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / p.heads, h = item % p.heads;
+    const int64_t b = item / p.heads, h = item % p.heads, length = p.length(b);
     s.stage<T>(p, b, h);
-    float* grad_table = p.grad_table == nullptr ? nullptr : p.grad_table + item * p.table_stride;
+    RowTile t{b, h, 0, 0, 0, false, nullptr, nullptr, nullptr};
+    if (p.table != nullptr) {
+      t.table = p.table + h * p.table_stride;
+      t.grad_table = p.grad_table + item * p.table_stride;
+      t.codes = p.codes + b * p.codes_stride;
+    }
     for (int64_t i = 0; i < p.row_blocks(); ++i) {
-      block.start(p, s.tiling, b, h, i);
-      for (int r = 0; r < block.rows; r += kRowTile)
-        backward_tile<T>(p, block, block.row + r,
-                         block.rows - r < kRowTile ? block.rows - r : kRowTile, s, grad_table);
+      block.start(p, length, b, h, i);
+      t.global = block.global;
+      for (int r = 0; r < block.rows; r += kRowTile) {
+        t.row = block.row + r;
+        t.rows = block.rows - r < kRowTile ? block.rows - r : kRowTile;
+        t.columns = round_up(t.rows, W);
+        backward_tile<T>(p, block, t, length, s);
+      }
       for (int64_t row = block.row + block.rows; row < block.end; ++row)
         std::memset(static_cast<void*>(output_row<T>(p, p.grad_query, b, h, row)), 0,
                     sizeof(T) * p.head_dim);

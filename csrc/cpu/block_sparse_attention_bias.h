@@ -1,30 +1,85 @@
-// Logits from dot products: scale, mask and the 3-D relative position bias.
+// The 3-D relative position bias, and logits from dot products.
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_tiles.h.
 
-/// The bias of a chunk's columns, described once and applied to every row.
+/// The codes of W tokens, one per lane, as runs of consecutive numbers.
 ///
-/// Within one vector the keys' codes mostly form a few runs of consecutive numbers (rows of the grid); a
-/// run is one unaligned load from the reversed table. Vectors with more runs go lane by lane.
-struct BiasColumns {
+/// Rows of the token grid give long runs, and a run against one other token is one unaligned load from
+/// the table. Vectors of more than three runs (pruned tokens) go lane by lane.
+struct LaneCodes {
   static constexpr int kRuns = 3;
-  struct Runs {
-    int count;              // 0: lane by lane
-    int32_t offset[kRuns];  // the code that lane 0 would have in this run
-    int32_t first[kRuns];   // the run's first lane
-  };
-  Runs runs[kColumns / W];
-  int32_t code[kColumns];
+  int count;              // 0: lane by lane
+  int32_t offset[kRuns];  // the code that lane 0 would have in this run
+  int32_t first[kRuns];   // the run's first lane
+  int32_t code[W];
+
+  /// Lane i holds token[i]; negative numbers and globals are lanes without a code.
+  void describe(const int32_t* token, int num_global, const int32_t* codes) {
+    // Lanes without a code continue their neighbour's run; the table's padding makes that safe.
+    int known = -1;
+    for (int lane = 0; lane < W; ++lane) {
+      if (token[lane] >= num_global) {
+        code[lane] = codes[token[lane] - num_global];
+        if (known < 0) known = lane;
+      } else if (known >= 0) {
+        code[lane] = code[lane - 1] + 1;
+      }
+    }
+    for (int lane = 0; lane < (known < 0 ? W : known); ++lane)
+      code[lane] = known < 0 ? codes[0] + lane : code[known] - (known - lane);
+    count = 0;
+    for (int lane = 0; lane < W; ++lane) {
+      if (lane > 0 && code[lane] == code[lane - 1] + 1) continue;
+      if (count == kRuns) {
+        count = 0;
+        return;
+      }
+      offset[count] = code[lane] - lane;
+      first[count++] = lane;
+    }
+  }
+
+  /// Entries table[code] of the lanes.
+  SVITT_INLINE vf look_up(const float* table) const {
+    vf found;
+    if (count > 0) {
+      found = load(table + offset[0]);
+      for (int i = 1; i < count; ++i)
+        found = lane_numbers() >= first[i] ? load(table + offset[i]) : found;
+    } else {
+      for (int lane = 0; lane < W; ++lane) found[lane] = table[code[lane]];
+    }
+    return found;
+  }
+
+  /// The transpose of `look_up`; lanes without a code must be 0.
+  SVITT_INLINE void add(float* table, vf grad) const {
+    if (count > 0) {
+      for (int i = 0; i < count; ++i) {
+        const int32_t end = i + 1 < count ? first[i + 1] : W;
+        const vi lanes = lane_numbers(), inside = (lanes >= first[i]) & (lanes < end);
+        float* to = table + offset[i];
+        store(to, load(to) + (inside ? grad : vf{}));
+      }
+    } else {
+      for (int lane = 0; lane < W; ++lane) table[code[lane]] += grad[lane];
+    }
+  }
+};
+
+/// The bias of a chunk's columns, described once and applied to every row.
+struct BiasColumns {
+  LaneCodes lanes[kColumns / W];
   const int32_t* token;
   const int32_t* codes;
   int first_global, globals;  // columns of globals are consecutive
   int num_global;
   int64_t extra;  // where the rows of the globals start in a rearranged table
-  int32_t centre;
+  int64_t centre;
 
   void bind(const Attention& p, int64_t b) {
     codes = p.codes + b * p.codes_stride;
-    centre = static_cast<int32_t>((p.table_rows - 1) / 2) + kTablePad;
-    extra = p.table_rows + 2 * kTablePad;
+    centre = p.centre();
+    extra = p.extra();
     num_global = p.num_global;
   }
 
@@ -33,26 +88,19 @@ struct BiasColumns {
     first_global = globals = 0;
     for (int i = 0; i < chunk.columns; ++i)
       if (token[i] >= 0 && token[i] < num_global && globals++ == 0) first_global = i;
-    for (int i = 0; i < chunk.columns; i += W) find_runs(i, runs[i / W]);
+    for (int i = 0; i < chunk.columns; i += W)
+      lanes[i / W].describe(token + i, num_global, codes);
   }
 
-  int32_t row_code(int row) const { return centre - codes[row - num_global]; }
-
-  /// Bias of the token with this row code against vector j.
-  SVITT_INLINE vf token_row(const float* table, int32_t row_code, int j) const {
-    const Runs& r = runs[j];
-    vf bias;
-    if (r.count > 0) {
-      const float* from = table + row_code;
-      bias = load(from + r.offset[0]);
-      for (int i = 1; i < r.count; ++i)
-        bias = lane_numbers() >= r.first[i] ? load(from + r.offset[i]) : bias;
-    } else {
-      for (int lane = 0; lane < W; ++lane) bias[lane] = table[row_code + code[j * W + lane]];
-    }
+  /// Bias of a token row against vector j; `table` is past the row's own code, see `row_table`.
+  SVITT_INLINE vf token_row(const float* table, const float* row_table, int j) const {
+    vf bias = lanes[j].look_up(row_table);
     if (has_globals(j))
       for_globals(j, [&](int lane, int g) { bias[lane] = table[extra + num_global + g]; });
     return bias;
+  }
+  const float* row_table(const float* table, int row) const {
+    return table + centre - codes[row - num_global];
   }
 
   /// Bias of global `a` against vector j.
@@ -61,35 +109,6 @@ struct BiasColumns {
     const float* among = table + extra + 2 * num_global + static_cast<int64_t>(a) * num_global;
     if (has_globals(j)) for_globals(j, [&](int lane, int g) { bias[lane] = among[g]; });
     return bias;
-  }
-
-  /// Add the logits' gradient to the table's: the transpose of `token_row` and `global_row`.
-  SVITT_INLINE void add_token_row(float* table, int32_t row_code, int j, vf grad) const {
-    if (has_globals(j))
-      for_globals(j, [&](int lane, int g) {
-        table[extra + num_global + g] += grad[lane];
-        grad[lane] = 0.0f;
-      });
-    const Runs& r = runs[j];
-    if (r.count > 0) {
-      for (int i = 0; i < r.count; ++i) {
-        const int32_t end = i + 1 < r.count ? r.first[i + 1] : W;
-        const vi lanes = lane_numbers();
-        float* to = table + row_code + r.offset[i];
-        store(to, load(to) + ((lanes >= r.first[i]) & (lanes < end) ? grad : vf{}));
-      }
-    } else {
-      for (int lane = 0; lane < W; ++lane) table[row_code + code[j * W + lane]] += grad[lane];
-    }
-  }
-  SVITT_INLINE void add_global_row(float* table, int a, int j, vf grad) const {
-    float* among = table + extra + 2 * num_global + static_cast<int64_t>(a) * num_global;
-    if (has_globals(j))
-      for_globals(j, [&](int lane, int g) {
-        among[g] += grad[lane];
-        grad[lane] = 0.0f;
-      });
-    table[extra + a] += hsum(grad);
   }
 
  private:
@@ -103,29 +122,6 @@ struct BiasColumns {
       if (column >= first_global && column < first_global + globals) visit(lane, token[column]);
     }
   }
-
-  void find_runs(int at, Runs& r) {
-    // Lanes without a token continue their neighbour's run; the table's padding makes that safe.
-    int known = -1;
-    for (int lane = 0; lane < W; ++lane) {
-      const bool coded = token[at + lane] >= num_global;
-      if (coded) code[at + lane] = codes[token[at + lane] - num_global];
-      else if (known >= 0) code[at + lane] = code[at + lane - 1] + 1;
-      if (coded && known < 0) known = lane;
-    }
-    for (int lane = 0; lane < (known < 0 ? W : known); ++lane)
-      code[at + lane] = known < 0 ? codes[0] + lane : code[at + known] - (known - lane);
-    r.count = 0;
-    for (int lane = 0; lane < W; ++lane) {
-      if (lane > 0 && code[at + lane] == code[at + lane - 1] + 1) continue;
-      if (r.count == kRuns) {
-        r.count = 0;
-        return;
-      }
-      r.offset[r.count] = code[at + lane] - lane;
-      r.first[r.count++] = lane;
-    }
-  }
 };
 
 /// Turn one row's dot products into logits in place; returns their maximum.
@@ -134,10 +130,10 @@ SVITT_INLINE float finish_logits(const Attention& p, const RowBlock& block, cons
   const vf scale = splat(p.scale);
   vf most = splat(-kInfinity);
   const bool token_bias = table != nullptr && !block.global;
-  const int32_t code = token_bias ? bias.row_code(row) : 0;
+  const float* row_table = token_bias ? bias.row_table(table, row) : nullptr;
   for (int c = 0; c < chunk.columns; c += W) {
     vf x = load(s + c) * scale + load(chunk.mask + c);
-    if (token_bias) x += bias.token_row(table, code, c / W);
+    if (token_bias) x += bias.token_row(table, row_table, c / W);
     else if (table != nullptr) x += bias.global_row(table, row, c / W);
     store(s + c, x);
     most = vmax(most, x);

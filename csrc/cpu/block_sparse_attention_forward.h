@@ -156,7 +156,8 @@ void forward_items(const Forward& p, int64_t begin, int64_t end) {
     const int64_t head = item / p.row_blocks(), b = head / p.heads, h = head % p.heads;
     if (head != staged) scratch.stage<T>(p, b, h);
     staged = head;
-    block.start(p, scratch.tiling, b, h, item % p.row_blocks());
+    block.start(p, scratch.tiling.length, b, h, item % p.row_blocks());
+    block.rewind(scratch.tiling);
     forward_block<T>(p, block, scratch);
   }
 }

@@ -158,20 +158,20 @@ struct RowBlock {
   int listed, next;
   bool globals_left;
 
-  void start(const Attention& p, const Tiling& tiling, int64_t batch, int64_t head, int64_t index) {
+  void start(const Attention& p, int64_t length, int64_t batch, int64_t head, int64_t index) {
     b = batch, h = head;
     global = p.num_global > 0 && index == 0;
     const int64_t block = index - (p.num_global > 0 ? 1 : 0);
     row = global ? 0 : static_cast<int>(p.num_global + block * p.block_size);
     const int64_t limit = global ? p.num_global : row + p.block_size;
     end = static_cast<int>(limit < p.tokens ? limit : p.tokens);
-    rows = (end < tiling.length ? end : tiling.length) - row;
+    rows = static_cast<int>(end < length ? end : length) - row;
     if (rows < 0) rows = 0;
     const int64_t r = b * p.keys.batch + h * p.keys.head + block;
     list = global ? nullptr : p.keys.numbers + r * p.keys.width;
     listed = global ? static_cast<int>(p.blocks) : p.keys.counts[r];
-    rewind(tiling);
   }
+
   void rewind(const Tiling& tiling) {
     next = -tiling.global_tiles;
     globals_left = tiling.merged > 0;
