@@ -13,7 +13,8 @@ BIN := $(CURDIR)/.venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
-.PHONY: setup demo test lint format bench compile-check cuda-check asan wheel-check clean
+.PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
+  cuda-check asan wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -54,9 +55,15 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-# Every Triton kernel for sm_80 and sm_90, by the newest Triton and by the oldest supported one.
+# Every Triton kernel for sm_80 and sm_90, by the newest Triton and, at the same time, by the oldest
+# supported one.
 compile-check: .venv/installed build/triton-$(OLD_TRITON)
+	$(MAKE) --no-print-directory -j2 --output-sync compile-check-newest compile-check-oldest
+
+compile-check-newest:
 	$(BIN)/python -m svitt_ops.kernels.compile_check
+
+compile-check-oldest:
 	PYTHONPATH=$(CURDIR)/build/triton-$(OLD_TRITON) $(BIN)/python -m svitt_ops.kernels.compile_check
 
 build/triton-$(OLD_TRITON): | .venv/installed

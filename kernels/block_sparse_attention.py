@@ -45,6 +45,7 @@ from .block_sparse_walk import (
     list_extent,
     load_codes,
     load_rows,
+    needs_wide_offsets,
     products,
     row_tokens,
     sample_length,
@@ -70,6 +71,7 @@ def _forward_kernel(
     value_batch, value_head, value_row, out_batch, out_head, out_row,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one block: outputs of its tokens, partial outputs of the globals."""
     grid_blocks = tl.maximum(num_blocks, 1)
@@ -77,6 +79,8 @@ def _forward_kernel(
     within = tl.program_id(0) % (grid_blocks * ROW_TILES)
     batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
     block, tile = within // ROW_TILES, within % ROW_TILES
+    if WIDE:
+        block = block.to(tl.int64)
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     key_ptr += batch * key_batch + head * key_head
@@ -270,7 +274,7 @@ def block_sparse_attention(
             *layout_strides(key_counts), codes_batch, stacks[0], stacks[1],
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             BLOCK_SIZE=block_size, NUM_GLOBAL=num_global, HEAD_DIM=head_dim,
-            ROW_TILES=row_tiles, **tile.shape, **tile.options,
+            ROW_TILES=row_tiles, WIDE=needs_wide_offsets(query, key, value, out), **tile.shape, **tile.options,
         )  # fmt: skip
         if num_global > 0:
             _combine_kernel[(batch * heads * num_global,)](

@@ -45,6 +45,7 @@ from .block_sparse_walk import (
     list_extent,
     load_codes,
     load_rows,
+    needs_wide_offsets,
     products,
     row_tokens,
     sample_length,
@@ -104,6 +105,7 @@ def _grad_query_kernel(
     out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
     grid_blocks = tl.maximum(num_blocks, 1)
@@ -111,6 +113,8 @@ def _grad_query_kernel(
     within = tl.program_id(0) % (grid_blocks * ROW_TILES)
     batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
     block, tile = within // ROW_TILES, within % ROW_TILES
+    if WIDE:
+        block = block.to(tl.int64)
     length = sample_length(lengths_ptr, batch, seq_len)
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
@@ -195,6 +199,7 @@ def _grad_key_kernel(
     grad_batch, grad_head, grad_row,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one row tile of keys and values; columns are the queries that attend them."""
     grid_blocks = tl.maximum(num_blocks, 1)
@@ -202,6 +207,8 @@ def _grad_key_kernel(
     within = tl.program_id(0) % (grid_blocks * ROW_TILES)
     batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
     block, tile = within // ROW_TILES, within % ROW_TILES
+    if WIDE:
+        block = block.to(tl.int64)
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
@@ -395,6 +402,7 @@ def block_sparse_attention_backward(
     pair_bits = (batch * (num_tokens * degree + num_global * seq_len)).bit_length()
     inputs = [x.stride(i) for x in (grad_out, query, key, value) for i in range(3)]
     config = {"BLOCK_SIZE": block_size, "NUM_GLOBAL": num_global, "HEAD_DIM": head_dim}
+    config["WIDE"] = needs_wide_offsets(grad_out, query, key, value, out, *grads)
 
     with on_device(query):
         for which in ("grad_query", "grad_key"):

@@ -93,7 +93,7 @@ def load_rows(ptr, tokens, stride, exists, HEAD_DIM: tl.constexpr, DIM: tl.const
     mask = exists[:, None]
     if HEAD_DIM != DIM:
         mask = mask & (dim < HEAD_DIM)[None, :]
-    return tl.load(ptr + tokens.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + tokens[:, None] * stride + dim[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def store_rows(ptr, tokens, stride, value, exists, HEAD_DIM: tl.constexpr, DIM: 
     mask = exists[:, None]
     if HEAD_DIM != DIM:
         mask = mask & (dim < HEAD_DIM)[None, :]
-    ptrs = ptr + tokens.to(tl.int64)[:, None] * stride + dim[None, :]
+    ptrs = ptr + tokens[:, None] * stride + dim[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -160,6 +160,16 @@ def sample_length(lengths_ptr, batch, seq_len):
     if lengths_ptr is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), seq_len)
     return length
+
+
+def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
+    """Whether offsets within one head of (batch, heads, tokens, head_dim) tensors exceed int32.
+
+    64-bit offsets cost registers in every gather, so kernels take them only where they must: with
+    `WIDE` the number of the block is int64, and with it all that is computed from it.
+    """
+    # Masked-out rows of a ragged block may lie a block beyond the end; they are never accessed.
+    return any(x.shape[2] * x.stride(2) + x.shape[3] >= 2**31 for x in tensors)
 
 
 def layout_strides(counts: torch.Tensor) -> tuple[int, int]:

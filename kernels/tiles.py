@@ -92,6 +92,8 @@ def attention_tile(
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
         rows, columns = min(rows, 16 if dim <= 128 else 8), 16
         num_warps, num_stages = 4 if dim <= 64 else 8, 1
+        if dim > 64 and which == "grad_key":
+            columns = 8
     elif head_dim % 8 != 0:
         # Rows that are not aligned to 16 bytes take several times the pointers.
         rows, columns = min(rows, 32 if dim <= 128 else 16), 16
