@@ -274,7 +274,8 @@ def block_sparse_attention(
             *layout_strides(key_counts), codes_batch, stacks[0], stacks[1],
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             BLOCK_SIZE=block_size, NUM_GLOBAL=num_global, HEAD_DIM=head_dim,
-            ROW_TILES=row_tiles, WIDE=needs_wide_offsets(query, key, value, out), **tile.shape, **tile.options,
+            ROW_TILES=row_tiles, WIDE=needs_wide_offsets(query, key, value, out),
+            **tile.shape, **tile.options,
         )  # fmt: skip
         if num_global > 0:
             _combine_kernel[(batch * heads * num_global,)](

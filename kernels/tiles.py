@@ -90,20 +90,21 @@ def attention_tile(
         columns = 64
     elif dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
-        rows, columns = min(rows, 16 if dim <= 128 else 8), 16
-        num_warps, num_stages = 4 if dim <= 64 else 8, 1
-        if dim > 64 and which == "grad_key":
-            columns = 8
+        tallest = 16 if dim <= 64 else 4 if dim > 128 and which == "grad_key" else 8
+        rows, columns = min(rows, tallest), 16
+        num_warps, num_stages = 8 if biased or dim > 64 else 4, 1
     elif head_dim % 8 != 0:
         # Rows that are not aligned to 16 bytes take several times the pointers.
         rows, columns = min(rows, 32 if dim <= 128 else 16), 16
         num_warps, num_stages = 4 if dim <= 64 else 8, 2
+    elif dim <= 64 and biased:
+        columns = 16
+        if which != "forward":
+            num_warps, num_stages = 8 if rows == 64 else 4, 2
     elif dim <= 64:
-        columns = 16 if biased and which != "forward" else 32
-        if rows == 64 and not biased and arch >= 90:
+        columns = 32 if which == "forward" or arch >= 90 else 16
+        if rows == 64 and arch >= 90:
             max_registers = 168 if which == "grad_key" else 128
-        elif which == "grad_key":
-            columns = 16
     else:
         columns = 16 if dim > 128 or (biased and which == "grad_key") else 32
         if dim > 128 and which == "grad_key":

@@ -35,7 +35,7 @@ def _hand_over(counter: ModuleType) -> None:
             return formula(*args, **kwargs)
 
         packet = getattr(torch.ops.svitt_ops, name)
-        counter.register_flop_formula(packet, get_raw=True)(count)  # type: ignore[attr-defined]
+        counter.register_flop_formula(packet, get_raw=True)(count)
     _formulas.clear()
 
 

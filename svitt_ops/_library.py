@@ -69,8 +69,10 @@ def _warn_once() -> None:
         )
 
 
-def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Attach autograd to an op whose gradient is the op ``<name>_backward``, itself not derivable."""
+def differentiate(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Attach autograd to an op: its gradient is the op ``<name>_backward``, itself not derivable."""
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{name}: a second derivative is not available")

@@ -23,7 +23,8 @@ def check_qkv(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     check_tensor(op, "query", query)
     if query.dim() != 4:
         raise ValueError(
-            f"{op}: query must have shape (batch, heads, tokens, head_dim), got {tuple(query.shape)}"
+            f"{op}: query must have shape (batch, heads, tokens, head_dim), "
+            f"got {tuple(query.shape)}"
         )
     if not 8 <= query.shape[-1] <= 256:
         raise ValueError(f"{op}: head_dim must be 8 to 256, got {query.shape[-1]}")

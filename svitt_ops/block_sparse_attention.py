@@ -74,9 +74,11 @@ def block_sparse_attention(
     device = query.device.type if isinstance(query, Tensor) else "cpu"
     if torch.is_autocast_enabled(device):
         cast = torch.get_autocast_dtype(device)
-        query, key, value = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, value))
+        query, key, value = (
+            x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, value)
+        )
     _validation.check_qkv(_OP, query, key, value)
-    batch, heads, tokens, head_dim = query.shape
+    batch, _, tokens, head_dim = query.shape
     _check_layout(layout, query)
     if (bias_table is None) != (position_codes is None):
         given, missing = "bias_table", "position_codes"
@@ -140,7 +142,7 @@ def _check_layout(layout: BlockLayout, query: Tensor) -> None:
     batch, heads, tokens, _ = query.shape
     if layout.seq_len != tokens:
         raise ValueError(f"{_OP}: layout must cover {tokens} tokens, got {layout.seq_len}")
-    lead = ((1, 1) + tuple(layout.key_counts.shape[:-1]))[-2:]
+    lead = (1, 1, *layout.key_counts.shape[:-1])[-2:]
     if lead[0] not in (1, batch) or lead[1] not in (1, heads):
         raise ValueError(
             f"{_OP}: layout must have leading dimensions (), ({heads},) or ({batch}, {heads}), "
@@ -210,15 +212,17 @@ def _backward_fake(
 
 
 def _layout_of(query: Tensor, args: tuple[Any, ...]) -> BlockLayout:
-    *lists, block_size, num_global = args[:6]
-    num_tokens = query.shape[2] - num_global
-    return BlockLayout(num_tokens, block_size, num_global, *lists, trusted=True)
+    block_size, num_global = args[4:6]
+    sizes = (query.shape[2] - num_global, block_size, num_global)
+    return BlockLayout(*sizes, args[0], args[1], args[2], args[3], trusted=True)
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op from the reference."""
-    layout = _layout_of(query, args)
-    out, lse, saliency = attend(query, key, value, layout, *args[6:10], torch.float32)
+    table, codes, lengths, scale = args[6:10]
+    out, lse, saliency = attend(
+        query, key, value, _layout_of(query, args), table, codes, lengths, scale, torch.float32
+    )
     result = _like(query).copy_(out)
     return result, lse, saliency if args[-1] else saliency.new_empty(0)
 
@@ -233,16 +237,16 @@ def _backward_cpu(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     """The op's gradient by differentiating the reference."""
-    layout, table = _layout_of(query, args), args[6]
+    layout, (table, codes, lengths, scale) = _layout_of(query, args), args[6:10]
     # A backend kernel runs below autograd; a reference forward needs it again.
     with torch.enable_grad(), torch._C._IncludeDispatchKeyGuard(torch.DispatchKey.AutogradCPU):
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        leaves += [] if table is None else [table.detach().requires_grad_()]
-        bias = leaves[3] if len(leaves) > 3 else None
-        result, _, _ = attend(*leaves[:3], layout, bias, *args[7:10], torch.float32)
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        bias = None if table is None else table.detach().requires_grad_()
+        result = attend(q, k, v, layout, bias, codes, lengths, scale, torch.float32)[0]
+        leaves = [q, k, v] if bias is None else [q, k, v, bias]
         grads = torch.autograd.grad(result, leaves, grad_out)
-    dense = [_like(x).copy_(grad) for x, grad in zip((query, key, value), grads, strict=False)]
-    return *dense, query.new_empty(0, dtype=torch.float32) if table is None else grads[3]
+    merged = [_like(query).copy_(grad) for grad in grads[:3]]
+    return *merged, query.new_empty(0, dtype=torch.float32) if table is None else grads[3]
 
 
 _library.define(

@@ -35,7 +35,7 @@ class BlockLayout:
         block_size: tokens per block, 1 to 256.
         num_global: global tokens at the start of the sequence.
         key_counts: int32 ``(..., blocks)``, key blocks that each query block attends.
-        key_blocks: int32 ``(..., blocks, width)``, their numbers; entries past the count are unused.
+        key_blocks: int32 ``(..., blocks, width)``, their numbers, unused past the count.
         query_counts: int32 ``(..., blocks)``, query blocks that attend each key block.
         query_blocks: int32 ``(..., blocks, width)``, their numbers: the transposed relation.
 
@@ -95,8 +95,10 @@ class BlockLayout:
         noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
         if device is not None:
             noise = noise.to(device)
-        lists = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
-        return cls(num_tokens, block_size, num_global, *lists, trusted=True)
+        drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
+        return cls(
+            num_tokens, block_size, num_global, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True
+        )
 
     @classmethod
     def from_mask(
@@ -125,8 +127,9 @@ class BlockLayout:
                 f"(batch, heads, {blocks}, {blocks}) for {num_tokens} tokens in blocks of "
                 f"{block_size}, got {tuple(mask.shape)}"
             )
-        lists = (*_lists(mask), *_lists(mask.mT))
-        return cls(num_tokens, block_size, num_global, *lists, trusted=True)
+        return cls(
+            num_tokens, block_size, num_global, *_lists(mask), *_lists(mask.mT), trusted=True
+        )
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockLayout:
@@ -147,7 +150,9 @@ class BlockLayout:
 
         op = "BlockLayout.from_block_mask"
         if not hasattr(block_mask, "kv_num_blocks"):
-            raise TypeError(f"{op}: block_mask must be a BlockMask, got {type(block_mask).__name__}")
+            raise TypeError(
+                f"{op}: block_mask must be a BlockMask, got {type(block_mask).__name__}"
+            )
         length, key_length = block_mask.seq_lengths
         block_size, key_block_size = block_mask.BLOCK_SIZE
         if length != key_length or block_size != key_block_size:
@@ -165,8 +170,8 @@ class BlockLayout:
         _check_numbers(op, "kv", counts, numbers, blocks)
         mask = _marked(counts, numbers, blocks)
         partial = bool(mask.any()) and block_mask.mask_mod is not noop_mask
-        counts, numbers = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
-        if counts is not None:
+        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
+            counts, numbers = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
             _check_numbers(op, "full_kv", counts, numbers, blocks)
             mask = mask | _marked(counts, numbers, blocks)
         layout = cls.from_mask(mask, num_tokens=length, block_size=block_size, num_global=0)
@@ -195,7 +200,7 @@ class BlockLayout:
 
         if block_size is None:
             block_size = 128 if self.num_global else self.block_size
-        batch, heads = ((None, None) + tuple(self.key_counts.shape[:-1]))[-2:]
+        batch, heads = (None, None, *self.key_counts.shape[:-1])[-2:]
         dense = self.to_dense()
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -242,16 +247,23 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
-        lists = (self.key_counts, self.key_blocks, self.query_counts, self.query_blocks)
-        moved = (tensor.to(device) for tensor in lists)
-        return BlockLayout(self.num_tokens, self.block_size, self.num_global, *moved, trusted=True)
+        return BlockLayout(
+            self.num_tokens,
+            self.block_size,
+            self.num_global,
+            self.key_counts.to(device),
+            self.key_blocks.to(device),
+            self.query_counts.to(device),
+            self.query_blocks.to(device),
+            trusted=True,
+        )
 
     def to_mask(self) -> Tensor:
-        """Bool ``(..., blocks, blocks)``: True where the query block (row) attends the key block."""
+        """Bool ``(..., blocks, blocks)``, True where the query block attends the key block."""
         return _marked(self.key_counts, self.key_blocks, self.num_blocks)
 
     def to_dense(self) -> Tensor:
-        """Bool ``(..., seq_len, seq_len)``: True where the token (row) attends, globals included."""
+        """Bool ``(..., seq_len, seq_len)``, True where the token attends; globals included."""
         mask = self.to_mask()
         for dim in (-2, -1):
             mask = mask.repeat_interleave(self.block_size, dim).narrow(dim, 0, self.num_tokens)
