@@ -1,7 +1,7 @@
 // Block-sparse attention on the CPU: registration, allocation and the choice of instruction set.
 //
-// Shapes, dtypes and the layout's indices were checked in Python; what torch.compile may have skipped
-// there and could read out of bounds (position codes) is checked again here.
+// Shapes, dtypes and the layout's indices were checked in Python; what torch.compile may have
+// skipped there and could read out of bounds (position codes) is checked again here.
 
 #include "block_sparse_attention.h"
 
@@ -43,7 +43,8 @@ Dtype dtype(const Tensor& x) {
     case ScalarType::Float: return Dtype::f32;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "block_sparse_attention: dtype must be float32, float16 or bfloat16");
+    default:
+      STD_TORCH_CHECK(false, "block_sparse_attention: dtype must be float32, float16 or bfloat16");
   }
 }
 
@@ -53,7 +54,8 @@ void check_codes(const Attention& p, const Tensor& codes) {
     const auto [low, high] = std::minmax_element(p.codes + b * tokens, p.codes + (b + 1) * tokens);
     STD_TORCH_CHECK(static_cast<int64_t>(*high) - *low <= reach,
                     "block_sparse_attention: position_codes must differ by at most ", reach,
-                    " for this bias_table, got a difference of ", static_cast<int64_t>(*high) - *low);
+                    " for this bias_table, got a difference of ",
+                    static_cast<int64_t>(*high) - *low);
   }
 }
 
@@ -125,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   bind_bias(p, bias_table, position_codes, true, tables);
   Tensor out = empty_like_heads(query);
   Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Float);
-  Tensor saliency = empty(query, return_saliency ? Sizes{p.batch, p.num_tokens()} : Sizes{0},
-                          ScalarType::Float);
+  Tensor saliency =
+      empty(query, return_saliency ? Sizes{p.batch, p.num_tokens()} : Sizes{0}, ScalarType::Float);
   std::vector<float> rows(return_saliency ? p.batch * p.heads * p.num_tokens() : 0);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
@@ -180,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   torch::stable::parallel_for(0, p.batch * p.heads, 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 
-  Tensor grad_table = bias_table.has_value() ? reduce_table(p, *bias_table)
-                                             : empty(query, {0}, ScalarType::Float);
+  Tensor grad_table =
+      bias_table.has_value() ? reduce_table(p, *bias_table) : empty(query, {0}, ScalarType::Float);
   return {grad_query, grad_key, grad_value, grad_table};
 }
 

@@ -19,9 +19,10 @@ struct BlockLists {  // (1 or batch, 1 or heads, blocks[, width]); a stride of 0
   int64_t width;
 };
 
-// The bias table of one head, rearranged: the R0 rows with `kTablePad` floats on both sides, then the rows
-// of the globals. The forward takes many keys for one query and has the R0 rows reversed, so that keys of
-// consecutive codes are consecutive in memory; the backward takes many queries for one key.
+// The bias table of one head, rearranged: the R0 rows with `kTablePad` floats on both sides, then
+// the rows of the globals. The forward takes many keys for one query and has the R0 rows reversed,
+// so that keys of consecutive codes are consecutive in memory; the backward takes many queries for
+// one key.
 constexpr int kTablePad = 16;
 
 struct Attention {
@@ -31,12 +32,12 @@ struct Attention {
   int64_t blocks;
   Matrix query, key, value;
   BlockLists keys;
-  const float* table;       // (heads, table_stride) rearranged, or null
+  const float* table;  // (heads, table_stride) rearranged, or null
   int64_t table_stride;
-  int64_t table_rows;       // R0
-  const int32_t* codes;     // (1 or batch, num_tokens)
-  int64_t codes_stride;     // 0 broadcasts
-  const int32_t* lengths;   // (batch,) or null
+  int64_t table_rows;      // R0
+  const int32_t* codes;    // (1 or batch, num_tokens)
+  int64_t codes_stride;    // 0 broadcasts
+  const int32_t* lengths;  // (batch,) or null
   float scale;
 
   int64_t num_tokens() const { return tokens - num_global; }
@@ -52,23 +53,23 @@ struct Attention {
 };
 
 struct Forward : Attention {
-  void* out;         // (batch, tokens, heads, head_dim) contiguous
-  float* lse;        // (batch, heads, tokens)
-  float* saliency;   // (batch, heads, num_tokens), rows of global 0; or null
+  void* out;        // (batch, tokens, heads, head_dim) contiguous
+  float* lse;       // (batch, heads, tokens)
+  float* saliency;  // (batch, heads, num_tokens), rows of global 0; or null
 };
 
 struct Backward : Attention {
   Matrix grad_out, out;
   const float* lse;
   void *grad_query, *grad_key, *grad_value;  // (batch, tokens, heads, head_dim) contiguous
-  float* grad_table;                         // (batch, heads, table_stride) rearranged, zeroed; or null
+  float* grad_table;  // (batch, heads, table_stride) rearranged, zeroed; or null
 };
 
 // Items are independent of each other: any split over threads gives the same bits.
-#define SVITT_DECLARE(ISA)                                                 \
-  namespace ISA {                                                          \
-  void forward(const Forward& problem, int64_t begin, int64_t end);        \
-  void backward(const Backward& problem, int64_t begin, int64_t end);      \
+#define SVITT_DECLARE(ISA) \
+  namespace ISA { \
+  void forward(const Forward& problem, int64_t begin, int64_t end); \
+  void backward(const Backward& problem, int64_t begin, int64_t end); \
   }
 SVITT_DECLARE(generic)
 SVITT_DECLARE(avx2)
@@ -78,6 +79,6 @@ SVITT_DECLARE(avx512)
 namespace avx512 {
 /// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `forward`.
 void forward_amx(const Forward& problem, int64_t begin, int64_t end);
-}
+}  // namespace avx512
 
 }  // namespace svitt

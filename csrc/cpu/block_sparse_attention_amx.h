@@ -1,10 +1,11 @@
 // Forward for bf16 on the AMX matrix tiles: the same sweep as block_sparse_attention_forward.h with
 // both products on 16 x 16 tiles, 32 rows at a time.
-// Included inside namespace svitt::avx512 after that file, with amx-tile, amx-bf16, avx512bf16 enabled.
+// Included inside namespace svitt::avx512 after that file, with amx-tile, amx-bf16, avx512bf16
+// enabled.
 //
-// A tile multiplication takes A as rows of 32 bf16 and B as 16 rows of 16 pairs: for Q K^T a pair is two
-// neighbouring dims of one key, for P V one dim of two neighbouring keys. Only the weights are
-// rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
+// A tile multiplication takes A as rows of 32 bf16 and B as 16 rows of 16 pairs: for Q K^T a pair
+// is two neighbouring dims of one key, for P V one dim of two neighbouring keys. Only the weights
+// are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
 
 constexpr int kTile = 16;
 constexpr int kPairs = 32;  // bf16 values a tile row holds
@@ -49,7 +50,8 @@ struct TileRows {
   }
 };
 
-/// B tiles of Q K^T: tile (key group, dim group) holds pair row k, column n = key n, dims 2k, 2k + 1.
+/// B tiles of Q K^T: tile (key group, dim group) holds pair row k, column n = key n, dims 2k, 2k
+/// + 1.
 SVITT_INLINE void pack_key_tiles(const TileRows& rows, int columns, int dims, uint16_t* packed) {
   for (int i = 0; i < columns; i += kTile)
     for (int d = 0; d < dims; d += kPairs, packed += kTile * kPairs) {
@@ -97,7 +99,8 @@ void TileScratch::stage(const Forward& p, int64_t b, int64_t h) {
   }
 }
 
-/// The 32 x 32 block of C in the tile registers; A is 32 rows, B two tiles side by side, `b_next` apart.
+/// The 32 x 32 block of C in the tile registers; A is 32 rows, B two tiles side by side, `b_next`
+/// apart.
 SVITT_INLINE void clear_tiles() {
   _tile_zero(0);
   _tile_zero(1);
@@ -172,8 +175,8 @@ void forward_block_amx(const Forward& p, RowBlock& block, TileScratch& s) {
         for (int j = 0; j < s.tiling.width; j += kPairs) {
           const Entry& e = chunk.entry[i];
           clear_tiles();
-          multiply_tiles(dims / kPairs, q, dims, s.keys + e.tile * s.key_tile + j / kTile * key_group,
-                         tile, key_group);
+          multiply_tiles(dims / kPairs, q, dims,
+                         s.keys + e.tile * s.key_tile + j / kTile * key_group, tile, key_group);
           store_tiles(s.logits + e.column + j, kTileColumns);
         }
       for (int r = 0; r < rows; ++r) {

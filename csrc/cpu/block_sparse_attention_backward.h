@@ -2,9 +2,10 @@
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 //
 // Everything is held transposed, keys by queries: then K and V are read where they lie, the softmax
-// needs no reduction over lanes, and the weights of one block of keys stay in the L1 cache through all five
-// products. dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of the row blocks,
-// so there is nothing to reduce over threads. Weights come from the forward's log-sum-exp.
+// needs no reduction over lanes, and the weights of one block of keys stay in the L1 cache through
+// all five products. dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of
+// the row blocks, so there is nothing to reduce over threads. Weights come from the forward's
+// log-sum-exp.
 
 constexpr int kRowTile = 64;  // query rows per pass
 constexpr int kKeyTile = 64;  // keys per pass, at most
@@ -84,8 +85,8 @@ void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
     s.lse[r] = r < t.rows ? lse[r] : kInfinity;
     vf sum{};
     for (int d = 0; d < p.head_dim && r < t.rows; d += W)
-      sum += load(s.grad_out + r * s.width + d) *
-             load_some(out + r * p.out.token + d, p.head_dim - d);
+      sum +=
+          load(s.grad_out + r * s.width + d) * load_some(out + r * p.out.token + d, p.head_dim - d);
     s.delta[r] = hsum(sum);
   }
   if (t.table == nullptr || t.global) return;
@@ -113,8 +114,10 @@ SVITT_INLINE vf bias_of_key(const Backward& p, const RowTile& t, const LaneCodes
     const int64_t at = p.extra() + (!t.global     ? g + key
                                     : !global_key ? query
                                                   : 2 * g + query * g + key);
-    if constexpr (Add) t.grad_table[at] += grad[i];
-    else bias[i] = t.table[at];
+    if constexpr (Add)
+      t.grad_table[at] += grad[i];
+    else
+      bias[i] = t.table[at];
   }
   return bias;
 }

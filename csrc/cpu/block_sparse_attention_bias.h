@@ -3,8 +3,8 @@
 
 /// The codes of W tokens, one per lane, as runs of consecutive numbers.
 ///
-/// Rows of the token grid give long runs, and a run against one other token is one unaligned load from
-/// the table. Vectors of more than three runs (pruned tokens) go lane by lane.
+/// Rows of the token grid give long runs, and a run against one other token is one unaligned load
+/// from the table. Vectors of more than three runs (pruned tokens) go lane by lane.
 struct LaneCodes {
   static constexpr int kRuns = 3;
   int count;              // 0: lane by lane
@@ -88,8 +88,7 @@ struct BiasColumns {
     first_global = globals = 0;
     for (int i = 0; i < chunk.columns; ++i)
       if (token[i] >= 0 && token[i] < num_global && globals++ == 0) first_global = i;
-    for (int i = 0; i < chunk.columns; i += W)
-      lanes[i / W].describe(token + i, num_global, codes);
+    for (int i = 0; i < chunk.columns; i += W) lanes[i / W].describe(token + i, num_global, codes);
   }
 
   /// Bias of a token row against vector j; `table` is past the row's own code, see `row_table`.
@@ -133,8 +132,10 @@ SVITT_INLINE float finish_logits(const Attention& p, const RowBlock& block, cons
   const float* row_table = token_bias ? bias.row_table(table, row) : nullptr;
   for (int c = 0; c < chunk.columns; c += W) {
     vf x = load(s + c) * scale + load(chunk.mask + c);
-    if (token_bias) x += bias.token_row(table, row_table, c / W);
-    else if (table != nullptr) x += bias.global_row(table, row, c / W);
+    if (token_bias)
+      x += bias.token_row(table, row_table, c / W);
+    else if (table != nullptr)
+      x += bias.global_row(table, row, c / W);
     store(s + c, x);
     most = vmax(most, x);
   }

@@ -1,7 +1,8 @@
 // Forward: the keys of a head are staged once, then each row block sweeps its tiles, flash-style.
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 
-constexpr int kLogitStride = kColumns + W;  // not a power of two: rows fall into different cache sets
+constexpr int kLogitStride =
+    kColumns + W;  // not a power of two: rows fall into different cache sets
 
 /// What both forward kernels keep for the rows of a block.
 struct RowScratch {
@@ -58,8 +59,8 @@ void write_results(const Forward& p, const RowBlock& block, int64_t length, cons
   for (int64_t i = existing; i < p.num_tokens(); ++i) saliency[i] = 0.0f;
 }
 
-/// Online softmax of one row: from the chunk's maximum to the row's, and what was accumulated so far
-/// brought there. Returns the factor of the old sum.
+/// Online softmax of one row: from the chunk's maximum to the row's, and what was accumulated so
+/// far brought there. Returns the factor of the old sum.
 SVITT_INLINE float advance(float chunk_most, bool first, float* most, float* out, int width) {
   const float now = first || chunk_most > *most ? chunk_most : *most;
   float keep = 0.0f;
@@ -96,7 +97,8 @@ struct ForwardScratch : RowScratch {
   }
 };
 
-/// While the weights of row r are computed: where its result goes and what the next block starts with.
+/// While the weights of row r are computed: where its result goes and what the next block starts
+/// with.
 template <class T>
 SVITT_INLINE void prefetch_neighbours(const Forward& p, const RowBlock& block, int r) {
   const int64_t row = block.row + r;

@@ -17,4 +17,3 @@ namespace svitt::generic {
 
 #include "block_sparse_attention_backward.h"
 }  // namespace svitt::generic
-

@@ -2,11 +2,11 @@
 // Included inside namespace svitt::SVITT_ISA after gemm.h.
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kColumns = 512;    // columns per chunk: the logits of kRows rows stay in the L1 cache
+constexpr int kColumns = 512;  // columns per chunk: the logits of kRows rows stay in the L1 cache
 constexpr int kGlobalTile = 256;  // globals per tile where they have tiles of their own
 
-/// Scratch arrays, aligned to a vector. Large allocations all start at the same place of a page, where
-/// loads from one array wait for stores to another; so each starts a few lines further in.
+/// Scratch arrays, aligned to a vector. Large allocations all start at the same place of a page,
+/// where loads from one array wait for stores to another; so each starts a few lines further in.
 class Arena {
  public:
   Arena() = default;
@@ -44,9 +44,9 @@ struct Tile {
   int first, tokens, first_global, globals;
 };
 
-/// How the keys of a sample are cut into tiles: one for each block and, where they do not fit into the
-/// spare columns of the blocks, tiles for the globals. Spare columns are free: 56 tokens and one global
-/// take the same four vectors of 16.
+/// How the keys of a sample are cut into tiles: one for each block and, where they do not fit into
+/// the spare columns of the blocks, tiles for the globals. Spare columns are free: 56 tokens and
+/// one global take the same four vectors of 16.
 struct Tiling {
   int block_size, blocks, num_global, length;
   int width;         // columns of a tile
@@ -75,13 +75,16 @@ struct Tiling {
       return {0, 0, first, left < 0 ? 0 : left < kGlobalTile ? left : kGlobalTile};
     }
     const int first = num_global + i * block_size, left = length - first;
-    return {first, left < 0 ? 0 : left < block_size ? left : block_size, 0,
-            present < merged ? present : merged};
+    return {first,
+            left < 0            ? 0
+            : left < block_size ? left
+                                : block_size,
+            0, present < merged ? present : merged};
   }
 };
 
-/// Rows of a head as B of a product that sums over tokens: in place where they are contiguous fp32, else
-/// in `buffer`, converted and padded to `width`.
+/// Rows of a head as B of a product that sums over tokens: in place where they are contiguous fp32,
+/// else in `buffer`, converted and padded to `width`.
 struct HeadRows {
   const float* data;
   int64_t step;

@@ -1,9 +1,9 @@
 // C (rows x columns) = or += A B with B packed, accumulators in registers.
 // Included inside namespace svitt::SVITT_ISA after simd.h.
 //
-// B is taken in panels of 2 W columns: panel p, row k starts at b + p * panel + k * step, so that both
-// rows in place and packed transposes serve. A is read by broadcast with any strides, so that a transposed
-// A costs nothing. Rows of C are given by pointers.
+// B is taken in panels of 2 W columns: panel p, row k starts at b + p * panel + k * step, so that
+// both rows in place and packed transposes serve. A is read by broadcast with any strides, so that
+// a transposed A costs nothing. Rows of C are given by pointers.
 
 #if defined(SVITT_LANES_16)
 constexpr int kRows = 14;  // 28 accumulators, 2 of B, 1 broadcast: 31 of 32 registers

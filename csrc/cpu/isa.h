@@ -1,9 +1,9 @@
 // One kernel source, compiled once per instruction set and chosen at run time.
 //
 // A translation unit defines SVITT_ISA as avx512, avx2 or generic, includes this header, opens
-// the target region with SVITT_TARGET_BEGIN and only then includes kernel code. Kernel code lives in
-// namespace svitt::SVITT_ISA and instantiates nothing of the standard library, so that the linker can
-// never merge a function built for a newer processor into code that an older one runs.
+// the target region with SVITT_TARGET_BEGIN and only then includes kernel code. Kernel code lives
+// in namespace svitt::SVITT_ISA and instantiates nothing of the standard library, so that the
+// linker can never merge a function built for a newer processor into code that an older one runs.
 #pragma once
 
 #include <cstdint>

@@ -25,9 +25,13 @@ SVITT_INLINE vf load(const float* p) { return load_as<vf>(p); }
 SVITT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 #if defined(SVITT_LANES_16)
-SVITT_INLINE vf vmax(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b)); }
+SVITT_INLINE vf vmax(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b));
+}
 #elif defined(SVITT_LANES_8)
-SVITT_INLINE vf vmax(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b)); }
+SVITT_INLINE vf vmax(vf a, vf b) {
+  return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b));
+}
 #else
 SVITT_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 #endif
@@ -74,8 +78,8 @@ SVITT_INLINE float to_float(bf16 x) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
-// fp16 by bits: not every compiler has the type, and F16C is not in every instruction set. The product
-// renormalises subnormals; infinities and NaN keep their all-ones exponent.
+// fp16 by bits: not every compiler has the type, and F16C is not in every instruction set. The
+// product renormalises subnormals; infinities and NaN keep their all-ones exponent.
 SVITT_INLINE float to_float(fp16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
@@ -142,8 +146,8 @@ SVITT_INLINE vf load_some(const T* p, int n) {
   return v;
 }
 
-/// exp(x) for x <= 0 by a polynomial of the given degree: 5 is good to 2e-7, 4 to 3e-6. Below -87 it
-/// stays near 1e-38, which no sum that holds a 1 can tell from 0.
+/// exp(x) for x <= 0 by a polynomial of the given degree: 5 is good to 2e-7, 4 to 3e-6. Below -87
+/// it stays near 1e-38, which no sum that holds a 1 can tell from 0.
 template <int Degree>
 SVITT_INLINE vf exp_nonpositive(vf x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
