@@ -252,7 +252,7 @@ def block_sparse_attention(
         return out, lse, saliency.zero_()
 
     biased, arch = bias_table is not None, device_arch(query.device)
-    tile = attention_tile("forward", head_dim, block_size, query.dtype, biased, arch)
+    tile = attention_tile("forward", head_dim, block_size, num_global, query.dtype, biased, arch)
     grid_blocks = max(key_counts.shape[2], 1)
     row_tiles = cdiv(block_size + num_global, tile.rows)
     partial_shape = (batch, heads, num_global, grid_blocks)

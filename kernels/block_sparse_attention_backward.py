@@ -406,7 +406,9 @@ def block_sparse_attention_backward(
 
     with on_device(query):
         for which in ("grad_query", "grad_key"):
-            tile = attention_tile(which, head_dim, block_size, query.dtype, biased, arch)
+            tile = attention_tile(
+                which, head_dim, block_size, num_global, query.dtype, biased, arch
+            )
             row_tiles = cdiv(block_size + num_global, tile.rows)
             grid = (batch * heads * grid_blocks * row_tiles,)
             shape = {"ROW_TILES": row_tiles, **tile.shape, **tile.options}

@@ -94,7 +94,7 @@ def run_attention(
         table = torch.empty(rows, heads, device="meta")
         codes = torch.empty(batch, tokens, dtype=torch.int32, device="meta")
         lengths = torch.empty(batch, dtype=torch.int32, device="meta")
-    tail = (block_size, num_global, table, codes, lengths, 0.125)
+    tail: tuple[Any, ...] = (block_size, num_global, table, codes, lengths, 0.125)
     saliency = bias and num_global > 0
     inputs = (query, key, value)
     out, lse, _ = block_sparse_attention.block_sparse_attention(*inputs, *lists, *tail, saliency)

@@ -71,7 +71,13 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def attention_tile(
-    which: Pass, head_dim: int, block_size: int, dtype: torch.dtype, biased: bool, arch: int
+    which: Pass,
+    head_dim: int,
+    block_size: int,
+    num_global: int,
+    dtype: torch.dtype,
+    biased: bool,
+    arch: int,
 ) -> AttentionTile:
     """Tile of one of the three block-sparse attention kernels.
 
@@ -103,7 +109,7 @@ def attention_tile(
             num_warps, num_stages = 8 if rows == 64 else 4, 2
     elif dim <= 64:
         columns = 32 if which == "forward" or arch >= 90 else 16
-        if rows == 64 and arch >= 90:
+        if rows == 64 and arch >= 90 and block_size <= 64 and num_global <= 1:
             max_registers = 168 if which == "grad_key" else 128
     else:
         columns = 16 if dim > 128 or (biased and which == "grad_key") else 32

@@ -20,6 +20,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_capability() -> str")
 _warned = False
 
+implementations: dict[str, tuple[Callable[..., Any], str]] = {}
+"""Of each op: the plain-PyTorch function, and the module of the launcher of the same name."""
+
 
 def define(
     schema: str,
@@ -39,6 +42,7 @@ def define(
         compiled: whether the CPU extension has a kernel for this op.
     """
     name = schema.partition("(")[0]
+    implementations[name] = (cpu, cuda_module)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
@@ -72,7 +76,7 @@ def _warn_once() -> None:
 def differentiate(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
-    """Attach autograd to an op: its gradient is the op ``<name>_backward``, itself not derivable."""
+    """Attach autograd: the gradient is the op ``<name>_backward``, itself not derivable."""
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{name}: a second derivative is not available")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops.layout import BlockLayout
-from svitt_ops.reference.block_sparse_attention import attend
+from svitt_ops.reference.block_sparse_attention import attend, attend_backward
 
 _OP = "block_sparse_attention"
 _LAYOUT = "Tensor key_counts, Tensor key_blocks, Tensor query_counts, Tensor query_blocks"
@@ -236,17 +236,14 @@ def _backward_cpu(
     lse: Tensor,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    """The op's gradient by differentiating the reference."""
-    layout, (table, codes, lengths, scale) = _layout_of(query, args), args[6:10]
-    # A backend kernel runs below autograd; a reference forward needs it again.
-    with torch.enable_grad(), torch._C._IncludeDispatchKeyGuard(torch.DispatchKey.AutogradCPU):
-        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        bias = None if table is None else table.detach().requires_grad_()
-        result = attend(q, k, v, layout, bias, codes, lengths, scale, torch.float32)[0]
-        leaves = [q, k, v] if bias is None else [q, k, v, bias]
-        grads = torch.autograd.grad(result, leaves, grad_out)
-    merged = [_like(query).copy_(grad) for grad in grads[:3]]
-    return *merged, query.new_empty(0, dtype=torch.float32) if table is None else grads[3]
+    """The op's gradient from the reference."""
+    table, codes, lengths, scale = args[6:10]
+    layout = _layout_of(query, args)
+    *grads, grad_table = attend_backward(
+        grad_out, query, key, value, layout, table, codes, lengths, scale
+    )
+    merged = [_like(query).copy_(grad) for grad in grads]
+    return *merged, grad_table
 
 
 _library.define(

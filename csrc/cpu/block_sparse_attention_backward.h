@@ -70,25 +70,28 @@ void write_head(const Backward& p, void* output, int64_t b, int64_t h, const flo
 }
 
 /// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
+///
+/// delta is summed over the dims one by one, as the product dO V is: where a row has a single key,
+/// and O is V, the two are equal to the last bit and their difference is 0, as it must be.
 template <class T>
 void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
   const auto load_rows = [&](const Matrix& m, float* rows, float* columns) {
     copy_rows(base<T>(m, t.b, t.h) + t.row * m.token, m.token, t.rows, p.head_dim, rows, s.width);
     pack_columns(rows, s.width, t.rows, p.head_dim, columns, t.columns);
   };
-  load_rows(p.query, s.query, s.query_columns);
   load_rows(p.grad_out, s.grad_out, s.grad_columns);
-  const T* out = base<T>(p.out, t.b, t.h) + t.row * p.out.token;
-  const float* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
-  for (int r = 0; r < t.columns; ++r) {
-    // Lanes without a row get weight 0 by an infinite log-sum-exp, and no upstream gradient.
-    s.lse[r] = r < t.rows ? lse[r] : kInfinity;
-    vf sum{};
-    for (int d = 0; d < p.head_dim && r < t.rows; d += W)
-      sum +=
-          load(s.grad_out + r * s.width + d) * load_some(out + r * p.out.token + d, p.head_dim - d);
-    s.delta[r] = hsum(sum);
+  load_rows(p.out, s.query, s.query_columns);
+  for (int c = 0; c < t.columns; c += W) {
+    const int64_t at = static_cast<int64_t>(c / kPanel) * p.head_dim * kPanel + c % kPanel;
+    vf delta{};
+    for (int d = 0; d < p.head_dim; ++d)
+      delta += load(s.query_columns + at + d * kPanel) * load(s.grad_columns + at + d * kPanel);
+    store(s.delta + c, delta);
   }
+  load_rows(p.query, s.query, s.query_columns);
+  // Lanes without a row get weight 0 by an infinite log-sum-exp, and have no upstream gradient.
+  const float* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
+  for (int r = 0; r < t.columns; ++r) s.lse[r] = r < t.rows ? lse[r] : kInfinity;
   if (t.table == nullptr || t.global) return;
   for (int r = 0; r < t.columns; r += W) {
     int32_t token[W];

@@ -43,11 +43,60 @@ def attend(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and saliency, every step rounded to the dtype ``compute``."""
+    probs, lse = _weights(
+        query, key, layout, bias_table, position_codes, key_lengths, scale, compute
+    )
+    out = (probs @ value.to(compute)).to(query.dtype)
+    g = layout.num_global
+    saliency = probs[:, :, 0, g:].mean(1) if g > 0 else probs.new_empty(0)
+    return out, lse, saliency.to(torch.promote_types(compute, torch.float32))
+
+
+def attend_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    bias_table: Tensor | None,
+    position_codes: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and table in fp32, in closed form.
+
+    For where autograd cannot go: a kernel runs below it. Without a table the last result is empty.
+    """
+    q, k, v, grad = (x.float() for x in (query, key, value, grad_out))
+    probs, _ = _weights(q, k, layout, bias_table, position_codes, key_lengths, scale, torch.float32)
+    grad_probs = grad @ v.mT
+    grad_logits = probs * (grad_probs - (probs * grad_probs).sum(-1, keepdim=True))
+    grad_table = q.new_empty(0)
+    if bias_table is not None and position_codes is not None:
+        index = _bias_index(bias_table, position_codes, layout.num_global)
+        per_pair = grad_logits if len(index) > 1 else grad_logits.sum(0, keepdim=True)
+        rows = per_pair.permute(0, 2, 3, 1).reshape(-1, q.shape[1])
+        grad_table = torch.zeros_like(bias_table, dtype=torch.float32)
+        grad_table.index_add_(0, index.flatten(), rows)
+    return scale * (grad_logits @ k), scale * (grad_logits.mT @ q), probs.mT @ grad, grad_table
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    layout: BlockLayout,
+    bias_table: Tensor | None,
+    position_codes: Tensor | None,
+    key_lengths: Tensor | None,
+    scale: float | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Attention weights (batch, heads, tokens, tokens) and log-sum-exp."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query.to(compute) @ key.to(compute).mT) * scale
     if bias_table is not None and position_codes is not None:
-        bias = dense_bias(bias_table, position_codes, layout.num_global)
-        logits = logits + bias.to(compute)
+        index = _bias_index(bias_table, position_codes, layout.num_global)
+        logits = logits + bias_table[index].permute(0, 3, 1, 2).to(compute)
     allowed = layout.to_dense()
     allowed = allowed.reshape((1,) * (4 - allowed.dim()) + allowed.shape)
     if key_lengths is not None:
@@ -56,31 +105,20 @@ def attend(
     some = allowed.any(-1, keepdim=True)
     # Rows without a key keep finite logits, so that neither they nor their gradients become NaN.
     logits = logits.masked_fill(~allowed, float("-inf")).masked_fill(~some, 0.0)
-    probs = logits.softmax(-1) * some
-    out = (probs @ value.to(compute)).to(query.dtype)
     lse = logits.logsumexp(-1).masked_fill(~some.squeeze(-1), float("-inf"))
-    first, rest = layout.num_global > 0, layout.num_global
-    saliency = probs[:, :, 0, rest:].mean(1) if first else probs.new_empty(0)
-    return out, lse, saliency.to(torch.promote_types(compute, torch.float32))
+    return logits.softmax(-1) * some, lse
 
 
-def dense_bias(bias_table: Tensor, position_codes: Tensor, num_global: int) -> Tensor:
-    """The bias as a matrix ``(1 or batch, heads, tokens, tokens)``, globals first.
-
-    Args:
-        bias_table: ``(R, heads)``, R = R0 + 2 g + g g rows as in BEiT.
-        position_codes: int32 ``(num_tokens,)`` or ``(batch, num_tokens)``.
-        num_global: g.
-    """
+def _bias_index(bias_table: Tensor, position_codes: Tensor, num_global: int) -> Tensor:
+    """The table's row for each pair of tokens, ``(1 or batch, tokens, tokens)``, globals first."""
     g = num_global
     codes = position_codes.reshape(-1, position_codes.shape[-1]).long()
     rows = bias_table.shape[0] - 2 * g - g * g
-    index = codes[:, :, None] - codes[:, None, :] + (rows - 1) // 2
+    between = codes[:, :, None] - codes[:, None, :] + (rows - 1) // 2
     number = torch.arange(g, device=codes.device)
     batch, tokens = codes.shape
     to_token = (rows + number)[:, None].expand(batch, g, tokens)
     to_global = (rows + g + number).expand(batch, tokens, g)
     among = (rows + 2 * g + number[:, None] * g + number).expand(batch, g, g)
     top = torch.cat([among, to_token], 2)
-    index = torch.cat([top, torch.cat([to_global, index], 2)], 1)
-    return bias_table[index].permute(0, 3, 1, 2)
+    return torch.cat([top, torch.cat([to_global, between], 2)], 1)

@@ -216,6 +216,15 @@ def test_matches_dense_attention(name: str) -> None:
         assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}"
 
 
+def test_wide_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, grad_out = make(CASES["three_globals"])
+    narrow = run(arguments, grad_out)
+    for module in (block_sparse_attention, block_sparse_attention_backward):
+        monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
+    for first, second in zip(narrow, run(arguments, grad_out), strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("name", ["svitt_half", "three_globals", "block_100"])
 def test_rerun_is_bitwise_equal(name: str) -> None:
     arguments, grad_out = make(CASES[name])

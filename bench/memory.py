@@ -1,0 +1,98 @@
+"""Peak memory that one call takes beyond its inputs, results included.
+
+On a GPU the caching allocator counts. On a CPU the kernel does: each provider runs in a process of
+its own, forked from a server that has loaded torch and done nothing else, and the peak resident set
+is read after the first call at full size (the second of what compiles). That sees every allocator,
+a kernel's own workspace too, and counts whole pages, so it is good to about a MiB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.harness import Case, CaseRun, Direction, Problem, runner
+
+_TIMEOUT_S = 300
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def fill(result: dict[str, Any], module: str, run: CaseRun) -> None:
+    """Write `extra_bytes` into the rows of a result whose providers passed their gate."""
+    direction: Direction = result["direction"]
+    for row in result["providers"]:
+        if row["status"] != "ok":
+            continue
+        name = row["provider"]
+        if run.device.type == "cuda":
+            call = runner(run.functions[name], run.problem, direction)
+            row["extra_bytes"] = _on_cuda(call)
+        elif sys.platform.startswith("linux"):
+            row["extra_bytes"] = _on_cpu(module, run.case, name, direction)
+
+
+def _on_cuda(call: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _on_cpu(module: str, case: Case, name: str, direction: Direction) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module, __name__])
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, module, case, name, direction, torch.get_num_threads())
+    process = context.Process(target=_measure, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(_TIMEOUT_S) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _measure(
+    sender: Any, module: str, case: Case, name: str, direction: Direction, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    # Freed memory goes back at once, so that a second buffer cannot hide in what a first one left.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    op = importlib.import_module(module)
+    _call(op.problem(op.shrunk(case)), name, direction)()
+    problem = op.problem(case)
+    call = _call(problem, name, direction)
+    if next(x for x in problem.providers if x.name == name).compiled:
+        call()
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # sets the peak to what is resident now
+    kept = call()
+    sender.send(max(0, _status("VmHWM") - before))
+    del kept
+
+
+def _call(problem: Problem, name: str, direction: Direction) -> Callable[[], Any]:
+    provider = next(x for x in problem.providers if x.name == name)
+    return runner(provider.build(), problem, direction)
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields[key].split()[0]) * 1024

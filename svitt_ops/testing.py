@@ -1,0 +1,165 @@
+"""What tests and benchmarks of the ops share: an error budget, poisoned memory, other backends.
+
+The budget compares three computations on the same quantised inputs: the oracle in fp64, the
+straightforward one with every step in the inputs' dtype, and the one under test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from svitt_ops import block_sparse_attention as _op
+from svitt_ops.layout import BlockLayout
+from svitt_ops.reference.block_sparse_attention import attend
+
+Backend = Literal["cpp", "reference", "triton", "cuda"]
+
+FLOOR_ULPS = 4
+"""Rounding errors of the result's largest element that are always allowed."""
+
+
+def assert_within_budget(
+    actual: Tensor, baseline: Tensor, oracle: Tensor, name: str, dtype: torch.dtype | None = None
+) -> None:
+    """Check that a result errs at most twice as much as the straightforward computation.
+
+    The budget is ``2 max|baseline - oracle| + 4 eps max|oracle|``, eps of ``dtype``: the floor is a
+    few roundings of the largest element, for where the baseline happens to be exact.
+
+    Args:
+        actual: the result under test.
+        baseline: the straightforward computation, every step in the inputs' dtype.
+        oracle: the computation in fp64 on the same inputs.
+        name: what to call the result in the message.
+        dtype: of the inputs; ``actual``'s if not given.
+
+    Raises:
+        AssertionError: with the errors of both and the budget.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
+    if not oracle.numel():
+        return
+    assert bool(actual.isfinite().all()), f"{name}: not finite"
+    error = (actual.double() - oracle).abs().max().item()
+    straightforward = (baseline.double() - oracle).abs().nan_to_num(posinf=0.0).max().item()
+    floor = FLOOR_ULPS * torch.finfo(dtype or actual.dtype).eps * oracle.abs().max().item()
+    budget = 2 * straightforward + floor
+    assert error <= budget, (
+        f"{name}: error {error:.3g} exceeds {budget:.3g} = 2 x {straightforward:.3g} of the "
+        f"straightforward computation + {floor:.3g}"
+    )
+
+
+def attention_results(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    grad_out: Tensor,
+    *,
+    compute: torch.dtype | None = None,
+    bias_table: Tensor | None = None,
+    position_codes: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> dict[str, Tensor]:
+    """Output, saliency and all gradients of block-sparse attention.
+
+    Args:
+        query: as for the op, like the next three.
+        key: keys.
+        value: values.
+        layout: the pattern.
+        grad_out: upstream gradient.
+        compute: None for the op itself, else the reference with every step in this dtype.
+        bias_table: as for the op, like the rest.
+        position_codes: codes of the bias.
+        key_lengths: existing tokens.
+        scale: of the logits.
+
+    Returns:
+        ``out``, ``saliency`` (with global tokens), ``grad_query``, ``grad_key``, ``grad_value`` and
+        ``grad_bias_table`` (with a table), in the dtype that each was computed in.
+    """
+
+    def leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+
+    q, k, v = (leaf(x, compute) for x in (query, key, value))
+    leaves = {"grad_query": q, "grad_key": k, "grad_value": v}
+    table = None
+    if bias_table is not None:
+        wide = None if compute is None else torch.promote_types(compute, torch.float32)
+        table = leaves["grad_bias_table"] = leaf(bias_table, wide)
+    saliency = None
+    if compute is None:
+        result = _op(
+            q,
+            k,
+            v,
+            layout,
+            bias_table=table,
+            position_codes=position_codes,
+            key_lengths=key_lengths,
+            scale=scale,
+            return_saliency=layout.num_global > 0,
+        )
+        out, saliency = result if isinstance(result, tuple) else (result, None)
+    else:
+        out, _, row = attend(q, k, v, layout, table, position_codes, key_lengths, scale, compute)
+        saliency = row if layout.num_global > 0 else None
+    grads: Sequence[Tensor | None] = torch.autograd.grad(
+        out, list(leaves.values()), grad_out.to(out.dtype), allow_unused=True
+    )
+    found = {"out": out.detach()} | ({} if saliency is None else {"saliency": saliency.detach()})
+    for (name, x), grad in zip(leaves.items(), grads, strict=True):
+        found[name] = torch.zeros_like(x) if grad is None else grad
+    return found
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, memory that torch allocates uninitialised is full of NaN, in kernels too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@contextmanager
+def route_to(backend: Backend) -> Iterator[None]:
+    """Within, ops on CPU tensors run another implementation.
+
+    ``"triton"`` is the Triton launchers, which need ``TRITON_INTERPRET=1`` since before triton was
+    imported; ``"reference"`` is plain PyTorch; ``"cpp"`` and ``"cuda"`` change nothing.
+    """
+    if backend in ("cpp", "cuda"):
+        yield
+        return
+    from svitt_ops import _library
+
+    # Registering over a kernel is the point here, and torch warns of it.
+    with (
+        torch.library._scoped_library(_library.NAMESPACE, "IMPL") as library,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        for name, (cpu, module) in _library.implementations.items():
+            function = cpu
+            if backend == "triton":
+                function = getattr(importlib.import_module(f"svitt_ops.kernels.{module}"), name)
+            library.impl(name, function, "CPU", allow_override=True)
+        yield
