@@ -12,12 +12,14 @@ process of its own: TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,11 +105,16 @@ def run_attention(
     )
 
 
+def run_draw(num_blocks: int) -> None:
+    """Calls the launcher that draws a layout."""
+    noise = torch.empty(num_blocks, num_blocks, device="meta")
+    block_layout.draw_block_layout(noise, 1, 3)
+
+
 def layout_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Layout drawing over the range of row lengths."""
     for num_blocks in (14, 4096) if quick else (1, 14, 56, 100, 300, 1000, 4096):
-        noise = torch.empty(num_blocks, num_blocks, device="meta")
-        yield f"blocks={num_blocks}", partial(block_layout.draw_block_layout, noise, 1, 3)
+        yield f"blocks={num_blocks}", partial(run_draw, num_blocks)
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
@@ -168,11 +175,28 @@ def measure(source: ASTSource, options: dict[str, int], arch: int) -> Usage:
     )
 
 
+def check(arch: int, name: str, call: Callable[[], object]) -> list[tuple[str, bool]]:
+    """Compiles what one call launches; a line to print and whether it failed, for each kernel."""
+    with recorded_launches(arch) as launches:
+        call()
+    lines = []
+    for kernel, source, config in launches:
+        usage = measure(source, config, arch)
+        warps, stages = config["num_warps"], config["num_stages"]
+        failed = usage.spills > 0 or usage.shared > SHARED_LIMIT[arch]
+        failed |= usage.registers * warps * 32 > REGISTERS
+        line = f"{arch:4} {kernel.strip('_'):22} {warps:5} {stages:6} {usage.registers:4} "
+        line += f"{usage.spills:5} {usage.shared:7} {name}{'  FAILED' * failed}"
+        lines.append((line, failed))
+    return lines
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line per compiled kernel; 1 if any spills or exceeds shared memory."""
+    """Prints one line per compiled kernel; 1 if any spills or exceeds a limit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the fast configurations")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("compile_check: TRITON_INTERPRET is set; run in a process without it")
@@ -180,32 +204,24 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
     )
-    seen: set[tuple[int, str, str]] = set()
-    failures = 0
-    for arch in options.arch or sorted(SHARED_LIMIT):
-        calls = [*layout_calls(options.quick), *attention_calls(options.quick)]
-        for name, call in calls:
-            with recorded_launches(arch) as launches:
-                call()
-            for kernel, source, config in launches:
-                identity = (arch, source.hash(), str(config))
-                if identity in seen:
-                    continue
-                seen.add(identity)
-                usage = measure(source, config, arch)
-                threads = 32 * config["num_warps"]
-                bad = usage.spills > 0 or usage.shared > SHARED_LIMIT[arch]
-                bad |= usage.registers * threads > REGISTERS
-                failures += bad
-                print(
-                    f"{arch:4} {kernel.strip('_'):22} {config['num_warps']:5} "
-                    f"{config['num_stages']:6} {usage.registers:4} "
-                    f"{usage.spills:5} {usage.shared:7} {name}{'  FAILED' * bad}",
-                    flush=True,
-                )
-    print(f"{len(seen)} kernels compiled, {failures} failed")
+    calls = [*layout_calls(options.quick), *attention_calls(options.quick)]
+    work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
+    failures = compiled = 0
+    # Compilers live in processes of their own also because LLVM, after some hundred kernels, may
+    # crash when Python shuts down.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        for lines in pool.map(check, *zip(*work, strict=True)):
+            for line, failed in lines:
+                print(line, flush=True)
+                compiled += 1
+                failures += failed
+    print(f"{compiled} kernels compiled, {failures} failed")
     return int(failures > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Without the interpreter's teardown, in which compilers that were loaded twice may crash.
+    os._exit(status)

@@ -106,7 +106,7 @@ def attention_tile(
     elif dim <= 64 and biased:
         columns = 16
         if which != "forward":
-            num_warps, num_stages = 8 if rows == 64 else 4, 2
+            num_warps = 8 if rows == 64 else 4
     elif dim <= 64:
         columns = 32 if which == "forward" or arch >= 90 else 16
         if rows == 64 and arch >= 90 and block_size <= 64 and num_global <= 1:
@@ -115,7 +115,7 @@ def attention_tile(
         columns = 16 if dim > 128 or (biased and which == "grad_key") else 32
         if dim > 128 and which == "grad_key":
             rows = min(rows, 32)
-        num_warps, num_stages = 8 if rows == 64 or dim > 128 else 4, 2
+        num_warps = 8 if rows == 64 or dim > 128 else 4
     return AttentionTile(
         rows=rows,
         columns=columns,

@@ -198,7 +198,9 @@ def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_global, saliency = args[7], args[-1]
     batch, _, tokens, _ = query.shape
     shape = (batch, tokens - num_global) if saliency else (0,)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    # On a CPU the extra digits are free, and weights near 1 need them where logits are large.
+    wide = torch.float64 if query.device.type == "cpu" else torch.float32
+    lse = query.new_empty(query.shape[:3], dtype=wide)
     return _like(query), lse, query.new_empty(shape, dtype=torch.float32)
 
 
@@ -224,7 +226,7 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor,
         query, key, value, _layout_of(query, args), table, codes, lengths, scale, torch.float32
     )
     result = _like(query).copy_(out)
-    return result, lse, saliency if args[-1] else saliency.new_empty(0)
+    return result, lse.double(), saliency if args[-1] else saliency.new_empty(0)
 
 
 def _backward_cpu(

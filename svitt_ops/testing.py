@@ -26,12 +26,18 @@ FLOOR_ULPS = 4
 
 
 def assert_within_budget(
-    actual: Tensor, baseline: Tensor, oracle: Tensor, name: str, dtype: torch.dtype | None = None
+    actual: Tensor,
+    baseline: Tensor,
+    oracle: Tensor,
+    name: str,
+    dtype: torch.dtype | None = None,
+    terms: float = 0.0,
 ) -> None:
     """Check that a result errs at most twice as much as the straightforward computation.
 
     The budget is ``2 max|baseline - oracle| + 4 eps max|oracle|``, eps of ``dtype``: the floor is a
-    few roundings of the largest element, for where the baseline happens to be exact.
+    few roundings of the largest element, for where the baseline happens to be exact. Where a result
+    is a difference of larger terms, so are a few fp32 roundings of those: another ``4 eps32 terms``.
 
     Args:
         actual: the result under test.
@@ -39,6 +45,7 @@ def assert_within_budget(
         oracle: the computation in fp64 on the same inputs.
         name: what to call the result in the message.
         dtype: of the inputs; ``actual``'s if not given.
+        terms: magnitude of the fp32 terms whose difference the result is.
 
     Raises:
         AssertionError: with the errors of both and the budget.
@@ -50,6 +57,7 @@ def assert_within_budget(
     error = (actual.double() - oracle).abs().max().item()
     straightforward = (baseline.double() - oracle).abs().nan_to_num(posinf=0.0).max().item()
     floor = FLOOR_ULPS * torch.finfo(dtype or actual.dtype).eps * oracle.abs().max().item()
+    floor += FLOOR_ULPS * torch.finfo(torch.float32).eps * terms
     budget = 2 * straightforward + floor
     assert error <= budget, (
         f"{name}: error {error:.3g} exceeds {budget:.3g} = 2 x {straightforward:.3g} of the "

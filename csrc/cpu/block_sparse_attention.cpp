@@ -72,7 +72,7 @@ void bind_bias(Attention& p, const OptionalTensor& table, const OptionalTensor& 
   const int64_t extra = 2 * p.num_global + static_cast<int64_t>(p.num_global) * p.num_global;
   p.table_rows = table->size(0) - extra;
   p.table_stride = p.extra() + extra;
-  p.codes = codes->const_data_ptr<int32_t>();
+  p.codes = p.num_tokens() > 0 ? codes->const_data_ptr<int32_t>() : nullptr;
   p.codes_stride = codes->size(0) > 1 ? codes->size(1) : 0;
   check_codes(p, *codes);
   tables.assign(p.heads * p.table_stride, 0.0f);
@@ -126,12 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   std::vector<float> tables;
   bind_bias(p, bias_table, position_codes, true, tables);
   Tensor out = empty_like_heads(query);
-  Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Float);
+  Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Double);
   Tensor saliency =
       empty(query, return_saliency ? Sizes{p.batch, p.num_tokens()} : Sizes{0}, ScalarType::Float);
   std::vector<float> rows(return_saliency ? p.batch * p.heads * p.num_tokens() : 0);
   p.out = out.mutable_data_ptr();
-  p.lse = lse.mutable_data_ptr<float>();
+  p.lse = lse.mutable_data_ptr<double>();
   p.saliency = return_saliency ? rows.data() : nullptr;
 
   const Isa best = isa();
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
          grad_value = empty_like_heads(query);
   std::vector<float> grad_tables(p.table == nullptr ? 0 : p.batch * p.heads * p.table_stride);
   p.grad_out = matrix(grad_out), p.out = matrix(out);
-  p.lse = lse.const_data_ptr<float>();
+  p.lse = lse.const_data_ptr<double>();
   p.grad_query = grad_query.mutable_data_ptr();
   p.grad_key = grad_key.mutable_data_ptr();
   p.grad_value = grad_value.mutable_data_ptr();

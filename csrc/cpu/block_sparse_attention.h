@@ -54,13 +54,13 @@ struct Attention {
 
 struct Forward : Attention {
   void* out;        // (batch, tokens, heads, head_dim) contiguous
-  float* lse;       // (batch, heads, tokens)
+  double* lse;      // (batch, heads, tokens)
   float* saliency;  // (batch, heads, num_tokens), rows of global 0; or null
 };
 
 struct Backward : Attention {
   Matrix grad_out, out;
-  const float* lse;
+  const double* lse;
   void *grad_query, *grad_key, *grad_value;  // (batch, tokens, heads, head_dim) contiguous
   float* grad_table;  // (batch, heads, table_stride) rearranged, zeroed; or null
 };

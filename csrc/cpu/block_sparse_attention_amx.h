@@ -67,6 +67,11 @@ SVITT_INLINE void pack_key_tiles(const TileRows& rows, int columns, int dims, ui
     }
 }
 
+/// 32 values of a row, or zeros where there is none.
+SVITT_INLINE __m512i load_pairs(const uint16_t* row, int d) {
+  return row == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(row + d);
+}
+
 /// B tiles of P V: tile (key group of 32, dim group of 16) holds pair row k = keys 2k, 2k + 1.
 SVITT_INLINE void pack_value_tiles(const TileRows& rows, int columns, int dims, uint16_t* packed) {
   alignas(64) uint16_t interleave[2][32];
@@ -74,16 +79,15 @@ SVITT_INLINE void pack_value_tiles(const TileRows& rows, int columns, int dims, 
     for (int i = 0; i < 32; ++i)
       interleave[half][i] = static_cast<uint16_t>(16 * half + i / 2 + 32 * (i % 2));
   const __m512i low = _mm512_load_si512(interleave[0]), high = _mm512_load_si512(interleave[1]);
-  const auto at = [](const uint16_t* row, int d) {
-    return row == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(row + d);
-  };
   const int64_t tile = kTile * kPairs;
   for (int i = 0; i < columns; i += 2) {
     const uint16_t *even = rows(i), *odd = rows(i + 1);
     uint16_t* to = packed + (i / kPairs) * (dims / kTile) * tile + (i % kPairs) / 2 * kPairs;
     for (int d = 0; d < dims; d += kPairs, to += 2 * tile) {
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(at(even, d), low, at(odd, d)));
-      _mm512_storeu_si512(to + tile, _mm512_permutex2var_epi16(at(even, d), high, at(odd, d)));
+      _mm512_storeu_si512(to,
+                          _mm512_permutex2var_epi16(load_pairs(even, d), low, load_pairs(odd, d)));
+      _mm512_storeu_si512(to + tile,
+                          _mm512_permutex2var_epi16(load_pairs(even, d), high, load_pairs(odd, d)));
     }
   }
 }

@@ -17,7 +17,7 @@ struct BackwardScratch {
   float *key_buffer, *value_buffer, *grad_key, *grad_value;
   float *query, *query_columns, *grad_out, *grad_columns, *grad_query;
   float *weights, *slopes;  // (keys, kRowTile)
-  float *lse, *delta;
+  float *lse, *lse_low, *delta;
   LaneCodes* lanes;
 
   explicit BackwardScratch(const Backward& p) : width(round_up(p.head_dim, W)) {
@@ -34,6 +34,7 @@ struct BackwardScratch {
     weights = arena.take<float>(kKeyTile * kRowTile);
     slopes = arena.take<float>(kKeyTile * kRowTile);
     lse = arena.take<float>(kRowTile);
+    lse_low = arena.take<float>(kRowTile);
     delta = arena.take<float>(kRowTile);
     lanes = arena.take<LaneCodes>(kRowTile / W);
   }
@@ -90,8 +91,11 @@ void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
   }
   load_rows(p.query, s.query, s.query_columns);
   // Lanes without a row get weight 0 by an infinite log-sum-exp, and have no upstream gradient.
-  const float* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
-  for (int r = 0; r < t.columns; ++r) s.lse[r] = r < t.rows ? lse[r] : kInfinity;
+  const double* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
+  for (int r = 0; r < t.columns; ++r) {
+    s.lse[r] = r < t.rows ? static_cast<float>(lse[r]) : kInfinity;
+    s.lse_low[r] = r < t.rows ? static_cast<float>(lse[r] - s.lse[r]) : 0.0f;
+  }
   if (t.table == nullptr || t.global) return;
   for (int r = 0; r < t.columns; r += W) {
     int32_t token[W];
@@ -134,7 +138,7 @@ SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScr
     for (int c = 0; c < t.columns; c += W) {
       vf x = load(weights + c) * scale;
       if (t.table != nullptr) x += bias_of_key<false>(p, t, s.lanes, key + j, c, vf{});
-      const vf weight = exp_nonpositive<5>(x - load(s.lse + c));
+      const vf weight = exp_nonpositive<5>(x - load(s.lse + c) - load(s.lse_low + c));
       const vf slope = weight * (load(slopes + c) - load(s.delta + c));
       if (t.table != nullptr) bias_of_key<true>(p, t, s.lanes, key + j, c, slope);
       store(weights + c, weight);

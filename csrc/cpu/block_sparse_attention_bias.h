@@ -15,6 +15,7 @@ struct LaneCodes {
   /// Lane i holds token[i]; negative numbers and globals are lanes without a code.
   void describe(const int32_t* token, int num_global, const int32_t* codes) {
     // Lanes without a code continue their neighbour's run; the table's padding makes that safe.
+    const int32_t some = codes == nullptr ? 0 : codes[0];
     int known = -1;
     for (int lane = 0; lane < W; ++lane) {
       if (token[lane] >= num_global) {
@@ -25,7 +26,7 @@ struct LaneCodes {
       }
     }
     for (int lane = 0; lane < (known < 0 ? W : known); ++lane)
-      code[lane] = known < 0 ? codes[0] + lane : code[known] - (known - lane);
+      code[lane] = known < 0 ? some + lane : code[known] - (known - lane);
     count = 0;
     for (int lane = 0; lane < W; ++lane) {
       if (lane > 0 && code[lane] == code[lane - 1] + 1) continue;

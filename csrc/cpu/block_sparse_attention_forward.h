@@ -42,8 +42,9 @@ void write_results(const Forward& p, const RowBlock& block, int64_t length, cons
     const int r = row - block.row;
     const bool some = r < block.rows && s.sum[r] != 0.0f;
     T* to = output_row<T>(p, p.out, block.b, block.h, row);
-    float* lse = p.lse + (block.b * p.heads + block.h) * p.tokens + row;
-    *lse = some ? s.most[r] + __builtin_logf(s.sum[r]) : -kInfinity;
+    p.lse[(block.b * p.heads + block.h) * p.tokens + row] =
+        some ? static_cast<double>(s.most[r]) + __builtin_log(static_cast<double>(s.sum[r]))
+             : -kInfinity;
     if (some) {
       write_row(to, out + r * width, p.head_dim, 1.0f / s.sum[r]);
     } else {
@@ -53,9 +54,8 @@ void write_results(const Forward& p, const RowBlock& block, int64_t length, cons
   float* saliency = saliency_row(p, block);
   if (saliency == nullptr) return;
   const int64_t existing = length > p.num_global ? length - p.num_global : 0;
-  const float lse = p.lse[(block.b * p.heads + block.h) * p.tokens];
   for (int64_t i = 0; i < existing; ++i)
-    saliency[i] = exp_nonpositive<5>(splat(saliency[i] - lse))[0];
+    saliency[i] = exp_nonpositive<5>(splat(saliency[i] - s.most[0]))[0] / s.sum[0];
   for (int64_t i = existing; i < p.num_tokens(); ++i) saliency[i] = 0.0f;
 }
 

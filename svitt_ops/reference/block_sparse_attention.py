@@ -43,6 +43,7 @@ def attend(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and saliency, every step rounded to the dtype ``compute``."""
+    query, key, value = (_present(x, key_lengths) for x in (query, key, value))
     probs, lse = _weights(
         query, key, layout, bias_table, position_codes, key_lengths, scale, compute
     )
@@ -67,7 +68,7 @@ def attend_backward(
 
     For where autograd cannot go: a kernel runs below it. Without a table the last result is empty.
     """
-    q, k, v, grad = (x.float() for x in (query, key, value, grad_out))
+    q, k, v, grad = (_present(x, key_lengths).float() for x in (query, key, value, grad_out))
     probs, _ = _weights(q, k, layout, bias_table, position_codes, key_lengths, scale, torch.float32)
     grad_probs = grad @ v.mT
     grad_logits = probs * (grad_probs - (probs * grad_probs).sum(-1, keepdim=True))
@@ -79,6 +80,14 @@ def attend_backward(
         grad_table = torch.zeros_like(bias_table, dtype=torch.float32)
         grad_table.index_add_(0, index.flatten(), rows)
     return scale * (grad_logits @ k), scale * (grad_logits.mT @ q), probs.mT @ grad, grad_table
+
+
+def _present(x: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Zero what does not exist, so that not even NaN leaks out of it."""
+    if key_lengths is None:
+        return x
+    absent = torch.arange(x.shape[2], device=x.device) >= key_lengths[:, None]
+    return x.masked_fill(absent[:, None, :, None], 0.0)
 
 
 def _weights(
@@ -112,7 +121,7 @@ def _weights(
 def _bias_index(bias_table: Tensor, position_codes: Tensor, num_global: int) -> Tensor:
     """The table's row for each pair of tokens, ``(1 or batch, tokens, tokens)``, globals first."""
     g = num_global
-    codes = position_codes.reshape(-1, position_codes.shape[-1]).long()
+    codes = (position_codes if position_codes.dim() == 2 else position_codes[None]).long()
     rows = bias_table.shape[0] - 2 * g - g * g
     between = codes[:, :, None] - codes[:, None, :] + (rows - 1) // 2
     number = torch.arange(g, device=codes.device)
