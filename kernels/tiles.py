@@ -116,6 +116,8 @@ def attention_tile(
         if dim > 128 and which == "grad_key":
             rows = min(rows, 32)
         num_warps = 8 if rows == 64 or dim > 128 else 4
+        # Indirect loads are pipelined from three stages on; here that would spill.
+        num_stages = 2 if dim > 128 and biased else 3
     return AttentionTile(
         rows=rows,
         columns=columns,

@@ -92,8 +92,9 @@ def block_sparse_attention(
         _validation.check_int32(_OP, "key_lengths", key_lengths, ((batch,),), query.device)
         _validation.check_range(_OP, "key_lengths", key_lengths, 0, tokens)
         key_lengths = key_lengths.contiguous()
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = head_dim**-0.5
+    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"{_OP}: scale must be finite, got {scale}")
     if return_saliency and layout.num_global == 0:
         raise ValueError(f"{_OP}: return_saliency needs num_global of at least 1, got 0")

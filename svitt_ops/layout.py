@@ -93,7 +93,7 @@ class BlockLayout:
         blocks = -(-num_tokens // block_size)
         noise_device = device if generator is None else generator.device
         noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
-        if device is not None:
+        if generator is not None and device is not None:
             noise = noise.to(device)
         drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
         return cls(

@@ -37,7 +37,7 @@ def assert_within_budget(
 
     The budget is ``2 max|baseline - oracle| + 4 eps max|oracle|``, eps of ``dtype``: the floor is a
     few roundings of the largest element, for where the baseline happens to be exact. Where a result
-    is a difference of larger terms, so are a few fp32 roundings of those: another ``4 eps32 terms``.
+    is a difference of larger terms, a few fp32 roundings of those come on top, ``4 eps32 terms``.
 
     Args:
         actual: the result under test.

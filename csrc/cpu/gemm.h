@@ -30,7 +30,7 @@ void multiply_tile(const Segment* segments, int count, int64_t row, int panel, S
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < C; ++j) acc[r][j] = add ? load(c[r] + column + j * W) : vf{};
+    for (int j = 0; j < C; ++j) acc[r][j] = vf{};
   for (int i = 0; i < count; ++i) {
     const float* x = segments[i].a + row * a.row;
     const float* b = segments[i].b + panel * segments[i].panel;
@@ -52,7 +52,11 @@ void multiply_tile(const Segment* segments, int count, int64_t row, int panel, S
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < C; ++j) store(c[r] + column + j * W, acc[r][j]);
+    for (int j = 0; j < C; ++j) {
+      // Added last, so that long sums are sums of short ones.
+      float* to = c[r] + column + j * W;
+      store(to, add ? load(to) + acc[r][j] : acc[r][j]);
+    }
 }
 
 using TileFunction = void (*)(const Segment*, int, int64_t, int, Strides, float* const*, int, bool);

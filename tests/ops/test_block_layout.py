@@ -52,11 +52,10 @@ def test_local_random(
             pair = dense[num_global + i, num_global + j]
             assert pair == mask[i // block_size, j // block_size]
     # The plain constructor checks every list, so it accepts what was drawn.
-    lists = (layout.key_counts, layout.key_blocks, layout.query_counts, layout.query_blocks)
-    so.BlockLayout(num_tokens, block_size, num_global, *lists)
+    names = ("key_counts", "key_blocks", "query_counts", "query_blocks")
+    so.BlockLayout(num_tokens, block_size, num_global, *(getattr(layout, n) for n in names))
     again = draw()
-    assert all(torch.equal(a, getattr(again, n)) for a, n in zip(
-        lists, ("key_counts", "key_blocks", "query_counts", "query_blocks"), strict=True))  # fmt: skip
+    assert all(torch.equal(getattr(layout, n), getattr(again, n)) for n in names)
 
 
 @given(data=st.data(), blocks=st.integers(0, 9), lead=st.sampled_from([(), (3,), (2, 3)]))

@@ -259,7 +259,7 @@ def test_position_codes_index_the_beit_table() -> None:
     tokens = frames * height * width
     sizes = (2 * frames - 1, 2 * height - 1, 2 * width - 1)
     rows = sizes[0] * sizes[1] * sizes[2]
-    # BEiT's index, written out: query coordinate minus key coordinate, one CLS with three more rows.
+    # BEiT's index written out: query minus key coordinates, and three more rows for the CLS.
     index = torch.empty(tokens + 1, tokens + 1, dtype=torch.long)
     where = [(t, h, w) for t in range(frames) for h in range(height) for w in range(width)]
     for i, q in enumerate(where):

@@ -27,15 +27,15 @@ def table() -> torch.Tensor:
     return torch.randn(19 * 19 + 3, 3, generator=torch.Generator().manual_seed(2)).requires_grad_()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_as_one_graph(backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler: str) -> None:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, bias: Any) -> Any:
         out, saliency = so.block_sparse_attention(
             q * 2, k, v, layout, bias_table=bias, position_codes=CODES, return_saliency=True
         )
         return out.transpose(1, 2).flatten(2) + 1, saliency
 
-    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
     for layout in (LAYOUT, so.BlockLayout.local_random(100, block_size=16)):
         results = []
         for function in (run, compiled):
@@ -59,11 +59,9 @@ def test_compiles_for_any_batch() -> None:
 def test_opcheck(bias: bool) -> None:
     q, k, v = inputs()
     lists = _lists_4d(LAYOUT)
-    options = (
-        (table() if bias else None, CODES[None] if bias else None)
-        + (torch.tensor([101, 40], dtype=torch.int32) if bias else None,)
-        + (0.25,)
-    )
+    lengths = torch.tensor([101, 40], dtype=torch.int32)
+    options: tuple[Any, ...] = (table(), CODES[None], lengths) if bias else (None, None, None)
+    options = (*options, 0.25)
     forward = torch.ops.svitt_ops.block_sparse_attention.default
     torch.library.opcheck(forward, (q, k, v, *lists, 16, 1, *options, bias))
     with torch.no_grad():
@@ -152,9 +150,13 @@ def test_cuda_graph_capture() -> None:
 def test_without_the_extension() -> None:
     script = """
 import warnings
-import svitt_ops._extension as extension
-extension._path = lambda name: None
-import torch, svitt_ops as so
+import torch
+
+def refuse(path):
+    raise OSError("not today")
+
+torch.ops.load_library = refuse
+import svitt_ops as so
 layout = so.BlockLayout.local_random(100, block_size=16)
 q = torch.randn(1, 2, 101, 16, requires_grad=True)
 with warnings.catch_warnings(record=True) as caught:
