@@ -4,21 +4,20 @@ Tiling. One program owns one row tile of one (batch, head, block): the block's `
 followed by the `NUM_GLOBAL` global rows, cut into tiles of `ROWS`. Programs of one (batch, head)
 run side by side, so that its keys and values are served from L2. The keys of a block form one
 gathered list (the globals, then the tokens of the listed blocks) that the program walks in tiles of
-`COLUMNS`; a tile may cross block borders, hence 4 blocks of 56 and a CLS key are 225 columns: four
-tiles of 64, and not five or more.
+`COLUMNS`; a tile may cross block borders, hence 4 blocks of 56 and a CLS key are 225 columns: eight
+tiles of 32, and not nine or more.
 
 Global rows attend everything, and cost no pass of their own: in the spare rows of the tile (a block
 of 56 leaves 8 of 64) every program scores the global rows against the keys of its *own* block,
 which it has at hand for its tokens anyway (a layout without the diagonal walks one block more), and
-writes a partial output and a partial log-sum-exp. A second, small kernel combines the M partials in
+writes a partial output, maximum and sum. A second, small kernel combines the M partials in
 ascending order. A block that leaves no spare row (64, 128) gets one more row tile, which walks its
-own block only. For the saliency the same rows store their logits (4 bytes a token and head), and a
-third kernel turns them into the mean over heads once the log-sum-exp is known, heads in ascending
-order.
+own block only. For the saliency the row of global 0 also stores its logits (4 bytes a token and
+head), and a third kernel turns them into the mean over heads once maximum and sum are known.
 
 Memory traffic per token and head of dimension D with e bytes an element: q, k, v read once from
 DRAM and out written, 4 D e bytes (512 for D = 64 in bf16), lse 4 bytes; k and v again for every
-block that attends them, from L2; partials 4 (D + 1) / BLOCK_SIZE bytes. Inputs are read in place
+block that attends them, from L2; partials 4 (D + 2) / BLOCK_SIZE bytes. Inputs are read in place
 through their strides.
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32); scale and log2(e) multiply the

@@ -14,7 +14,8 @@ Repeated reads come from L2.
 
 Numerics. Logits as in the forward: fp32 dot product, then scale. delta = rowsum(grad_out * out) in
 fp32. P and dS are cast to the dtype of the inputs for the products, sums stay in fp32, `scale`
-multiplies the sums.
+multiplies the sums. An lse rounded to fp32 shifts all of a row's probabilities; half-precision
+results cannot tell, but for fp32 inputs the forward runs again to find its two parts unrounded.
 
 Gradient of the table. Every pair adds to one entry, in an order that only atomics could serve, and
 float atomics would make the result depend on the order. Integers do not: the sum is taken in int64
@@ -359,6 +360,8 @@ def block_sparse_attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the backward kernels: two, one more with globals, one more with a bias table.
+
+    (For fp32 inputs, the forward's before them; see the top of this file.)
 
     Arguments are those of the op `svitt_ops::block_sparse_attention_backward`, validated by its
     caller.
