@@ -46,7 +46,7 @@ def main(picture: Path) -> None:
         f"  {HEADS * tokens**2 * 4 / 2**20:6.0f} MiB if it were stored (fp32, {HEADS} heads); here"
     )
     print(
-        f"  {HEADS * tokens * 4 / 2**20:6.2f} MiB are kept for the backward beside q, k, v and out."
+        f"  {HEADS * tokens * 8 / 2**20:6.2f} MiB are kept for the backward beside q, k, v and out."
     )
     draw(so.BlockLayout.local_random(8 * 196, block_size=BLOCK, generator=generator), picture)
 

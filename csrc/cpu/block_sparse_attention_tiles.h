@@ -222,11 +222,13 @@ struct RowBlock {
 
  private:
   static void append(Chunk& chunk, const Tiling& tiling, const Tile& t, Entry e) {
-    for (int i = 0; i < tiling.width; ++i) {
-      const bool seen = i >= e.from && i < e.to;
-      chunk.mask[e.column + i] = seen ? 0.0f : -kInfinity;
-      const int token = i < t.tokens ? t.first + i : t.first_global + i - t.tokens;
-      chunk.token[e.column + i] = seen ? token : -1;
+    for (int i = 0; i < tiling.width; i += W) {
+      const vi column = lane_numbers() + i;
+      const vi seen = (column >= e.from) & (column < e.to);
+      const vi token = column < t.tokens ? column + t.first : column + (t.first_global - t.tokens);
+      const vi listed = seen ? token : vi{} - 1;
+      store(chunk.mask + e.column + i, seen ? vf{} : splat(-kInfinity));
+      std::memcpy(chunk.token + e.column + i, &listed, sizeof listed);
     }
     chunk.entry[chunk.entries++] = e;
     chunk.columns += tiling.width;

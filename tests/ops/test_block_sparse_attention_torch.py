@@ -103,7 +103,19 @@ def test_fake_cuda_tensors() -> None:
         assert saliency.shape == (2, 100) and saliency.dtype == torch.float32
         lse = torch.empty(2, 3, 101, device="cuda")
         grads = torch.ops.svitt_ops.block_sparse_attention_backward(
-            out, q, k, v, out, lse, *_lists_4d(layout), 16, 1, bias, codes[None], lengths, 0.25
+            out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *_lists_4d(layout),
+            16,
+            1,
+            bias,
+            codes.view(1, -1),
+            lengths,
+            0.25,
         )
         assert [g.shape for g in grads] == [q.shape] * 3 + [bias.shape]
         assert all(g.transpose(1, 2).is_contiguous() for g in grads[:3])
