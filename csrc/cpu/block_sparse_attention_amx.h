@@ -143,12 +143,12 @@ SVITT_INLINE void multiply_tiles(int steps, const uint16_t* a, int64_t a_stride,
 SVITT_INLINE vf exp_bf16(vf x, vf low) {
   constexpr int kFloor = 1;
   const __m512 t = reinterpret_cast<__m512>(x * 1.4426950408889634f + low);
-  const vf f = reinterpret_cast<vf>(_mm512_reduce_ps(t, kFloor));  // t - floor(t)
+  const vf f = reinterpret_cast<vf>(_mm512_maskz_reduce_ps(0xffff, t, kFloor));  // t - floor(t)
   vf p = splat(0.013534166850149632f) * f + 0.05201146379113197f;
   p = p * f + 0.2414427548646927f;
   p = p * f + 0.6930038332939148f;
   p = p * f + 1.0000026226043701f;
-  return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), t));
+  return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), t));
 }
 
 /// Weights exp(x - most) of one row, rounded to bf16; returns the sum of the unrounded weights.

@@ -148,7 +148,7 @@ SVITT_INLINE float exponentiate(float* s, int columns, float most) {
   vf sum{};
   const vf m = splat(most);
   for (int c = 0; c < columns; c += W) {
-    const vf e = exp_nonpositive<5>(load(s + c) - m);
+    const vf e = exp_nonpositive(load(s + c) - m);
     store(s + c, e);
     sum += e;
   }

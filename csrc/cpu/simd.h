@@ -26,7 +26,7 @@ SVITT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 #if defined(SVITT_LANES_16)
 SVITT_INLINE vf vmax(vf a, vf b) {
-  return reinterpret_cast<vf>(_mm512_max_ps((__m512)a, (__m512)b));
+  return reinterpret_cast<vf>(_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b));
 }
 #elif defined(SVITT_LANES_8)
 SVITT_INLINE vf vmax(vf a, vf b) {
@@ -146,30 +146,33 @@ SVITT_INLINE vf load_some(const T* p, int n) {
   return v;
 }
 
-/// exp(x) for x <= 0 by a polynomial of the given degree: 5 is good to 2e-7, 4 to 3e-6. Below -87
-/// it stays near 1e-38, which no sum that holds a 1 can tell from 0.
-template <int Degree>
+/// exp(x) for x <= 0, good to 2e-7. Where the processor does not reduce ranges by itself, it stays
+/// near 1e-38 below -87, which no sum that holds a 1 can tell from 0.
 SVITT_INLINE vf exp_nonpositive(vf x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLog2e = 1.4426950408889634f;
+#if defined(SVITT_LANES_16)
+  constexpr int kFloor = 1;
+  const __m512 t = reinterpret_cast<__m512>(x * kLog2e);
+  const vf f = reinterpret_cast<vf>(_mm512_maskz_reduce_ps(0xffff, t, kFloor));  // t - floor(t)
+  vf p = splat(0.0018775764619931579f) * f + 0.008989340625703335f;
+  p = p * f + 0.05582631751894951f;
+  p = p * f + 0.24015361070632935f;
+  p = p * f + 0.6931530833244324f;
+  p = p * f + 0.9999999403953552f;
+  return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), t));
+#else
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = vmax(x, splat(-87.0f));
   const vf shifted = x * kLog2e + kMagic;
   const vf f = x * kLog2e - (shifted - kMagic);
-  vf p;
-  if constexpr (Degree == 5) {
-    p = splat(0.001327647129073739f) * f + 0.009675540961325169f;
-    p = p * f + 0.05550713092088699f;
-    p = p * f + 0.24022120237350464f;
-    p = p * f + 0.6931469440460205f;
-    p = p * f + 1.0000001192092896f;
-  } else {
-    p = splat(0.009570101276040077f) * f + 0.05591785907745361f;
-    p = p * f + 0.240247443318367f;
-    p = p * f + 0.6931217908859253f;
-    p = p * f + 0.9999992847442627f;
-  }
+  vf p = splat(0.001327647129073739f) * f + 0.009675540961325169f;
+  p = p * f + 0.05550713092088699f;
+  p = p * f + 0.24022120237350464f;
+  p = p * f + 0.6931469440460205f;
+  p = p * f + 1.0000001192092896f;
   const vi exponent = reinterpret_cast<vi>(shifted) << 23;
   return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
+#endif
 }
 
 template <int S>
