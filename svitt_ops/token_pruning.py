@@ -74,10 +74,10 @@ def prune_tokens(
 ) -> PrunedTokens:
     """Keep the global tokens and those with the highest scores, in the order of the sequence.
 
-    ``out = concat(tokens[:g], tokens[g + i] for i in select_tokens(scores, keep))`` for each sample,
-    with g global tokens. The gradient of ``tokens`` is that of what was kept and 0 elsewhere, a
-    gather that writes each element once; ``scores`` receive none. Rows are copied bit for bit, and
-    autocast casts nothing.
+    For each sample, with g global tokens, ``out`` is ``tokens[:g]`` followed by ``tokens[g + i]``
+    for i in ``select_tokens(scores, keep)``. The gradient of ``tokens`` is that of what was kept
+    and 0 elsewhere, a gather that writes each element once; ``scores`` receive none. Rows are
+    copied bit for bit, and autocast casts nothing.
 
     Args:
         tokens: ``(batch, num_global + num_tokens, dim)``, fp32, fp16 or bf16. Any strides with a
