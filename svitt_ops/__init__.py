@@ -4,15 +4,20 @@ from svitt_ops import reference
 from svitt_ops._version import __version__
 from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
 from svitt_ops.layout import BlockLayout
+from svitt_ops.token_pruning import PrunedTokens, keep_count, prune_tokens, select_tokens
 
-OPS = ("block_sparse_attention",)
+OPS = ("block_sparse_attention", "token_pruning")
 """Stems of the ops, the same in every folder."""
 
 __all__ = [
     "OPS",
     "BlockLayout",
+    "PrunedTokens",
     "__version__",
     "block_sparse_attention",
+    "keep_count",
     "position_codes",
+    "prune_tokens",
     "reference",
+    "select_tokens",
 ]

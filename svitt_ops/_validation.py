@@ -8,6 +8,14 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_count(op: str, name: str, value: int, least: int = 0) -> None:
+    """An int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
 def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
     """A floating tensor of a dtype that the kernels take, on ``device``."""
     if not isinstance(x, Tensor):
