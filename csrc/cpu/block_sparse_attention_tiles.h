@@ -132,12 +132,12 @@ template <class T>
 void stage_columns(const Tiling& tiling, const Matrix& m, int64_t b, int64_t h, int dims,
                    float* to) {
   const T* from = base<T>(m, b, h);
-  const int64_t size = static_cast<int64_t>(tiling.width) * dims;
+  const int64_t size = static_cast<int64_t>(round_up(tiling.width, kPanel)) * dims;
   for (int i = 0; i < tiling.tiles(); ++i, to += size) {
     const Tile t = tiling.tile(i);
-    pack_columns(from + t.first * m.token, m.token, t.tokens, dims, to, tiling.width, tiling.width);
+    pack_columns(from + t.first * m.token, m.token, t.tokens, dims, to, tiling.width);
     for (int g = 0; g < t.globals; ++g)
-      pack_column(from + (t.first_global + g) * m.token, dims, to + t.tokens + g, tiling.width);
+      pack_column(from + (t.first_global + g) * m.token, dims, to, t.tokens + g);
   }
 }
 
@@ -164,11 +164,11 @@ SVITT_INLINE int column_segments(const Chunk& chunk, const Tiling& tiling, const
     const int middle = e.to < t.tokens ? e.to : e.from > t.tokens ? e.from : t.tokens;
     if (e.from < middle)
       segments[count++] = {a + e.column + e.from, rows.data + (t.first + e.from) * rows.step,
-                           rows.step, middle - e.from};
+                           rows.step, kPanel, middle - e.from};
     if (middle < e.to)
       segments[count++] = {a + e.column + middle,
                            rows.data + (t.first_global + middle - t.tokens) * rows.step, rows.step,
-                           e.to - middle};
+                           kPanel, e.to - middle};
   }
   return count;
 }
