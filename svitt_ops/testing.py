@@ -99,7 +99,6 @@ def attention_results(
         ``out``, ``saliency`` (with global tokens), ``grad_query``, ``grad_key``, ``grad_value`` and
         ``grad_bias_table`` (with a table), in the dtype that each was computed in.
     """
-
     q, k, v = (_leaf(x, compute) for x in (query, key, value))
     leaves = {"grad_query": q, "grad_key": k, "grad_value": v}
     table = None

@@ -152,7 +152,7 @@ template <int Degree>
 SVITT_INLINE vf exp_nonpositive(vf x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   constexpr float kLog2e = 1.4426950408889634f;
-  x = vmax(x, splat(-87.0f));
+  x = vmax(splat(-87.0f), x);  // in this order a NaN stays one
   const vf shifted = x * kLog2e + kMagic;
   const vf f = x * kLog2e - (shifted - kMagic);
   vf p;
