@@ -162,7 +162,7 @@ SVITT_INLINE vf exp_nonpositive(vf x) {
   return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), t));
 #else
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = vmax(x, splat(-87.0f));
+  x = vmax(splat(-87.0f), x);  // in this order a NaN stays one
   const vf shifted = x * kLog2e + kMagic;
   const vf f = x * kLog2e - (shifted - kMagic);
   vf p = splat(0.001327647129073739f) * f + 0.009675540961325169f;
