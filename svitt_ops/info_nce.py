@@ -74,6 +74,7 @@ def info_nce(
         raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
     if query.shape[0] == 0:
         raise ValueError(f"{_OP}: query must have at least one row, got {tuple(query.shape)}")
+    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
     temperature = check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
@@ -145,7 +146,7 @@ def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: fl
     spread = positive - same / count / temperature
     spread = torch.where(count == 1, 0, spread)
     smooth = label_smoothing * (same / count - every / choices) / temperature
-    return spread + torch.nn.functional.softplus(negative - positive, threshold=1e9) + smooth
+    return spread + torch.logaddexp(negative - positive, torch.zeros_like(negative)) + smooth
 
 
 def _wide(query: Tensor) -> torch.dtype:
@@ -170,14 +171,15 @@ def _cpu(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op from the reference."""
-    rows, columns = statistics(query, key, temperature, query_ids, key_ids, first_row)
+    inputs = (query.double(), key.double(), temperature.double())
+    rows, columns = statistics(*inputs, query_ids, key_ids, first_row)
     columns = columns if symmetric else columns[:, :0]
     means = [
-        losses(x.double(), temperature, key.shape[0], label_smoothing).mean()
+        losses(x, temperature, key.shape[0], label_smoothing).mean()
         for x in (rows, columns)
         if x.numel()
     ]
-    return torch.stack(means).mean().float(), rows.double(), columns.double()
+    return torch.stack(means).mean().float(), rows, columns.contiguous()
 
 
 def _backward_fake(
