@@ -277,7 +277,7 @@ def cross_attention(
             HEAD_DIM=head_dim, WIDE=wide, **tile.shape, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            chunk = combine_chunk(tile.head_dim)
+            chunk = combine_chunk(tile.head_dim) // 2
             tiles = cdiv(num_queries, chunk)
             _combine_kernel[(batch * heads * tiles,)](
                 partial, partial_stats, out, lse, stats,

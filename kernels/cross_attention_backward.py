@@ -76,8 +76,8 @@ def _grad_kernel(
         stats_ptr += first
     lse, lse_low = load_offsets(lse_ptr + first, stats_ptr, stats_stack, row, row_exists)
     if delta_ptr is not None:
-        if part == 0:
-            tl.store(delta_ptr + first + row, delta, mask=row_exists)
+        # Every part writes the same bits.
+        tl.store(delta_ptr + first + row, delta, mask=row_exists)
 
     scale_log2 = scale * LOG2_E
     acc = tl.zeros([ROWS, DIM], tl.float32)
@@ -242,7 +242,7 @@ def cross_attention_backward(
             HEAD_DIM=head_dim, WIDE=wide, **tile.shape, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            chunk = combine_chunk(tile.head_dim)
+            chunk = combine_chunk(tile.head_dim) // 2
             tiles = cdiv(num_queries, chunk)
             _combine_grads_kernel[(batch * heads * tiles,)](
                 partial, grad_query, heads, num_queries, tiles, parts, *grad_query.stride()[:3],
