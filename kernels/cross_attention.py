@@ -277,12 +277,12 @@ def cross_attention(
             HEAD_DIM=head_dim, WIDE=wide, **tile.shape, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            chunk = combine_chunk(tile.head_dim) // 2
+            chunk = max(combine_chunk(tile.head_dim) // 2, 16)
             tiles = cdiv(num_queries, chunk)
             _combine_kernel[(batch * heads * tiles,)](
                 partial, partial_stats, out, lse, stats,
                 heads, num_queries, tiles, parts, stats_stack, partial_stack, *out.stride()[:3],
-                HEAD_DIM=head_dim, DIM=tile.head_dim, CHUNK=chunk, **launch_options(),
+                HEAD_DIM=head_dim, DIM=tile.head_dim, CHUNK=chunk, maxnreg=255, **launch_options(),
             )  # fmt: skip
         if saliency and num_keys > 0:
             tile = cross_tile("saliency", num_queries, head_dim, query.dtype, arch)

@@ -242,11 +242,11 @@ def cross_attention_backward(
             HEAD_DIM=head_dim, WIDE=wide, **tile.shape, **tile.options,
         )  # fmt: skip
         if partial is not None:
-            chunk = combine_chunk(tile.head_dim) // 2
+            chunk = max(combine_chunk(tile.head_dim) // 2, 16)
             tiles = cdiv(num_queries, chunk)
             _combine_grads_kernel[(batch * heads * tiles,)](
                 partial, grad_query, heads, num_queries, tiles, parts, *grad_query.stride()[:3],
-                HEAD_DIM=head_dim, DIM=tile.head_dim, CHUNK=chunk, **launch_options(),
+                HEAD_DIM=head_dim, DIM=tile.head_dim, CHUNK=chunk, maxnreg=255, **launch_options(),
             )  # fmt: skip
         if not at_once and num_keys > 0:
             tile = cross_tile("grad_key", num_queries, head_dim, query.dtype, arch)

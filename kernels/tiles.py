@@ -145,11 +145,18 @@ def cross_tile(
         columns = 64
     elif dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
-        rows, columns = min(rows, 16 if dim <= 64 else 8), 16
+        # A dot needs 16 terms: the backward sums over both sides of a tile, "grad_key" over rows.
+        rows, columns = min(rows, 8 if dim > 64 and which in ("forward", "saliency") else 16), 16
+        if which == "grad_key":
+            columns = 8 if dim <= 128 else 4
         num_warps, num_stages = 4 if dim <= 64 else 8, 1
     else:
-        columns = 64 if dim <= 64 else 32 if dim <= 128 else 16
+        columns = 64 if dim <= 64 and which != "grad_key" else 32 if dim <= 128 else 16
         num_warps = 4 if dim <= 64 else 8
+        if head_dim % 8 != 0:
+            # Rows that are not aligned to 16 bytes take several times the pointers.
+            rows, columns = min(rows, 32 if dim <= 128 else 16), 16
+            num_stages = 2 if dim <= 128 else 1
     return AttentionTile(
         rows=rows,
         columns=columns,
