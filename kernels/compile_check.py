@@ -37,6 +37,8 @@ from . import (
     block_layout,
     block_sparse_attention,
     block_sparse_attention_backward,
+    cross_attention,
+    cross_attention_backward,
     token_pruning,
 )
 
@@ -107,6 +109,39 @@ def run_attention(
     out, lse, _ = block_sparse_attention.block_sparse_attention(*inputs, *lists, *tail, saliency)
     block_sparse_attention_backward.block_sparse_attention_backward(
         torch.empty_like(out), *inputs, out, lse, *lists, *tail
+    )
+
+
+def cross_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of cross-attention over what its tile table depends on."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(64, 32, dtype) for dtype in (half, torch.float16, single)]
+    if not quick:
+        # Every padded head_dim, with and without padding, by every number of queries in a tile.
+        dims = (8, 64, 65, 128, 251, 256)
+        cases += [(dim, 100, dtype) for dim in dims for dtype in (half, single)]
+        cases += [(dim, 32, half) for dim in (20, 65, 128, 251, 256)]
+        cases += [(dim, 5, dtype) for dim in (8, 65, 256) for dtype in (half, single)]
+    for dim, num_queries, dtype in cases:
+        # Few heads split the keys; the mask and the saliency come with them.
+        for split in (False, True):
+            name = f"D={dim} queries={num_queries} {str(dtype)[6:]}"
+            yield name + " split" * split, partial(run_cross, dim, num_queries, dtype, split)
+
+
+def run_cross(dim: int, num_queries: int, dtype: torch.dtype, split: bool) -> None:
+    """Calls both launchers, where keys are split with a mask and each kind of saliency."""
+    batch, heads, num_keys = 1 if split else 32, 12, 1569
+    query = torch.empty(batch, num_queries, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+    # Strides of a packed projection: (batch, tokens, 2, heads, dim).
+    packed = torch.empty(batch, num_keys, 2, heads, dim, dtype=dtype, device="meta")
+    key, value = packed.permute(2, 0, 3, 1, 4)
+    mask = torch.empty(batch, num_keys, dtype=torch.bool, device="meta") if split else None
+    inputs = (query, key, value)
+    for saliency in (1, 2) if split else (0,):
+        out, lse, _ = cross_attention.cross_attention(*inputs, mask, 0.125, saliency)
+    cross_attention_backward.cross_attention_backward(
+        torch.empty_like(out), *inputs, out, lse, mask, 0.125
     )
 
 
@@ -189,7 +224,13 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", record))
-        for module in (block_sparse_attention, block_sparse_attention_backward):
+        modules = (
+            block_sparse_attention,
+            block_sparse_attention_backward,
+            cross_attention,
+            cross_attention_backward,
+        )
+        for module in modules:
             patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))
         yield launches
 
@@ -242,8 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
     )
-    calls = [*layout_calls(options.quick), *pruning_calls(options.quick)]
-    calls += attention_calls(options.quick)
+    calls = [
+        *layout_calls(options.quick),
+        *pruning_calls(options.quick),
+        *attention_calls(options.quick),
+        *cross_calls(options.quick),
+    ]
     work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
     failures = compiled = 0
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may

@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 
 Pass = Literal["forward", "grad_query", "grad_key"]
+CrossPass = Literal["forward", "saliency", "grad", "grad_key"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTile:
-    """One tile configuration of the block-sparse attention kernels."""
+    """One tile configuration of the attention kernels."""
 
     rows: int
     """Rows a program owns (queries, or keys in the dK/dV kernel); a power of two."""
@@ -125,6 +126,44 @@ def attention_tile(
         num_warps=num_warps,
         num_stages=num_stages,
         max_registers=max_registers,
+    )
+
+
+def cross_tile(
+    which: CrossPass, num_queries: int, head_dim: int, dtype: torch.dtype, arch: int
+) -> AttentionTile:
+    """Tile of one of the cross-attention kernels: `rows` queries by `columns` keys.
+
+    Up to 64 queries are one tile, so that keys are read once. Few queries leave little to compute
+    for each key that is read: columns and stages are there to have many bytes on their way.
+    """
+    dim = max(16, next_pow2(head_dim))
+    rows = min(max(16, next_pow2(num_queries)), 64)
+    num_warps, num_stages = 4, 3
+    if arch == 0:
+        # The interpreter pays per program and per step, whatever their size.
+        columns = 64
+    elif dtype == torch.float32:
+        # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        # A dot needs 16 terms: the backward sums over both sides of a tile, "grad_key" over rows.
+        rows, columns = min(rows, 8 if dim > 64 and which in ("forward", "saliency") else 16), 16
+        if which == "grad_key":
+            columns = 8 if dim <= 128 else 4
+        num_warps, num_stages = 4 if dim <= 64 else 8, 1
+    else:
+        columns = 64 if dim <= 64 and which != "grad_key" else 32 if dim <= 128 else 16
+        num_warps = 4 if dim <= 64 else 8
+        if head_dim % 8 != 0:
+            # Rows that are not aligned to 16 bytes take several times the pointers.
+            rows, columns = min(rows, 32 if dim <= 128 else 16), 16
+            num_stages = 2 if dim <= 128 else 1
+    return AttentionTile(
+        rows=rows,
+        columns=columns,
+        head_dim=dim,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        max_registers=255,
     )
 
 
