@@ -50,7 +50,7 @@ class _Chunked(torch.autograd.Function):
         for first in range(0, len(query), CHUNK):
             part = query[first : first + CHUNK]
             logits = (part @ key.T).float() * scale
-            paired.append(logits.diagonal(first)[: len(part)])
+            paired.append(logits.diagonal(first)[: len(part)].clone())
             weights = logits.sub_(scale).exp_()
             rows.append(weights.sum(1))
             columns += weights.sum(0)
