@@ -167,6 +167,63 @@ def cross_tile(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContrastTile:
+    """One tile configuration of the contrastive kernels."""
+
+    rows: int
+    """Rows of one side that a program owns."""
+    columns: int
+    """Rows of the other side in a step."""
+    chunk: int
+    """Dims that a dot product sums at a time."""
+    slice: int
+    """Dims of the gradient that a program owns."""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return launch_options(self.num_warps, self.num_stages)
+
+
+def contrast_tile(
+    which: Literal["forward", "backward"], dim: int, rows: int, dtype: torch.dtype, arch: int
+) -> ContrastTile:
+    """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side.
+
+    Few rows make few programs, so their tiles are small; many make large tiles, which reread less.
+    """
+    width = max(16, next_pow2(dim))
+    many = rows >= 1024
+    if arch == 0:
+        # The interpreter pays per program and per step, whatever their size.
+        return ContrastTile(
+            rows=32, columns=64, chunk=min(width, 256), slice=min(width, 512),
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if dtype == torch.float32:
+        # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        return ContrastTile(
+            rows=16, columns=16, chunk=16, slice=min(width, 64), num_warps=4, num_stages=1
+        )
+    aligned = dim % 8 == 0
+    if which == "forward":
+        size = 128 if many and aligned else 64 if many else 16
+        return ContrastTile(
+            rows=size, columns=size if many else 32, chunk=min(width, 64 if aligned else 32),
+            slice=16, num_warps=8 if size == 128 else 4, num_stages=3 if aligned else 2,
+        )  # fmt: skip
+    limit = (512 if many else 256) if aligned else 128
+    part = min(width, limit)
+    return ContrastTile(
+        rows=64 if many and aligned else 16, columns=64 if many and aligned else 32,
+        chunk=min(width, 64 if aligned else 32), slice=part,
+        num_warps=8 if many and aligned and part > 128 else 4, num_stages=2,
+    )  # fmt: skip
+
+
 def draw_warps(num_blocks: int) -> int:
     """Warps of the layout kernels, which hold one row of the M x M noise in registers."""
     return min(max(next_pow2(num_blocks) // 256, 1), 8)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _OP = "info_nce"
 STATISTICS = 5
 """Rows of the statistics: log-sum-exp over the negatives, the same over the positives, number of
-positives, sum of the positives' dot products, sum of all dot products."""
+positives, sum of the positives' dot products, sum of all dot products. In fp64: a rounded
+log-sum-exp would cost the weights digits where logits are large."""
 
 
 def info_nce(
@@ -149,14 +150,9 @@ def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: fl
     return spread + torch.logaddexp(negative - positive, torch.zeros_like(negative)) + smooth
 
 
-def _wide(query: Tensor) -> torch.dtype:
-    """On a CPU the extra digits are free, and weights need them where logits are large."""
-    return torch.float64 if query.device.type == "cpu" else torch.float32
-
-
 def _fake(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     columns = key.shape[0] if args[-2] else 0
-    stats = [query.new_empty(STATISTICS, n, dtype=_wide(query)) for n in (query.shape[0], columns)]
+    stats = [query.new_empty(STATISTICS, n, dtype=torch.float64) for n in (query.shape[0], columns)]
     return query.new_empty((), dtype=torch.float32), stats[0], stats[1]
 
 
@@ -230,7 +226,7 @@ _library.define(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_temperature)",
     fake=_backward_fake,
     cpu=_backward_cpu,
-    cuda_module=_OP,
+    cuda_module=f"{_OP}_backward",
 )
 
 

@@ -79,7 +79,7 @@ def test_fakes_on_cuda(dtype: torch.dtype) -> None:
         op = torch.ops.svitt_ops.info_nce
         loss, rows, columns = op(q, k, t, None, None, 0, True, 0.0)
         assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
-        assert rows.shape == columns.shape == (5, 33) and rows.dtype == torch.float32
+        assert rows.shape == columns.shape == (5, 33) and rows.dtype == torch.float64
         for wide, wanted in ((False, dtype), (True, torch.float32)):
             *grads, grad_t = torch.ops.svitt_ops.info_nce_backward(
                 loss, q, k, t, None, None, 0, rows, columns, 0.0, wide
