@@ -39,12 +39,15 @@ from . import (
     block_sparse_attention_backward,
     cross_attention,
     cross_attention_backward,
+    info_nce,
+    info_nce_backward,
     token_pruning,
 )
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 64 * 1024
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -190,6 +193,31 @@ def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, partial(run_pruning, batch, num_tokens, dim, dtypes, rich)
 
 
+def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
+    """Calls both launchers of InfoNCE: symmetric, or one direction and fp32 gradients with ids."""
+    query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
+    scalar = torch.empty((), device="meta")
+    numbers = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
+    inputs = (query, key, scalar, numbers, numbers, 0)
+    _, of_rows, of_columns = info_nce.info_nce(*inputs, not ids, 0.1)
+    info_nce_backward.info_nce_backward(scalar, *inputs, of_rows, of_columns, 0.1, ids)
+
+
+def contrast_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Contrastive losses of few and of many rows, over the widths of a slice."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(rows, 256, dtype) for rows in (32, 4096) for dtype in (half, single)]
+    if not quick:
+        cases += [(rows, 256, torch.float16) for rows in (32, 4096)]
+        cases += [(rows, dim, half) for rows in (32, 4096) for dim in (1, 48, 100, 128, 512, 768)]
+        cases += [(32, dim, single) for dim in (1, 48, 100, 768)]
+        cases += [(4096, dim, half) for dim in (251, 1001)]
+    for rows, dim, dtype in cases:
+        for ids in (False, True):
+            name = f"B={rows} D={dim} {str(dtype)[6:]}{' ids' * ids}"
+            yield name, partial(run_contrast, rows, dim, dtype, ids)
+
+
 def specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
     """What Triton's launcher would compile for these arguments, pointers aligned to 16 bytes."""
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -229,6 +257,8 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
             block_sparse_attention_backward,
             cross_attention,
             cross_attention_backward,
+            info_nce,
+            info_nce_backward,
         )
         for module in modules:
             patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))
@@ -288,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         *pruning_calls(options.quick),
         *attention_calls(options.quick),
         *cross_calls(options.quick),
+        *contrast_calls(options.quick),
     ]
     work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
     failures = compiled = 0

@@ -32,7 +32,7 @@ from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, 
 STATISTICS = 5
 CENTRE_ROWS = 128
 """Rows whose positives tell how large a similarity of a pair is."""
-_SIZES = ["a_count", "b_count", "dim"]
+_SIZES = ["a_count", "b_count"]
 
 
 @triton.jit
@@ -63,10 +63,12 @@ def _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
     """Which b are positives of which a: equal ids or, without ids, b = a + shift."""
     exists = (a < a_count)[:, None] & (b < b_count)[None, :]
     if a_ids_ptr is None:
-        return exists & ((a + shift)[:, None] == b[None, :])
-    a_ids = tl.load(a_ids_ptr + a, mask=a < a_count, other=0)
-    b_ids = tl.load(b_ids_ptr + b, mask=b < b_count, other=0)
-    return exists & (a_ids[:, None] == b_ids[None, :])
+        same = (a + shift)[:, None] == b[None, :]
+    else:
+        a_ids = tl.load(a_ids_ptr + a, mask=a < a_count, other=0)
+        b_ids = tl.load(b_ids_ptr + b, mask=b < b_count, other=0)
+        same = a_ids[:, None] == b_ids[None, :]
+    return exists & same
 
 
 @triton.jit
@@ -108,13 +110,13 @@ def _sweep(
         every += tl.sum(x, axis=1)
     exists = a < a_count
     kind = out_ptr.dtype.element_ty
-    lse = most.to(kind) + tl.log(total).to(kind)
-    positive_lse = positive_most.to(kind) + tl.log(positive_total).to(kind)
+    # A maximum of -inf stands for a row without such pairs.
+    lse = most.to(kind) + tl.log(tl.where(total == 0, 1.0, total)).to(kind)
+    total = tl.where(positive_total == 0, 1.0, positive_total)
+    positive_lse = positive_most.to(kind) + tl.log(total).to(kind)
     stack = a_count.to(tl.int64)
-    tl.store(out_ptr + a, tl.where(total == 0, -infinity, lse), mask=exists)
-    tl.store(
-        out_ptr + stack + a, tl.where(positive_total == 0, -infinity, positive_lse), mask=exists
-    )
+    tl.store(out_ptr + a, lse, mask=exists)
+    tl.store(out_ptr + stack + a, positive_lse, mask=exists)
     tl.store(out_ptr + 2 * stack + a, count, mask=exists)
     tl.store(out_ptr + 3 * stack + a, pairs, mask=exists)
     tl.store(out_ptr + 4 * stack + a, every, mask=exists)
@@ -215,6 +217,6 @@ def info_nce(
         )  # fmt: skip
         _loss_kernel[(1,)](
             rows, columns, temperature, loss, queries, keys, keys, label_smoothing,
-            BOTH=symmetric, TILE=min(1024, next_pow2(max(queries, keys))), **launch_options(),
+            BOTH=symmetric, TILE=min(512, next_pow2(max(queries, keys))), **launch_options(),
         )  # fmt: skip
     return loss, rows, columns

@@ -184,8 +184,8 @@ class ContrastTile:
 
     @property
     def options(self) -> dict[str, int]:
-        """Launch options."""
-        return launch_options(self.num_warps, self.num_stages)
+        """Launch options; said aloud, the limit keeps ptxas from spilling for occupancy."""
+        return launch_options(self.num_warps, self.num_stages) | {"maxnreg": 255}
 
 
 def contrast_tile(
@@ -209,18 +209,17 @@ def contrast_tile(
             rows=16, columns=16, chunk=16, slice=min(width, 64), num_warps=4, num_stages=1
         )
     aligned = dim % 8 == 0
+    # Eight warps where tiles are large: the logits' companions take several times their registers.
+    num_warps = 8 if many else 4
+    chunk = min(width, 64 if aligned else 32)
     if which == "forward":
-        size = 128 if many and aligned else 64 if many else 16
         return ContrastTile(
-            rows=size, columns=size if many else 32, chunk=min(width, 64 if aligned else 32),
-            slice=16, num_warps=8 if size == 128 else 4, num_stages=3 if aligned else 2,
+            rows=64 if many else 16, columns=64 if many and aligned else 32, chunk=chunk, slice=16,
+            num_warps=num_warps, num_stages=3 if aligned else 2,
         )  # fmt: skip
-    limit = (512 if many else 256) if aligned else 128
-    part = min(width, limit)
     return ContrastTile(
-        rows=64 if many and aligned else 16, columns=64 if many and aligned else 32,
-        chunk=min(width, 64 if aligned else 32), slice=part,
-        num_warps=8 if many and aligned and part > 128 else 4, num_stages=2,
+        rows=64 if many and aligned else 16, columns=64 if many and aligned else 32, chunk=chunk,
+        slice=min(width, 256 if aligned else 128), num_warps=num_warps, num_stages=2,
     )  # fmt: skip
 
 
