@@ -202,6 +202,7 @@ _library.define(
     fake=_select_fake,
     cpu=reference.select_tokens,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 _library.define(
     f"{_PRUNE}(Tensor tokens, Tensor scores, SymInt keep, SymInt num_global, "
@@ -210,12 +211,14 @@ _library.define(
     fake=_fake,
     cpu=_cpu,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 _library.define(
     f"{_BACKWARD}(Tensor grad_out, Tensor inverse, SymInt num_global) -> Tensor grad_tokens",
     fake=_backward_fake,
     cpu=reference.prune_backward,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 
 
