@@ -151,8 +151,8 @@ def _count(op: str, keep_rate: float, num_tokens: int) -> int:
 
 def _check_keep(op: str, keep: int, num_tokens: int) -> None:
     least = 1 if num_tokens > 0 else 0
-    _validation.check_count(op, "keep", keep, least)
-    if keep > num_tokens:
+    _validation.check_int(op, "keep", keep)
+    if not least <= keep <= num_tokens:
         raise ValueError(f"{op}: keep must be {least} to {num_tokens}, got {keep}")
 
 

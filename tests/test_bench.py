@@ -17,9 +17,17 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY))  # bench is not installed
 pytest.importorskip("tqdm")
 
-from bench import __main__, environment, floors, harness, report, results, timing  # noqa: E402
+from bench import (  # noqa: E402
+    __main__,
+    environment,
+    floors,
+    harness,
+    report,
+    results,
+    timing,
+    token_pruning,
+)
 from bench import block_sparse_attention as op  # noqa: E402
-from bench import token_pruning  # noqa: E402
 
 SMALL = ["--quick", "--case", "small", "--provider", "gather", "--device", "cpu"]
 
