@@ -204,8 +204,8 @@ PRUNING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "float globals": (dict(num_global=1.0), TypeError, "num_global must be an int, got float"),
     "no keep": (dict(keep=None), ValueError, "keep or keep_rate must be given, got neither"),
     "both": (dict(keep_rate=0.5), ValueError, "keep or keep_rate must be given, got both"),
-    "keep 0": (dict(keep=0), ValueError, "keep must be at least 1, got 0"),
-    "keep -1": (dict(keep=-1), ValueError, "keep must be at least 1, got -1"),
+    "keep 0": (dict(keep=0), ValueError, "keep must be 1 to 30, got 0"),
+    "keep -1": (dict(keep=-1), ValueError, "keep must be 1 to 30, got -1"),
     "keep more": (dict(keep=31), ValueError, "keep must be 1 to 30, got 31"),
     "float keep": (dict(keep=7.0), TypeError, "keep must be an int, got float"),
     "bool keep": (dict(keep=True), TypeError, "keep must be an int, got bool"),
@@ -256,7 +256,7 @@ def test_prune_tokens_refuses(name: str) -> None:
 @pytest.mark.parametrize(
     ("scores", "keep", "error", "message"),
     [
-        (SCORES, 0, ValueError, "keep must be at least 1, got 0"),
+        (SCORES, 0, ValueError, "keep must be 1 to 30, got 0"),
         (SCORES, 31, ValueError, "keep must be 1 to 30, got 31"),
         (SCORES, 2.0, TypeError, "keep must be an int, got float"),
         (SCORES[0], 3, ValueError, r"scores must have shape \(batch, tokens\), got \(30,\)"),
