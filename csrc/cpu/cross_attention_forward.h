@@ -6,6 +6,9 @@
 // read where they lie. Queries are the lanes of a vector, so the softmax needs no reduction over
 // lanes. Where the keys of a head are cut into parts, each leaves a State in memory, and a second
 // pass over the heads puts them together; else the State is scratch.
+//
+// Tried, without gain: prefetching the next tile of K and V between the products; copying the tiles
+// of K and V first, so that the caches see them in order.
 
 /// Output, maximum and sum of a query tile over some keys, and what the saliency needs: weights
 /// that are relative to the maxima at the time, and those maxima for each tile of keys.
