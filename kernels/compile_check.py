@@ -41,6 +41,8 @@ from . import (
     cross_attention_backward,
     info_nce,
     info_nce_backward,
+    retrieval_ranks,
+    sample_hard_negatives,
     token_pruning,
 )
 
@@ -194,13 +196,16 @@ def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
-    """Calls both launchers of InfoNCE: symmetric, or one direction and fp32 gradients with ids."""
+    """Calls the contrastive launchers: symmetric, or one direction and wide gradients with ids."""
     query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
     scalar = torch.empty((), device="meta")
     numbers = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
     inputs = (query, key, scalar, numbers, numbers, 0)
     _, of_rows, of_columns = info_nce.info_nce(*inputs, not ids, 0.1)
     info_nce_backward.info_nce_backward(scalar, *inputs, of_rows, of_columns, 0.1, ids)
+    uniform = torch.empty(rows, dtype=torch.float64, device="meta")
+    sample_hard_negatives.sample_hard_negatives(*inputs[:5], uniform)
+    retrieval_ranks.retrieval_ranks(query, key, numbers, numbers)
 
 
 def contrast_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -259,6 +264,8 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
             cross_attention_backward,
             info_nce,
             info_nce_backward,
+            retrieval_ranks,
+            sample_hard_negatives,
         )
         for module in modules:
             patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))

@@ -6,9 +6,18 @@ from svitt_ops.block_sparse_attention import block_sparse_attention, position_co
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.info_nce import info_nce
 from svitt_ops.layout import BlockLayout
+from svitt_ops.retrieval_ranks import retrieval_ranks
+from svitt_ops.sample_hard_negatives import sample_hard_negatives
 from svitt_ops.token_pruning import PrunedTokens, keep_count, prune_tokens, select_tokens
 
-OPS = ("block_sparse_attention", "cross_attention", "token_pruning", "info_nce")
+OPS = (
+    "block_sparse_attention",
+    "cross_attention",
+    "token_pruning",
+    "info_nce",
+    "sample_hard_negatives",
+    "retrieval_ranks",
+)
 """Stems of the ops, the same in every folder."""
 
 __all__ = [
@@ -23,5 +32,7 @@ __all__ = [
     "position_codes",
     "prune_tokens",
     "reference",
+    "retrieval_ranks",
+    "sample_hard_negatives",
     "select_tokens",
 ]
