@@ -29,11 +29,10 @@ struct ContrastKernels {
 };
 
 #define SVITT_KERNELS(ISA) \
-  { \
-    ISA::contrast_pack_queries, ISA::contrast_pack_keys, ISA::contrast_forward, \
-        ISA::contrast_backward_keys, ISA::contrast_backward_queries, ISA::contrast_write_keys, \
-        ISA::contrast_sample, ISA::contrast_rank \
-  }
+  {ISA::contrast_pack_queries,     ISA::contrast_pack_keys, \
+   ISA::contrast_forward,          ISA::contrast_backward_keys, \
+   ISA::contrast_backward_queries, ISA::contrast_write_keys, \
+   ISA::contrast_sample,           ISA::contrast_rank}
 inline ContrastKernels contrast_kernels() {
   const Isa best = isa();
 #if defined(__x86_64__)
