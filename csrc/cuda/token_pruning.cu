@@ -6,10 +6,11 @@
 // Selection, one block a sample. Scores become uint32 keys that order as they do, kept in shared
 // memory up to kCached tokens, else read again from L2 in each pass. A radix select over digits of
 // 8 bits, the highest first, narrows the keys to the threshold: a histogram of the next digit by
-// integer atomics in shared memory, whose sum does not depend on their order, and one warp that
-// finds the digit. Then each warp counts what lies above and at the threshold in its share of the
-// sample, and after one barrier emits indices, inverse map and position codes in order: ties go to
-// the lower index by themselves.
+// integer atomics in shared memory, whose sum does not depend on their order (the hardware merges
+// those of a warp that hit one bin, as all do where scores tie), and one warp that finds the digit.
+// Then each warp counts what lies above and at the threshold in its share of the sample, and after
+// one barrier emits indices, inverse map and position codes in order: ties go to the lower index by
+// themselves.
 //
 // Rows are gathered by groups of lanes, a row a group, in vectors of 16 bytes where addresses
 // allow; four vectors a lane are on their way at a time. From kFusedBatch samples on, when there is

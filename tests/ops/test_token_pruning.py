@@ -241,7 +241,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
 
 
 def test_large_results_are_written_whole() -> None:
-    """From 32 MiB on memory is asked for in huge pages."""
+    """Memory of large results is asked for in huge pages."""
     tokens = torch.ones(2, 4097, 1100, requires_grad=True)
     kept = so.prune_tokens(tokens, torch.rand(2, 4096), keep=4000)
     assert bool((kept.tokens == 1).all())
