@@ -1,6 +1,6 @@
 """Sparse multimodal attention: hand-written kernels as torch ops."""
 
-from svitt_ops import reference
+from svitt_ops import nn, reference
 from svitt_ops._version import __version__
 from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
 from svitt_ops.cross_attention import cross_attention
@@ -29,6 +29,7 @@ __all__ = [
     "cross_attention",
     "info_nce",
     "keep_count",
+    "nn",
     "position_codes",
     "prune_tokens",
     "reference",
