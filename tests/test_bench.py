@@ -218,7 +218,7 @@ def test_report(small: ModuleType, tmp_path: Path) -> None:
     assert report.main([*arguments, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "python -m bench --case small" in text and "gather_sdpa" in text
+    assert f"python -m bench --op {op.OP} --case small" in text and "gather_sdpa" in text
     assert (folder / "result.png").stat().st_size > 0
     readme.write_text(text.replace("Medians", "Averages"))
     assert report.main([*arguments, "--check"]) == 1
