@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
 from svitt_ops.models.unpickling import Inert, read_tensors
+from torch import Tensor
 
 MakeConfig = Callable[..., SViTTConfig]
 
@@ -276,9 +275,9 @@ def test_pickles_cannot_reach_what_tensors_are_made_of(tmp_path: Path) -> None:
         b"ctorch.storage\n_load_from_bytes\n(Vx\ntR.",
         b"ccopyreg\n_reconstructor\n(cos\nsystem\ncbuiltins\nobject\nNtR.",
     ]
-    from svitt_ops.models.unpickling import _load
-
     import io
+
+    from svitt_ops.models.unpickling import _load
 
     for stream in streams:
         try:

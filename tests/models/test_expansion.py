@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from svitt_ops.models import (
     FrozenConfig,
     FrozenForRetrieval,
@@ -51,9 +50,12 @@ def test_resizing_is_torch_s(mode: str) -> None:
             planes = table[:-3].reshape(1, 2 * source - 1, -1).mT
             wanted = F.interpolate(planes, size=2 * target - 1, mode=mode).mT.reshape(-1, 2)
             assert torch.equal(found, torch.cat([wanted, table[-3:]]))
-            assert torch.equal(
-                found[9 * (target - 1) : 9 * target], table[9 * (source - 1) : 9 * source]
-            ) or mode == "nearest"
+            assert (
+                torch.equal(
+                    found[9 * (target - 1) : 9 * target], table[9 * (source - 1) : 9 * source]
+                )
+                or mode == "nearest"
+            )
 
 
 def test_frames_are_inferred_from_rows() -> None:

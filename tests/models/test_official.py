@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining
+from svitt_ops.models.official import attend_over_padding, padded
 from torch import Tensor
 
 import svitt_ops as so
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining
-from svitt_ops.models.official import attend_over_padding, padded
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D, merge_heads, split_heads
 
 GRID = (2, 3, 4)
@@ -37,16 +37,16 @@ def released(
 @pytest.mark.parametrize("kept", [24, 16, 13])
 def test_padding_is_attended(kept: int) -> None:
     torch.manual_seed(0)
-    module = BlockSparseSelfAttention(16, 2, key_bias=False, bias=RelativePositionBias3D(GRID, 2, std=1.0))
+    module = BlockSparseSelfAttention(
+        16, 2, key_bias=False, bias=RelativePositionBias3D(GRID, 2, std=1.0)
+    )
     tokens = torch.randn(3, 1 + kept, 16, requires_grad=True)
     codes = module.bias.codes
     if kept < 24:
         chosen = torch.stack([torch.randperm(24)[:kept].sort().values for _ in range(3)])
         codes = codes[chosen]
     layout = so.BlockLayout.local_random(padded(kept, 8), block_size=8, num_random=1)
-    out, saliency = attend_over_padding(
-        module, tokens, layout, codes=codes, return_saliency=True
-    )
+    out, saliency = attend_over_padding(module, tokens, layout, codes=codes, return_saliency=True)
     wanted = released(module, tokens, layout, codes)
     torch.testing.assert_close(out, wanted)
     plain = attend_over_padding(module, tokens, layout, codes=codes)

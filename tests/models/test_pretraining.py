@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import svitt_ops as so
 from svitt_ops.models import (
     FrozenConfig,
     FrozenForRetrieval,
@@ -16,6 +13,9 @@ from svitt_ops.models import (
     SViTTForPreTraining,
     SViTTModel,
 )
+from torch import Tensor
+
+import svitt_ops as so
 
 MakeConfig = Callable[..., SViTTConfig]
 
@@ -68,9 +68,7 @@ def test_contrastive_and_masked_losses(
     torch.testing.assert_close(output.loss_mlm, F.cross_entropy(logits, batch["input_ids"][:, 2]))
 
 
-def test_masked_loss_of_nothing_is_0(
-    model: SViTTForPreTraining, batch: dict[str, Tensor]
-) -> None:
+def test_masked_loss_of_nothing_is_0(model: SViTTForPreTraining, batch: dict[str, Tensor]) -> None:
     batch["mlm_labels"].fill_(-100)
     assert model(**batch).loss_mlm == 0
 
@@ -82,7 +80,7 @@ def test_match_loss_takes_negatives_of_other_ids(
     torch.manual_seed(0)
     model = SViTTForPreTraining(make_config(hard_negatives=hard, initializer_range=0.2)).eval()
     batch["pair_ids"] = torch.tensor([4, 9, 4])  # so every negative is certain but those of row 1
-    losses = {float(model(**batch).loss_vtm) for _ in range(16)}
+    losses = {float(model(**batch).loss_vtm.detach()) for _ in range(8)}
     video = model.encode_video(batch["pixel_values"]).states
     text = model.encode_text(batch["input_ids"], batch["attention_mask"]).states
     mask = batch["attention_mask"]
@@ -94,7 +92,9 @@ def test_match_loss_takes_negatives_of_other_ids(
     positive = sum(nll(i, i, 1) for i in range(3))
     certain = nll(0, 1, 0) + nll(2, 1, 0) + nll(1, 0, 0) + nll(1, 2, 0)
     possible = {
-        float((positive + certain + nll(1, a, 0) + nll(b, 1, 0)) / 9) for a in (0, 2) for b in (0, 2)
+        float((positive + certain + nll(1, a, 0) + nll(b, 1, 0)) / 9)
+        for a in (0, 2)
+        for b in (0, 2)
     }
     assert all(min(abs(x - y) for y in possible) < 1e-5 for x in losses) and len(losses) > 1
 
@@ -212,7 +212,7 @@ def test_stochastic_depth(make_config: MakeConfig) -> None:
     residual = model.video.layers[2].add_mlp
     x, branch = torch.zeros(4000, 1, 32), torch.ones(4000, 1, 32)
     added = residual(x, branch)
-    assert set(added[:, 0, 0].tolist()) == {0.0, pytest.approx(0.2)}
+    assert added[:, 0, 0].unique().tolist() == pytest.approx([0, 0.2])
     assert 0.45 < (added[:, 0, 0] == 0).float().mean() < 0.55
     torch.testing.assert_close(residual.eval()(x, branch), 0.1 * branch)
 

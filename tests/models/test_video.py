@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, token_order
 from torch import Tensor
 
 import svitt_ops as so
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, token_order
 
 MakeConfig = Callable[..., SViTTConfig]
 
@@ -28,7 +28,9 @@ def pixels() -> Tensor:
     return torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(("block_size", "num_local", "num_random"), [(8, 1, 7), (5, 30, 0), (64, 1, 0)])
+@pytest.mark.parametrize(
+    ("block_size", "num_local", "num_random"), [(8, 1, 7), (5, 30, 0), (64, 1, 0)]
+)
 def test_full_layout_is_dense(
     make_config: MakeConfig, pixels: Tensor, block_size: int, num_local: int, num_random: int
 ) -> None:
