@@ -126,7 +126,7 @@ class Conversion:
 
 
 def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTForPreTraining:
-    """A model with the weights of a released SViTT or Singularity checkpoint.
+    """A model with the weights of a released SViTT or Singularity checkpoint, for evaluation.
 
     The file is read without running anything that it contains. Its number of frames is inferred
     from its relative position bias (a Singularity checkpoint has that of one frame) and replaces
@@ -150,7 +150,7 @@ def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTF
         )
     model = SViTTForPreTraining(type(config)(**{**config.to_dict(), "num_frames": frames}))
     convert_into(model, tensors, OFFICIAL_CHECKPOINT).report(path)
-    return model
+    return model.eval()
 
 
 def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:

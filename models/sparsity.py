@@ -66,7 +66,7 @@ def edge_count(config: SViTTConfig, *, text_length: int = TEXT_LENGTH) -> EdgeCo
         config: of the model.
         text_length: tokens of the text.
     """
-    layers = config.kept_tokens()
+    layers = config.kept_tokens()[:-1]
     fused = fusion_tokens(config)
     patches = config.num_patches
     return EdgeCount(
@@ -114,10 +114,7 @@ def sparsity_table(
 
 def fusion_tokens(config: SViTTConfig) -> list[int]:
     """Patches that each fusion layer attends over."""
-    count = config.num_patches
-    for layer in config.prune_layers:
-        count = keep_count(config.keep_rate, count)
-    counts = []
+    counts, count = [], config.kept_tokens()[-1]
     for layer in range(config.num_fusion_layers):
         counts.append(count)
         if config.prunes_multimodally and layer in config.multimodal_prune_layers:
@@ -146,7 +143,7 @@ def video_macs(config: VideoConfig, *, dense: bool = False) -> int:
     width = config.hidden_size
     per_token = 4 * width**2 + 2 * width * config.intermediate_size
     macs = 0
-    for count in config.kept_tokens():
+    for count in config.kept_tokens()[:-1]:
         count = config.num_patches if dense else count
         keys = count if dense else keys_per_patch(config, count)
         macs += count * (per_token + 2 * width * keys)

@@ -261,6 +261,9 @@ def test_new_weights(make_config: MakeConfig) -> None:
     ("changes", "message"),
     [
         ({"patch_size": 5}, r"patch_size must be a divisor of image_size \(32\), got 5"),
+        ({"num_attention_heads": 5}, r"heads must be a divisor of hidden_size \(32\), got 5"),
+        ({"text_hidden_size": 25}, r"text_num_attention_heads must be a divisor of .* got 3"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and less than 1, got 1.0"),
         ({"keep_rate": 0}, "keep_rate must be more than 0 and at most 1, got 0"),
         ({"token_order": "peano"}, "token_order must be one of .*'hilbert'.*, got 'peano'"),
         ({"prune_layers": [3]}, r"prune_layers must be layers 0 to 2, got \[3\]"),
@@ -295,6 +298,7 @@ def test_frozen(make_config: MakeConfig, batch: dict[str, Tensor], tmp_path: Pat
         or name in ("text_hidden_size", "text_num_attention_heads", "text_intermediate_size")
     }
     model = FrozenForRetrieval(FrozenConfig(**shapes, num_hidden_layers=3)).eval()
+    del batch["mlm_input_ids"], batch["mlm_labels"]
     assert not any("bias.table" in name or "scale" in name for name in model.state_dict())
     assert model.text.embeddings.token_type is None and len(model.text.layers) == 6
     assert model.video.layers[0].attention.key.bias is not None
