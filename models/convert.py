@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from svitt_ops.models.configuration import SViTTConfig
 from svitt_ops.models.expansion import frames_of_bias_table, resize_bias_table
 from svitt_ops.models.svitt import SViTTForPreTraining, SViTTModel
 from svitt_ops.models.unpickling import read_tensors
-from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
 from __future__ import annotations
 
 import torch.nn.functional as F
-from svitt_ops.models.configuration import FrozenConfig
-from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
-from svitt_ops.models.svitt import TwoTowers
 from torch import Tensor, nn
 
 import svitt_ops as so
+from svitt_ops.models.configuration import FrozenConfig
+from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.svitt import TwoTowers
 
 
 class FrozenForRetrieval(TwoTowers):

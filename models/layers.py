@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 from torch import Tensor, nn
+
+from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
 from svitt_ops.models.layers import Residual
 from svitt_ops.models.outputs import (
@@ -18,10 +22,6 @@ from svitt_ops.models.outputs import (
 )
 from svitt_ops.models.text import FusionEncoder, TextTower
 from svitt_ops.models.video import VideoTower
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-import svitt_ops as so
 from svitt_ops.nn import RelativePositionBias3D
 
 IGNORED = -100

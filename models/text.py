@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-import torch
-from svitt_ops.models.configuration import SViTTConfig
-from svitt_ops.models.layers import FeedForward, eval_generator, random_scores
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
+from svitt_ops.models.configuration import SViTTConfig
+from svitt_ops.models.layers import FeedForward, eval_generator, random_scores
 from svitt_ops.nn import CrossAttention
 
 

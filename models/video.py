@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from svitt_ops.models.configuration import OFFICIAL, VideoConfig
-from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
-from svitt_ops.models.official import attend_over_padding, padded
-from svitt_ops.models.token_order import token_order
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
+from svitt_ops.models.configuration import OFFICIAL, VideoConfig
+from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
+from svitt_ops.models.official import attend_over_padding, padded
+from svitt_ops.models.token_order import token_order
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
 
 DENSE_BLOCK = 56

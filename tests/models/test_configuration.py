@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining
 
 MakeConfig = Callable[..., SViTTConfig]

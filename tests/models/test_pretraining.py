@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import svitt_ops as so
 from svitt_ops.models import (
     SViTTConfig,
     SViTTForPreTraining,
     SViTTModel,
 )
-from torch import Tensor
-
-import svitt_ops as so
 
 MakeConfig = Callable[..., SViTTConfig]
 
@@ -90,7 +90,7 @@ def test_match_loss_takes_negatives_of_other_ids(
     positive = sum(nll(i, i, 1) for i in range(3))
     certain = nll(0, 1, 0) + nll(2, 1, 0) + nll(1, 0, 0) + nll(1, 2, 0)
     possible = {
-        float((positive + certain + nll(1, a, 0) + nll(b, 1, 0)) / 9)
+        ((positive + certain + nll(1, a, 0) + nll(b, 1, 0)) / 9).item()
         for a in (0, 2)
         for b in (0, 2)
     }

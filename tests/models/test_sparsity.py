@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, edge_count, sparsity_table
 
 import svitt_ops as so
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, edge_count, sparsity_table
 
 
 def test_table_of_the_paper() -> None:
