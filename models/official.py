@@ -57,17 +57,19 @@ def attend_over_padding(
     assert attention.bias is not None and codes is not None
     count = tokens.shape[1] - 1
     missing = layout.num_tokens - count
-    qkv = [
+    query, key, value = (
         split_heads(project(tokens), attention.num_heads)
         for project in (attention.query, attention.key, attention.value)
-    ]
-    table = attention.bias.table
+    )
+    table: Tensor = attention.bias.table
     # Patches see nothing but [CLS] here; only the row of [CLS] is used.
     globals_only = so.BlockLayout.local_random(
         count, block_size=layout.block_size, num_local=0, num_random=0, device=tokens.device
     )
     of_cls = so.block_sparse_attention(
-        *qkv,
+        query,
+        key,
+        value,
         globals_only,
         bias_table=table,
         position_codes=codes,
@@ -78,8 +80,10 @@ def attend_over_padding(
         of_cls, saliency = of_cls
     if missing:
         table, codes = _with_padding_code(table, codes, missing)
-        qkv = [F.pad(x, (0, 0, 0, missing)) for x in qkv]
-    out = so.block_sparse_attention(*qkv, layout, bias_table=table, position_codes=codes)
+        query, key, value = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
+    out = so.block_sparse_attention(
+        query, key, value, layout, bias_table=table, position_codes=codes
+    )
     assert isinstance(out, Tensor)
     out = torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2)
     merged: Tensor = attention.out(merge_heads(out))

@@ -156,7 +156,7 @@ class VideoTower(nn.Module):
             order, codes = (x.to(order.device) for x in self._positions(frames))
         patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
         patches = patches.reshape(batch, order.shape[0], -1)
-        cls = self.cls_token
+        cls: Tensor = self.cls_token
         if self.patch_positions is not None and self.cls_position is not None:
             patches = patches + self.patch_positions[:frames].flatten(0, 1)
             cls = cls + self.cls_position
