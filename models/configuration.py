@@ -144,7 +144,7 @@ class VideoConfig(PreTrainedConfig):
 
     def _check_layers(self, name: str, count: int) -> None:
         layers = getattr(self, name)
-        if not isinstance(layers, list) or any(layer not in range(count) for layer in layers):
+        if not isinstance(layers, Sequence) or any(layer not in range(count) for layer in layers):
             self._refuse(name, f"a list of layers 0 to {count - 1}", layers)
 
     def _refuse(self, name: str, wanted: str, value: object) -> None:
