@@ -1,7 +1,8 @@
 // Forward: the keys of a head are staged once, then each row block sweeps its tiles, flash-style.
 // Tried without gain: packing the half vectors of 56-key tiles side by side (an eighth less of
 // Q K^T, 2 % of the time); prefetching V while K is staged; prefetching the tiles of the next
-// block. Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
+// block.
+// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 
 constexpr int kLogitStride =
     kColumns + W;  // not a power of two: rows fall into different cache sets
