@@ -111,6 +111,15 @@ SVITT_INLINE void prefetch_neighbours(const Forward& p, const RowBlock& block, i
                         p.head_dim);
 }
 
+/// And what the next head is staged from.
+template <class T>
+SVITT_INLINE void prefetch_head(const Forward& p, const RowBlock& block, int r) {
+  if (block.h + 1 >= p.heads) return;
+  const int64_t row = block.row + r;
+  prefetch_row<false>(base<T>(p.key, block.b, block.h + 1) + row * p.key.token, p.head_dim);
+  prefetch_row<false>(base<T>(p.value, block.b, block.h + 1) + row * p.value.token, p.head_dim);
+}
+
 template <class T>
 void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
   const float* table = p.table == nullptr ? nullptr : p.table + block.h * p.table_stride;
