@@ -57,10 +57,11 @@ SVITT_INLINE void multiply_keys(const uint16_t* keys, int64_t stride, int n, int
     }
 }
 
-/// Weights of n keys for lanes [c, c + W), added to the sums; `kept` of the keys are also wanted in
-/// fp32, `step` apart.
+/// Weights of n keys for lanes [c, c + W), added to the sums. They are also wanted in fp32, `step`
+/// apart, where `kept` is given. Beside the first lanes the rows `ahead` come to the cache.
 SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& state, int n, int c,
-                                     float scale, float* kept, int step) {
+                                     float scale, float* kept, int step,
+                                     const TileKeys (&ahead)[2]) {
   constexpr float kLog2e = 1.4426950408889634f;
   const vf factor = splat(scale * kLog2e), low = load(state.most + c) * -kLog2e;
   alignas(64) uint16_t interleave[32];
@@ -75,6 +76,10 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
 #pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) {
         const int at = j + 2 * i + k;
+        if (c == 0 && at < ahead[0].n) {
+          prefetch_row<false>(ahead[0](at), s.dims);
+          prefetch_row<false>(ahead[1](at), s.dims);
+        }
         e[k] = exp2_bf16(load(s.logits + at * kQueryTile + c) * factor + low);
         if (at >= n) e[k] = vf{};
         if (kept != nullptr && at < n) store(kept + at * step + c, e[k]);
@@ -116,13 +121,16 @@ void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int r
           _mm512_storeu_si512(s.keys + i * dims + d, load_pairs(keys(i), d));
       multiply_keys(s.keys, dims, padded, lanes, s);
     }
+    const int64_t next = j + n, left = range.last - next;
+    const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
+    const TileKeys ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
     raise_maxima(state, s.logits, kQueryTile, n, rows, p.scale, dims, first);
     float* kept = p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes
                   : keep_row                   ? s.logits
                                                : nullptr;
     for (int c = 0; c < lanes; c += W)
       exponentiate_pairs(s, state, n, c, p.scale, keep_row && c > 0 ? nullptr : kept,
-                         keep_row ? kQueryTile : lanes);
+                         keep_row ? kQueryTile : lanes, ahead);
     if (p.saliency != Saliency::none)
       std::memcpy(state.tops + (j - range.first) / kKeyTile * kQueryTile, state.most,
                   sizeof(float) * lanes);

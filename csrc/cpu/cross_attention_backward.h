@@ -108,8 +108,7 @@ void backward_tile(const CrossBackward& p, const KeyRange& range, int64_t j, int
     for (int i = 0; i < n; ++i)
       weight_rows[i] = s.weights + i * lanes, slope_rows[i] = s.slopes + i * lanes;
     for (int r = 0; r < rows; ++r) query_rows[r] = s.grad_query + (row + r) * s.width;
-    const Segment dots{keys.data, s.query_columns + tile * s.tile, kPanel, panel, dims};
-    multiply(n, lanes, &dots, 1, {keys.step, 1}, weight_rows, false);
+    multiply_keys<T>(p, range, j, n, keys, s.query_columns + tile * s.tile, lanes, weight_rows);
     const Segment grads{values.data, s.grad_columns + tile * s.tile, kPanel, panel, dims};
     multiply(n, lanes, &grads, 1, {values.step, 1}, slope_rows, false);
     differentiate_tile(s, row, lanes, n, p.scale);

@@ -7,8 +7,8 @@
 // lanes. Where the keys of a head are cut into parts, each leaves a State in memory, and a second
 // pass over the heads puts them together; else the State is scratch.
 //
-// Tried, without gain: prefetching the next tile of K and V between the products; copying the tiles
-// of K and V first, so that the caches see them in order.
+// Tried, without gain: copying the tiles of K and V first, so that the caches see them in order;
+// prefetching the next tiles in bursts between the products, and not beside them.
 
 /// Output, maximum and sum of a query tile over some keys, and what the saliency needs: weights
 /// that are relative to the maxima at the time, and those maxima for each tile of keys.
@@ -109,8 +109,7 @@ void attend(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
     if (p.saliency == Saliency::mean) weights = state.weights + (j - range.first) * lanes;
     for (int i = 0; i < n; ++i) logit_rows[i] = weights + i * lanes;
     const Rows keys = tile_rows<T, false>(p, p.key, range, j, n, s.keys, s.width);
-    const Segment dots{keys.data, s.query, kPanel, static_cast<int64_t>(dims) * kPanel, dims};
-    multiply(n, lanes, &dots, 1, {keys.step, 1}, logit_rows, false);
+    multiply_keys<T>(p, range, j, n, keys, s.query, lanes, logit_rows);
     raise_maxima(state, weights, lanes, n, rows, p.scale, s.width, first);
     exponentiate_keys(state, weights, n, lanes, p.scale);
     if (p.saliency != Saliency::none)

@@ -67,3 +67,36 @@ SVITT_INLINE void each_query_tile(const CrossAttention& p, const Visit& visit) {
     visit(row / kQueryTile, row, static_cast<int>(left < kQueryTile ? left : kQueryTile));
   }
 }
+
+/// Products of a tile of n keys with packed queries, while the next tile of keys and values is on
+/// its way to the cache: each group of rows brings as many lines as the sum has terms.
+template <class T>
+SVITT_INLINE void multiply_keys(const CrossAttention& p, const KeyRange& range, int64_t j, int n,
+                                const Rows& rows, const float* columns, int lanes,
+                                float* const* c) {
+  const int32_t* present = p.present_of(range.b);
+  const int64_t next = j + kKeyTile < range.last ? j + kKeyTile : j;
+  const int64_t token = present == nullptr ? next : present[next];
+  const char* key =
+      reinterpret_cast<const char*>(base<T>(p.key, range.b, range.h) + token * p.key.token);
+  const char* value =
+      reinterpret_cast<const char*>(base<T>(p.value, range.b, range.h) + token * p.value.token);
+  const int64_t row = p.key.token * static_cast<int64_t>(sizeof(T));
+  const int lines = (p.head_dim * static_cast<int>(sizeof(T)) + 63) / 64;
+  const int groups = (n + kRows - 1) / kRows;
+  for (int g = 0; g < groups; ++g) {
+    const int first = n * g / groups, size = n * (g + 1) / groups - first;
+    const int done = g * (p.head_dim / lines);  // rows
+    const Segment part{rows.data + first * rows.step,
+                       columns,
+                       kPanel,
+                       static_cast<int64_t>(p.head_dim) * kPanel,
+                       p.head_dim,
+                       {key + done * row, value + done * row, row, lines}};
+    if (done < kKeyTile) {
+      multiply<true>(size, lanes, &part, 1, {rows.step, 1}, c + first, false);
+    } else {
+      multiply(size, lanes, &part, 1, {rows.step, 1}, c + first, false);
+    }
+  }
+}

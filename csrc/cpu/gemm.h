@@ -12,18 +12,27 @@ constexpr int kRows = 6;  // 12 accumulators, 2 of B, 1 broadcast: 15 of 16 regi
 #endif
 constexpr int kPanel = 2 * W;
 
+/// Rows of two arrays to bring to the cache beside a product, one line of each at each step of the
+/// sum: in a burst they would wait for each other.
+struct Ahead {
+  const char *first, *second;
+  int64_t row;  // bytes from one row to the next
+  int lines;    // of a row
+};
+
 /// One stretch of the summed dimension: A(r, k) = a[r * row + k * step].
 struct Segment {
   const float* a;
   const float* b;
   int64_t step, panel;  // of B
   int depth;
+  Ahead ahead = {};
 };
 struct Strides {
   int64_t row, step;
 };
 
-template <int R, int C>
+template <bool Fetch, int R, int C>
 void multiply_tile(const Segment* segments, int count, int64_t row, int panel, Strides a,
                    float* const* c, int column, bool add) {
   vf acc[R][C];
@@ -35,7 +44,17 @@ void multiply_tile(const Segment* segments, int count, int64_t row, int panel, S
     const float* x = segments[i].a + row * a.row;
     const float* b = segments[i].b + panel * segments[i].panel;
     const int64_t step = segments[i].step;
+    Ahead ahead = segments[i].ahead;
+    int line = 0;
     for (int k = 0; k < segments[i].depth; ++k) {
+      if constexpr (Fetch) {
+        __builtin_prefetch(ahead.first + 64 * line, 0, 2);
+        __builtin_prefetch(ahead.second + 64 * line, 0, 2);
+        if (++line == ahead.lines) {
+          line = 0;
+          ahead.first += ahead.row, ahead.second += ahead.row;
+        }
+      }
       vf loaded[C];
 #pragma GCC unroll 2
       for (int j = 0; j < C; ++j) loaded[j] = load(b + j * W);
@@ -61,27 +80,28 @@ void multiply_tile(const Segment* segments, int count, int64_t row, int panel, S
 
 using TileFunction = void (*)(const Segment*, int, int64_t, int, Strides, float* const*, int, bool);
 
-template <int C, int... R>
+template <bool Fetch, int C, int... R>
 struct Tiles {
-  static constexpr TileFunction table[] = {multiply_tile<R, C>...};
+  static constexpr TileFunction table[] = {multiply_tile<Fetch, R, C>...};
 };
 #if defined(SVITT_LANES_16)
-template <int C>
-using AllTiles = Tiles<C, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
+template <bool Fetch, int C>
+using AllTiles = Tiles<Fetch, C, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 #else
-template <int C>
-using AllTiles = Tiles<C, 1, 2, 3, 4, 5, 6>;
+template <bool Fetch, int C>
+using AllTiles = Tiles<Fetch, C, 1, 2, 3, 4, 5, 6>;
 #endif
 
 /// rows x columns of C = or += the sum over segments; columns are rounded up to W, which C and the
 /// panels of B must have room for. Rows are split evenly: a lone last row would wait for every sum.
+template <bool Fetch = false>
 SVITT_INLINE void multiply(int rows, int columns, const Segment* segments, int count, Strides a,
                            float* const* c, bool add) {
   const int vectors = (columns + W - 1) / W, groups = (rows + kRows - 1) / kRows;
   for (int g = 0; g < groups; ++g) {
     const int first = rows * g / groups, size = rows * (g + 1) / groups - first;
     for (int j = 0; j < vectors; j += 2) {
-      const auto& table = vectors - j > 1 ? AllTiles<2>::table : AllTiles<1>::table;
+      const auto& table = vectors - j > 1 ? AllTiles<Fetch, 2>::table : AllTiles<Fetch, 1>::table;
       table[size - 1](segments, count, first, j / 2, a, c + first, j * W, add);
     }
   }
