@@ -133,6 +133,50 @@ def test_an_extension_rebuilt_during_the_run_voids_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_run_keeps_what_it_measured(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = harness.CaseRun.run
+
+    def killed(self: harness.CaseRun, direction: harness.Direction) -> dict[str, Any]:
+        if direction == "forward_backward":
+            raise KeyboardInterrupt
+        return measure(self, direction)
+
+    monkeypatch.setattr(harness.CaseRun, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    document = results.load(tmp_path / "result.json")
+    assert [x["direction"] for x in document["results"]] == ["forward"]
+    assert not document["complete"]
+
+
+def test_only_a_finished_run_replaces_committed_results(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(environment, "_source", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr(op.peers, "providers", lambda *_: [])
+    seen: list[bool] = []
+    save = results.save
+
+    def watched(path: Path, document: dict[str, Any]) -> None:
+        save(path, document)
+        seen.append(path.is_relative_to(environment.RESULTS))
+
+    monkeypatch.setattr(results, "save", watched)
+    arguments = ["--op", op.OP, "--device", "cpu", "--budget", "0.001"]
+    assert __main__.main([*arguments, "--quick"]) == 0
+    assert seen == [False] * 3
+    monkeypatch.setattr(__main__.memory, "fill", lambda *_: None)
+    assert __main__.main(arguments) == 0
+    assert seen[3:] == [False, False, True]
+    (path,) = environment.RESULTS.iterdir()
+    assert results.load(path)["complete"]
+    assert not list((tmp_path / "build" / "bench").iterdir())
+
+
 def test_a_peer_that_cannot_run_is_named(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
