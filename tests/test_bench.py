@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -200,6 +201,36 @@ def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
             expected = problem.oracles[provider.oracle]()
             verdict = harness.gate(found, expected, harness.DTYPES[case.dtype], direction)
             assert verdict["passed"], (provider.name, verdict["objection"])
+
+
+@pytest.mark.parametrize("name", ["queue_info_nce", "sample_hard_negatives", "retrieval_ranks"])
+@pytest.mark.parametrize("index", [0, -1])
+def test_gates_of_the_contrastive_ops(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"bench.{name}")
+    case = module.cases("cpu")[index]
+    few = {"rows": 40, "queue": 300, "dim": 64}
+    fields = {key: few.get(key, value) for key, value in case.fields.items()}
+    problem = module.problem(dataclasses.replace(case, fields=fields))
+
+    def objection(provider: harness.Provider, direction: harness.Direction) -> str:
+        found = harness.results(provider.build(), problem, direction)
+        expected = problem.oracles[provider.oracle]()
+        return harness.gate(found, expected, harness.DTYPES[case.dtype], direction)["objection"]
+
+    for provider in (x for x in problem.providers if not x.compiled and x.name != "liger"):
+        for direction in case.directions:
+            assert not objection(provider, direction), (provider.name, direction)
+    right = getattr(svitt_ops, name)
+    changes = [lambda x: x * 1.01] if name == "queue_info_nce" else []
+    if name == "sample_hard_negatives":
+        changes = [lambda x: (x + 1) % 40, lambda x: torch.arange(40), lambda x: x - 40]
+    if name == "retrieval_ranks":
+        changes = [lambda x: x + (torch.arange(40) == 7), lambda x: x * 0]
+    for change in changes:
+        monkeypatch.setattr(svitt_ops, name, lambda *a, f=change, **k: f(right(*a, **k)))
+        assert objection(problem.providers[0], "forward"), "a broken op passed"
 
 
 def test_list_names_cases_and_providers(capsys: pytest.CaptureFixture[str]) -> None:
