@@ -79,7 +79,7 @@ def _hard(spec: Queue) -> Function:
 
 
 class _Chunked(torch.autograd.Function):
-    """Sums under a fixed offset, which cosines allow; what the gradient needs is summed beside."""
+    """Sums relative to the positive's logit, which at this temperature cannot overflow."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, temperature: Tensor, spec: Queue) -> Tensor:
@@ -87,24 +87,22 @@ class _Chunked(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         student = _Sums(query, scale, wanted)
         teacher = None if spec.teacher is None else _Sums(spec.teacher, scale, wanted)
-        paired = None
         for part in (spec.key, *spec.queue.split(CHUNK)):
-            logits = (query @ part.T).float().mul_(scale)
-            paired = logits.diagonal() if paired is None else paired
+            logits = student.logits(part)
             student.add(part, logits, logits)
             if teacher is not None:
-                teacher.add(part, (teacher.query @ part.T).float().mul_(scale), logits)
-        hard = 1 - spec.alpha
-        mean_logit, pull = student.mean_logit(), hard * paired
+                teacher.add(part, teacher.logits(part), logits)
+        loss, moment = student.total.log(), student.value / student.total
         if teacher is not None:
-            pull = pull + spec.alpha * teacher.mean_logit()
+            soft = spec.alpha * teacher.value / teacher.total
+            loss, moment = loss - soft, moment - soft
         if wanted:
-            grad = student.mean_candidate() - hard * spec.key
+            grad = student.mean_candidate() - (1 - spec.alpha) * spec.key
             if teacher is not None:
                 grad -= spec.alpha * teacher.mean_candidate()
-            by_temperature = -scale * (mean_logit - pull).mean()
-            ctx.save_for_backward((grad * (scale / len(query))).to(query.dtype), by_temperature)
-        return (student.total.log() + scale - pull).mean()
+            grad_query = (grad * (scale / len(query))).to(query.dtype)
+            ctx.save_for_backward(grad_query, -scale * moment.mean())
+        return loss.mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -113,24 +111,28 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Sums:
-    """Over the candidates, weighted by the softmax of some queries."""
+    """Over the candidates, the positives first, weighted by exp(logit - positive's logit)."""
 
     def __init__(self, query: Tensor, scale: Tensor, candidates: bool) -> None:
         self.query, self.scale = query, scale
-        self.total, self.logit = torch.zeros(2, len(query), device=query.device)
+        self.own: Tensor | None = None
+        self.total, self.value = torch.zeros(2, len(query), device=query.device)
         self.candidate = None
         if candidates:
             self.candidate = torch.zeros_like(query, dtype=torch.float32)
 
+    def logits(self, part: Tensor) -> Tensor:
+        logits = (self.query @ part.T).float().mul_(self.scale)
+        if self.own is None:
+            self.own = logits.diagonal()[:, None].clone()
+        return logits.sub_(self.own)
+
     def add(self, part: Tensor, logits: Tensor, values: Tensor) -> None:
-        weights = (logits - self.scale).exp_()
+        weights = logits.exp()
         self.total += weights.sum(1)
-        self.logit += torch.linalg.vecdot(weights, values)
+        self.value += torch.linalg.vecdot(weights, values)
         if self.candidate is not None:
             self.candidate += weights.to(part.dtype) @ part
-
-    def mean_logit(self) -> Tensor:
-        return self.logit / self.total
 
     def mean_candidate(self) -> Tensor:
         assert self.candidate is not None

@@ -223,7 +223,7 @@ def test_gates_of_the_contrastive_ops(
         for direction in case.directions:
             assert not objection(provider, direction), (provider.name, direction)
     right = getattr(svitt_ops, name)
-    changes = [lambda x: x * 1.01] if name == "queue_info_nce" else []
+    changes = [lambda x: x + 0.5] if name == "queue_info_nce" else []
     if name == "sample_hard_negatives":
         changes = [lambda x: (x + 1) % 40, lambda x: torch.arange(40), lambda x: x - 40]
     if name == "retrieval_ranks":
