@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -280,25 +281,51 @@ def test_schema_refuses_a_time_without_a_gate(small: ModuleType, tmp_path: Path)
 
 
 def test_report(small: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
-    run_folder = folder
-    run_folder.mkdir()
-    run(run_folder)
-    readme = tmp_path / "README.md"
+    folder.mkdir()
+    run(folder)
+    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     readme.write_text(f"before\n<!-- bench:{op.OP} -->\n{report.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
+    arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    text, every = readme.read_text(), docs.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert f"python -m bench --op {op.OP} --case small" in text and "gather_sdpa" in text
-    assert (folder / "result.png").stat().st_size > 0
-    readme.write_text(text.replace("Medians", "Averages"))
-    assert report.main([*arguments, "--check"]) == 1
+    for found in (text, every):
+        assert f"python -m bench --op {op.OP} --case small" in found and "gather_sdpa" in found
+    ours = rows(json.loads((folder / "result.json").read_text()), "svitt_ops")
+    for row in ours:
+        assert f"| {row['ms']:.2f} |" in text
+        assert f"| {row['ms']:.2f} ({row['p20']:.2f}-{row['p80']:.2f}) |" in every
+    assert "retrieval_ranks" in every.rpartition("No results")[2]
+    for path, right in ((readme, text), (docs, every)):
+        path.write_text(right.replace(f"{ours[0]['ms']:.2f}", f"{ours[0]['ms'] + 1:.2f}"))
+        assert report.main([*arguments, "--check"]) == 1
+        path.write_text(right)
+    assert report.main([*arguments, "--check"]) == 0
     readme.write_text("no markers")
     assert report.main(arguments) == 1
+
+
+def test_figure(small: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, document = run(tmp_path, "--direction", "forward")
+    assert report._sizes(document) == 0  # nothing to draw
+    first = document["results"][0]
+    document["results"] = []
+    for tokens in (8, 16):
+        named = {"case": f"n{tokens}-{first['dtype']}", "fields": {"tokens": tokens}}
+        document["results"].append(first | named)
+    assert report._sizes(document) == 2
+    report.draw(document, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_committed_texts_hold_the_committed_results() -> None:
+    assert report.main(["--check"]) == 0
+    numbers = set(re.findall(r"\d+\.\d+", (REPOSITORY / "docs" / "benchmarks.md").read_text()))
+    assert len(numbers) > 100
 
 
 def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: Path) -> None:
