@@ -190,7 +190,7 @@ class CaseRun:
 
     def run(self, direction: Direction) -> dict[str, Any]:
         """Gate and time all providers in one direction; see `bench.results` for what comes back."""
-        rows = {x.name: self._admit(x, direction) for x in self.providers}
+        rows = {x.name: self.admit(x.name, direction) for x in self.providers}
         calls = {}
         for name, row in rows.items():
             if row["status"] == "ok":
@@ -234,8 +234,9 @@ class CaseRun:
             "providers": list(rows.values()),
         }
 
-    def _admit(self, provider: Provider, direction: Direction) -> dict[str, Any]:
+    def admit(self, name: str, direction: Direction) -> dict[str, Any]:
         """A provider's row without its times: "ok", "failed" at its gate, or "absent" and why."""
+        provider = next(x for x in self.providers if x.name == name)
         row: dict[str, Any] = {"provider": provider.name, "role": provider.role}
         same = provider.oracle == "op" if provider.same is None else provider.same
         row |= {"same_function": same, "note": provider.note}
