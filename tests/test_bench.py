@@ -6,8 +6,9 @@ import importlib
 import json
 import re
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +24,11 @@ pytest.importorskip("tqdm")
 from bench import (  # noqa: E402
     __main__,
     compare,
+    cross_attention,
     environment,
     floors,
     harness,
+    library_peers,
     report,
     results,
     timing,
@@ -192,6 +195,46 @@ def test_a_peer_that_cannot_run_is_named(
         assert (row["status"], row["reason"]) == ("absent", "needs something else")
 
 
+def test_packages_are_found_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for module, package in (("liger_kernel.transformers", "liger-kernel"), ("inf_cl", "inf-cl")):
+        with pytest.raises(harness.Unavailable, match=f"{package} needs a GPU"):
+            library_peers.load(module, package, torch.device("cpu"))
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
+        with pytest.raises(harness.Unavailable, match=f"{package} is not installed"):
+            library_peers.load(module, package, gpu)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_adapters_of_attention_packages(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stand_in(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)
+        return out.transpose(1, 2)
+
+    module = SimpleNamespace(flash_attn_func=stand_in, memory_efficient_attention=stand_in)
+    monkeypatch.setattr(library_peers, "load", lambda *_: module)
+    index = next(
+        i
+        for i, case in enumerate(cross_attention.cases("cpu"))
+        if case.dtype == "fp32" and bool(case.fields["masked"]) == masked
+    )
+    case = cross_attention.shrunk(cross_attention.cases("cpu")[index])
+    problem = cross_attention.problem(case)
+    provider = next(x for x in problem.providers if x.name == name)
+    if masked and name == "flash_attn":
+        with pytest.raises(harness.Unavailable, match="no padding mask"):
+            provider.build()
+        return
+    for direction in harness.DIRECTIONS:
+        found = harness.results(provider.build(), problem, direction)
+        verdict = harness.gate(found, problem.oracles["op"](), torch.float32, direction)
+        assert verdict["passed"], verdict["objection"]
+
+
 @pytest.mark.parametrize("index", [0, 5, 9])
 def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
     case = token_pruning.shrunk(token_pruning.cases("cpu")[index])
@@ -343,6 +386,39 @@ def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: 
     slow["environment"]["hardware"] = "another"
     with pytest.raises(ValueError, match="must be of one machine"):
         compare.compare(document, [slow])
+
+
+def test_a_slowed_op_is_flagged_and_the_same_one_is_not(
+    small: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(tmp_path, "--direction", "forward")[0] == 0
+    old = tmp_path / "old.json"
+    (tmp_path / "result.json").rename(old)
+    arguments = ("--direction", "forward", "--compare", str(old))
+    # A neighbour on the machine may disturb one run, hardly five.
+    assert any(run(tmp_path, *arguments)[0] == 0 for _ in range(5))
+    assert "1 of 1 rows: no change beyond noise" in capsys.readouterr().out
+    right = svitt_ops.block_sparse_attention
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(svitt_ops, "block_sparse_attention", slowed)
+    assert run(tmp_path, *arguments)[0] == 1
+    assert "small forward svitt_ops: slower" in capsys.readouterr().out
+
+
+def test_a_run_is_compared_with_what_it_overwrites(small: ModuleType, tmp_path: Path) -> None:
+    _, document = run(tmp_path, "--direction", "forward")
+    path = tmp_path / "result.json"
+    for row in rows(document, "svitt_ops"):
+        row |= {"ms": 1e-6, "p20": 1e-6, "p80": 1e-6}
+    path.write_text(json.dumps(document))
+    assert run(tmp_path, "--direction", "forward", "--compare", str(path))[0] == 1
 
 
 def test_a_file_for_several_ops_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
