@@ -100,7 +100,7 @@ def run(
     case_run: CaseRun | None = None
     with tqdm(total=len(pairs), unit="case", disable=None) as bar:
         for case, direction in pairs:
-            bar.set_description(case.name)
+            bar.set_description(f"{op} {case.name}")
             if case_run is None or case_run.case is not case:
                 torch.compiler.reset()
                 problem, only = module.problem(case), arguments.provider
