@@ -44,7 +44,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The op's benchmark with a case that costs nothing."""
     case = op.shrunk(op.cases("cpu")[0])
     monkeypatch.setattr(op, "cases", lambda device: [dataclasses.replace(case, name="small")])
+    # As `--quick` has them, and without the native probe, which takes seconds.
+    ceilings = floors.ceilings
+    monkeypatch.setattr(floors, "ceilings", lambda device, dtype, _: ceilings(device, dtype, True))
+    monkeypatch.setattr(floors, "machine", lambda _: {})
     return op
+
+
+def test_the_native_probe_measures_or_says_why_not() -> None:
+    found = floors.machine(torch.device("cpu"))
+    if "reason" not in found:
+        for rates in (found["fma_gflops"], found["copy_gbs"]):
+            assert str(torch.get_num_threads()) in rates and min(rates.values()) > 0
+    assert floors.machine(torch.device("cuda")) == {}
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
