@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = Effort(cold=arguments.cold, budget_s=arguments.budget)
     if arguments.quick:
         effort = Effort(cold=arguments.cold, budget_s=0.02, min_samples=2)
+    # Now, since a run may write over it.
+    old = results.load(arguments.compare) if arguments.compare else None
     failures, ran, documents = 0, 0, []
     native = {} if arguments.list else floors.machine(torch.device(device))
     for op in [arguments.op] if arguments.op else ops():
@@ -53,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ran:
         print("no case fits these options; see `python -m bench --list`", file=sys.stderr)
         return 2
-    if arguments.compare:
-        changes = compare.compare(results.load(arguments.compare), documents)
+    if old is not None:
+        changes = compare.compare(old, documents)
         print(compare.render(changes))
         failures += sum(change.verdict == "slower" for change in changes)
     return 1 if failures else 0
@@ -74,40 +76,64 @@ def run(
     device: str,
     native: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measure the cases of one op, printing each row as it is known; the document."""
+    """Measure the cases of one op, printing and saving each row as it is known; the document."""
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     where = environment.describe(torch.device(device))
-    found: list[dict[str, Any]] = []
-    directions = [arguments.direction] if arguments.direction else list(DIRECTIONS)
-    print(f"{op} on {where['hardware']}, torch {where['versions']['torch']}\n{LEGEND}")
-    with tqdm(total=len(cases) * len(directions), unit="case", disable=None) as bar:
-        for case in cases:
-            torch.compiler.reset()
-            bar.set_description(case.name)
-            problem = module.problem(case)
-            case_run = CaseRun(case, problem, effort, arguments.quick, arguments.provider, native)
-            for direction in directions:
-                result = case_run.run(direction)
-                if not arguments.quick:
-                    memory.fill(result, module.__name__, case_run)
-                found.append(result)
-                bar.write(render(result))
-                bar.update()
-    if environment.extension_digests() != where["extensions"]:
-        # Overwriting a loaded library changes code that is running: any number may be wrong.
-        raise SystemExit("the compiled extension was rebuilt during the run: nothing is recorded")
-    narrowed = (arguments.case, arguments.dtype, arguments.direction, arguments.provider)
-    return {
+    document: dict[str, Any] = {
         "schema": results.SCHEMA,
         "op": op,
         "command": _command(arguments),
-        "complete": not any(narrowed) and not arguments.quick,
+        "complete": False,
         "environment": where,
         "effort": vars(effort),
         "machine": native,
-        "results": found,
+        "results": [],
     }
+    pairs = [
+        (case, direction)
+        for case in cases
+        for direction in case.directions
+        if arguments.direction in ("", direction)
+    ]
+    print(f"{op} on {where['hardware']}, torch {where['versions']['torch']}\n{LEGEND}")
+    case_run: CaseRun | None = None
+    with tqdm(total=len(pairs), unit="case", disable=None) as bar:
+        for case, direction in pairs:
+            bar.set_description(f"{op} {case.name}")
+            if case_run is None or case_run.case is not case:
+                torch.compiler.reset()
+                problem, only = module.problem(case), arguments.provider
+                case_run = CaseRun(case, problem, effort, arguments.quick, only, native)
+            result = case_run.run(direction)
+            if not arguments.quick:
+                memory.fill(result, module.__name__, case_run)
+            document["results"].append(result)
+            _record(_path(document, arguments), document)
+            bar.write(render(result))
+            bar.update()
+    return document
+
+
+def _record(path: Path, document: dict[str, Any]) -> None:
+    """Save what is known by now, so that a run that is killed loses no more than a case."""
+    if environment.extension_digests() != document["environment"]["extensions"]:
+        # Overwriting a loaded library changes code that is running: any number may be wrong.
+        if len(document["results"]) > 1:
+            path.unlink()
+        raise SystemExit("the compiled extension was rebuilt during the run: nothing is recorded")
+    results.save(path, document)
+
+
+def _path(document: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """Where a document is written; only a complete one takes the place of a committed result."""
+    path: Path | None = arguments.out
+    if path is not None and path.suffix == ".json":
+        return path
+    folder = path or environment.RESULTS
+    if path is None and not document["complete"]:
+        folder = environment.REPOSITORY / "build" / "bench"
+    return folder / f"{environment.slug(document['op'], document['environment'])}.json"
 
 
 def render(result: dict[str, Any]) -> str:
@@ -140,14 +166,13 @@ def render(result: dict[str, Any]) -> str:
 
 def _conclude(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Save, and name what failed; the number of our own failures."""
-    path = arguments.out
-    if path is None or path.suffix != ".json":
-        # Only a complete run takes the place of a committed result.
-        folder = path or environment.RESULTS
-        if path is None and not document["complete"]:
-            folder = environment.REPOSITORY / "build" / "bench"
-        path = folder / f"{environment.slug(document['op'], document['environment'])}.json"
+    partial = _path(document, arguments)
+    narrowed = (arguments.case, arguments.dtype, arguments.direction, arguments.provider)
+    document["complete"] = not any(narrowed) and not arguments.quick
+    path = _path(document, arguments)
     results.save(path, document)
+    if path != partial:
+        partial.unlink()
     ours = 0
     for result in document["results"]:
         for row in result["providers"]:
@@ -167,6 +192,7 @@ def _chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
         for case in cases
         if arguments.case in case.name
         and arguments.dtype in ("", case.dtype)
+        and arguments.direction in ("", *case.directions)
         and (case.quick or not arguments.quick or arguments.case)
     ]
 

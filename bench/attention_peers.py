@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import library_peers
 from bench.harness import Function, Provider, Unavailable
 from svitt_ops import BlockLayout
 
@@ -85,6 +86,15 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
                 backward="FlexAttention has no backward on CPUs",
             )
         )
+    found += [
+        Provider(
+            name=name,
+            oracle="dense",
+            note=dense,
+            build=lambda name=name: _library_dense(spec, name, device),  # type: ignore[misc]
+        )
+        for name in library_peers.ATTENTION
+    ]
     return [
         *found,
         Provider(
@@ -122,6 +132,11 @@ def _sdpa_dense(spec: Attention, backend: SDPBackend | None) -> Function:
             return F.scaled_dot_product_attention(query, key, value)
 
     return _with_saliency(spec, attention)
+
+
+def _library_dense(spec: Attention, name: str, device: torch.device) -> Function:
+    dense = library_peers.attention(name, device)
+    return _with_saliency(spec, lambda query, key, value, *table: dense(query, key, value))
 
 
 def _sdpa_masked(spec: Attention, backend: SDPBackend | None) -> Function:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import library_peers
 from bench.harness import Function, Provider, Unavailable
 
 CHUNK = 512
@@ -28,9 +29,8 @@ def providers(temperature: float, device: torch.device) -> list[Provider]:
             build=lambda: _build_chunked(temperature),
             note="row chunks with one shared exponential, recomputed backward",
         ),
-        Provider(
-            name="inf_cl", build=lambda: _build_inf_cl(device), note="Inf-CL's Triton kernels"
-        ),
+        library_peers.inf_cl(device),
+        library_peers.liger(device),
     ]
 
 
@@ -84,22 +84,3 @@ def _build_chunked(temperature: float) -> Function:
     if temperature < 1 / 40:
         raise Unavailable("its fixed offset underflows at this temperature")
     return lambda query, key, t: (_Chunked.apply(query, key, t),)
-
-
-def _build_inf_cl(device: torch.device) -> Function:
-    if device.type != "cuda":
-        raise Unavailable("Inf-CL needs a GPU")
-    try:
-        from inf_cl import cal_flash_loss  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable("inf-cl is not installed") from error
-
-    def function(query: Tensor, key: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-        scale = 1 / temperature
-        rows, columns = (
-            cal_flash_loss(query, key, scale=scale),
-            cal_flash_loss(key, query, scale=scale),
-        )
-        return ((rows.mean() + columns.mean()) / 2,)
-
-    return function

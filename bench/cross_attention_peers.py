@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import library_peers
 from bench.harness import Function, Provider
 
 
@@ -41,6 +42,16 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
             build=lambda backend=backend: _sdpa(spec, backend),  # type: ignore[misc]
         )
         for name, backend in backends
+    ]
+    found += [
+        Provider(
+            name=name,
+            note=note,
+            build=lambda name=name: _with_saliency(  # type: ignore[misc]
+                spec, library_peers.attention(name, device, spec.mask)
+            ),
+        )
+        for name in library_peers.ATTENTION
     ]
     return [
         *found,

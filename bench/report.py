@@ -1,7 +1,9 @@
-"""`python -m bench.report`: tables of the README and figures, made from the committed results.
+"""`python -m bench.report`: tables and figures, made from the committed results.
 
-python -m bench.report            write the tables between the markers, and the figures
-python -m bench.report --check    exit 1 where the README differs from the results
+python -m bench.report            write README's tables, docs/benchmarks.md, and the figures
+python -m bench.report --check    exit 1 where the texts differ from the results
+
+README keeps a short table of each op; docs/benchmarks.md has every row.
 """
 
 from __future__ import annotations
@@ -13,18 +15,40 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import svitt_ops
 from bench import environment, results
 
 Document = dict[str, Any]
 END = "<!-- /bench -->"
 TITLES = {"forward": "Forward", "forward_backward": "Forward + backward"}
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m bench.report` from `bench/results/*.json`: all that was measured, with the
+machine, the versions, the commit and the command of each run. `make bench` measures your machine,
+`make bench BENCH_ARGS="--op info_nce"` one op, and `--compare OLD.json` says what changed.
+"""
+METHOD = """\
+## How it was measured
+
+- Medians (p20-p80) of milliseconds. Providers are timed in turns, each call after an untimed one.
+- Each provider is gated before and after: its results must agree with the fp64 reference. What
+  fails has no time.
+- In italics: another function than the op's, such as dense attention. It is no best peer.
+- `x best peer`: the time of the fastest peer that computes the same function, over ours.
+- `of gemm`: useful FLOP/s over those of a large matrix product in the same rounds.
+- `of floor`: max(bytes / copy bandwidth, FLOP / product rate) over the time.
+- `+MiB`: peak memory beyond the inputs, results included.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check; 0, or 1 where the README does not hold what the results say."""
+    """Write or check; 0, or 1 where a text does not hold what the results say."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--readme", type=Path, default=environment.REPOSITORY / "README.md")
+    docs = environment.REPOSITORY / "docs" / "benchmarks.md"
+    parser.add_argument("--docs", type=Path, default=docs)
     parser.add_argument("--results", type=Path, default=environment.RESULTS)
     parser.add_argument("--no-figures", action="store_true")
     arguments = parser.parse_args(argv)
@@ -32,22 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in sorted(arguments.results.glob("*.json")):
         document = results.load(path)
         by_op.setdefault(document["op"], []).append(document)
-        if not (arguments.check or arguments.no_figures):
+        if not (arguments.check or arguments.no_figures) and _sizes(document) > 1:
             draw(document, path.with_suffix(".png"))
-    text = arguments.readme.read_text()
-    wanted = text
-    for op, documents in by_op.items():
-        try:
-            wanted = replace_section(wanted, op, render(documents))
-        except ValueError as error:
-            print(f"{arguments.readme.name}: {error}", file=sys.stderr)
-            return 1
-    if wanted == text:
-        return 0
-    if arguments.check:
-        print("README.md differs from bench/results: run python -m bench.report", file=sys.stderr)
+    readme = arguments.readme.read_text()
+    try:
+        for op, documents in by_op.items():
+            readme = replace_section(readme, op, "\n\n".join(map(render_short, documents)))
+    except ValueError as error:
+        print(f"{arguments.readme.name}: {error}", file=sys.stderr)
         return 1
-    arguments.readme.write_text(wanted)
+    stale = []
+    for path, wanted in ((arguments.readme, readme), (arguments.docs, render_docs(by_op))):
+        if path.exists() and path.read_text() == wanted:
+            continue
+        stale.append(path.name)
+        if not arguments.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted)
+    if stale and arguments.check:
+        names = " and ".join(stale)
+        print(f"{names} not as bench/results has it: run python -m bench.report", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -61,21 +90,72 @@ def replace_section(text: str, op: str, section: str) -> str:
     return f"{head}{start}\n{section}\n{END}{tail}"
 
 
+def render_docs(by_op: dict[str, list[Document]]) -> str:
+    """Markdown of all results of all ops."""
+    parts = [INTRODUCTION, METHOD]
+    for op in [op for op in svitt_ops.OPS if op in by_op]:
+        parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
+    missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
+    if missing:
+        parts.append(f"No results are committed yet of {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
 def render(documents: Iterable[Document]) -> str:
     """Markdown of all results of one op: a part for each machine."""
     return "\n\n".join(_render_one(document) for document in documents)
 
 
-def _render_one(document: Document) -> str:
+def render_short(document: Document) -> str:
+    """A line for each case: ours, the best peer and how far they are apart, and what is not one."""
+    directions = [x for x in TITLES if any(r["direction"] == x for r in document["results"])]
+    others = any(_other(result) for result in document["results"])
+    columns = ["case"]
+    for direction in directions:
+        columns += [f"{TITLES[direction].lower()}, ms", "best peer, ms", "x best peer"]
+        columns += [*["*other function*, ms"] * others, "of floor"]
+    lines = [_source(document), "", "| " + " | ".join(columns) + " |"]
+    lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
+    found = {(x["case"], x["direction"]): x for x in document["results"]}
+    for case in dict.fromkeys(x["case"] for x in document["results"]):
+        cells = [case]
+        for direction in directions:
+            result = found.get((case, direction))
+            cells += [""] * (4 + others) if result is None else _short_cells(result, others)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short_cells(result: dict[str, Any], others: bool) -> list[str]:
+    mine, best = next(iter(_rows(result, "ours")), None), results.best_peer(result)
+    peer = "-" if best is None else f"{best['provider']} {best['ms']:.2f}"
+    other = _other(result)
+    beside = ["-" if other is None else f"*{other['provider']} {other['ms']:.2f}*"] * others
+    if mine is None or mine["status"] != "ok":
+        return ["-" if mine is None else mine["status"], peer, "-", *beside, "-"]
+    ratio = "-" if best is None else f"{best['ms'] / mine['ms']:.1f}"
+    return [f"{mine['ms']:.2f}", peer, ratio, *beside, f"{1 / mine['floor_ratio']:.0%}"]
+
+
+def _other(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest row of a peer that computes another function."""
+    rows = [x for x in _rows(result, "peer") if x["status"] == "ok" and not x["same_function"]]
+    return min(rows, key=lambda row: row["ms"], default=None)
+
+
+def _source(document: Document) -> str:
+    """Where a result comes from: hardware, versions, commit and command."""
     where = document["environment"]
     versions = where["versions"]
     source = (where["commit"] or "unknown")[:10] + (" with changes" if where["dirty"] else "")
     parts = [f"torch {versions['torch']}"]
     if any(result["device"] == "cuda" for result in document["results"]):
         parts.append(f"Triton {versions['triton']}")
-    lines = [
-        f"**{where['hardware']}**, {', '.join(parts)}, commit {source}: `{document['command']}`"
-    ]
+    return f"**{where['hardware']}**, {', '.join(parts)}, commit {source}: `{document['command']}`"
+
+
+def _render_one(document: Document) -> str:
+    lines = [_source(document)]
     for direction, title in TITLES.items():
         chosen = [x for x in document["results"] if x["direction"] == direction]
         if chosen:
@@ -85,35 +165,38 @@ def _render_one(document: Document) -> str:
 
 
 def _table(title: str, chosen: list[dict[str, Any]]) -> list[str]:
-    peers = list(dict.fromkeys(r["provider"] for x in chosen for r in _rows(x, "peer")))
-    ours = list(dict.fromkeys(r["provider"] for x in chosen for r in _rows(x, "ours")))
-    columns = [
-        f"{title}, ms",
-        *ours,
-        *peers,
-        "x best peer",
-        "edge ratio",
-        "of gemm",
-        "of floor",
-        "+MiB",
-    ]
+    ours, peers = _names(chosen, "ours"), _names(chosen, "peer")
+    variants = _names(chosen, "variant")
+    named = [*ours, *variants, *peers]
+    # Attention alone has edges to leave out.
+    edges = any("edge_ratio" in x["facts"] for x in chosen)
+    columns = [f"{title}, ms", *named, "x best peer", *["edge ratio"] * edges]
+    columns += ["of gemm", "of floor", "+MiB"]
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for result in chosen:
         mine = next(iter(_rows(result, "ours")), None)
         cells = [result["case"]]
-        cells += [_time(results.row_of(result, name)) for name in [*ours, *peers]]
+        cells += [_time(results.row_of(result, name)) for name in named]
         best = results.best_peer(result)
         if mine is None or mine["status"] != "ok":
-            cells += ["-"] * 5
+            cells += ["-"] * (4 + edges)
         else:
             cells.append(f"{best['ms'] / mine['ms']:.1f}" if best else "-")
-            ratio = result["facts"].get("edge_ratio")
-            cells.append("-" if ratio is None else f"{ratio:.1f}")
+            if edges:
+                ratio = result["facts"].get("edge_ratio")
+                cells.append("-" if ratio is None else f"{ratio:.1f}")
             cells += [f"{mine['gemm_ratio']:.2f}", f"{1 / mine['floor_ratio']:.0%}"]
             extra = mine.get("extra_bytes")
             cells.append("-" if extra is None else f"{extra / 2**20:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _names(chosen: list[dict[str, Any]], role: str) -> list[str]:
+    """Providers of a role that have a time in one of the results."""
+    rows = [row for result in chosen for row in _rows(result, role)]
+    wanted = [row["provider"] for row in rows if row["status"] == "ok" or role == "ours"]
+    return list(dict.fromkeys(wanted))
 
 
 def _rows(result: dict[str, Any], role: str) -> list[dict[str, Any]]:
@@ -134,23 +217,20 @@ def _footnotes(document: Document) -> str:
     gemm = sorted(x["gemm_gflops"] for x in rates)
     copy = sorted(x["copy_gbs"] for x in rates)
     notes = [
-        "Medians (p20-p80), providers timed in turns, each call after an untimed one, each gated "
-        "against the fp64 reference before and after; in italics: another function, "
-        "and no best peer.",
-        "`of gemm`: useful FLOP/s over those of a large matrix product in the same rounds "
-        f"({gemm[0]:.0f} to {gemm[-1]:.0f} GFLOP/s); `of floor`: max(bytes / copy bandwidth, "
-        f"FLOP / product rate) over the time (copies {copy[0]:.0f} to {copy[-1]:.0f} GB/s); "
-        "`+MiB`: peak memory beyond the inputs.",
+        f"Large products ran at {gemm[0]:.0f} to {gemm[-1]:.0f} GFLOP/s, "
+        f"copies at {copy[0]:.0f} to {copy[-1]:.0f} GB/s."
     ]
     growth = _memory_growth(document)
     if growth is not None:
         notes.append(f"Our extra memory grows as tokens^{growth:.2f}.")
-    reasons: dict[str, None] = {}
+    said: dict[str, None] = {}
     for result in document["results"]:
         for row in result["providers"]:
             if row["status"] != "ok":
-                reasons[f"{row['provider']} {row['status']}: {row['reason']}."] = None
-    return " ".join([*notes, *reasons])
+                said[f"{row['provider']} {row['status']}: {row['reason']}."] = None
+            elif row["note"]:
+                said[f"{row['provider']}: {row['note']}."] = None
+    return "\n".join(f"- {note}" for note in [*notes, *sorted(said)])
 
 
 def _memory_growth(document: Document) -> float | None:
@@ -168,6 +248,12 @@ def _memory_growth(document: Document) -> float | None:
         if n1 > n0:
             return math.log(m1 / m0) / math.log(n1 / n0)
     return None
+
+
+def _sizes(document: Document) -> int:
+    """How many cases differ in tokens alone."""
+    cases = {(x["case"], x["fields"].get("tokens"), x["dtype"]) for x in document["results"]}
+    return len({tokens for case, tokens, dtype in cases if case == f"n{tokens}-{dtype}"})
 
 
 def draw(document: Document, path: Path) -> None:

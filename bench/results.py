@@ -3,7 +3,8 @@
     {"schema": 1, "op": "...", "command": "...", "complete": true, "environment": {}, "results": []}
 
 `machine`, where a native probe could be built, holds what `bench.native.ceilings` measured.
-`complete` says that no case, provider or direction was left out. Each entry of `results` is one
+`complete` says that no case, provider or direction was left out, and that the run reached its end:
+a run saves after every case. Each entry of `results` is one
 case in one direction, as `bench.harness.CaseRun.run` makes it; its `providers` are rows whose
 `status` is "ok" (gate passed, times follow), "failed" (no times, `reason` says at what) or "absent"
 (could not run, `reason` says why). Times are in milliseconds. A change of meaning raises `SCHEMA`.
@@ -70,7 +71,9 @@ def save(path: Path, document: dict[str, Any]) -> None:
     """Write a result, once it is seen to be one."""
     validate(document)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(document), indent=1, allow_nan=False) + "\n")
+    part = path.with_suffix(".part")  # a reader, or a kill, never meets half a file
+    part.write_text(json.dumps(_rounded(document), indent=1, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def load(path: Path) -> dict[str, Any]:

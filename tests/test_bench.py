@@ -2,10 +2,13 @@
 
 import copy
 import dataclasses
+import importlib
 import json
+import re
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +24,11 @@ pytest.importorskip("tqdm")
 from bench import (  # noqa: E402
     __main__,
     compare,
+    cross_attention,
     environment,
     floors,
     harness,
+    library_peers,
     report,
     results,
     timing,
@@ -39,7 +44,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The op's benchmark with a case that costs nothing."""
     case = op.shrunk(op.cases("cpu")[0])
     monkeypatch.setattr(op, "cases", lambda device: [dataclasses.replace(case, name="small")])
+    # As `--quick` has them, and without the native probe, which takes seconds.
+    ceilings = floors.ceilings
+    monkeypatch.setattr(floors, "ceilings", lambda device, dtype, _: ceilings(device, dtype, True))
+    monkeypatch.setattr(floors, "machine", lambda _: {})
     return op
+
+
+def test_the_native_probe_measures_or_says_why_not() -> None:
+    found = floors.machine(torch.device("cpu"))
+    if "reason" not in found:
+        for rates in (found["fma_gflops"], found["copy_gbs"]):
+            assert str(torch.get_num_threads()) in rates and min(rates.values()) > 0
+    assert floors.machine(torch.device("cuda")) == {}
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -133,6 +150,50 @@ def test_an_extension_rebuilt_during_the_run_voids_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_killed_run_keeps_what_it_measured(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = harness.CaseRun.run
+
+    def killed(self: harness.CaseRun, direction: harness.Direction) -> dict[str, Any]:
+        if direction == "forward_backward":
+            raise KeyboardInterrupt
+        return measure(self, direction)
+
+    monkeypatch.setattr(harness.CaseRun, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    document = results.load(tmp_path / "result.json")
+    assert [x["direction"] for x in document["results"]] == ["forward"]
+    assert not document["complete"]
+
+
+def test_only_a_finished_run_replaces_committed_results(
+    small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(environment, "_source", lambda: {"commit": None, "dirty": None})
+    monkeypatch.setattr(op.peers, "providers", lambda *_: [])
+    seen: list[bool] = []
+    save = results.save
+
+    def watched(path: Path, document: dict[str, Any]) -> None:
+        save(path, document)
+        seen.append(path.is_relative_to(environment.RESULTS))
+
+    monkeypatch.setattr(results, "save", watched)
+    arguments = ["--op", op.OP, "--device", "cpu", "--budget", "0.001"]
+    assert __main__.main([*arguments, "--quick"]) == 0
+    assert seen == [False] * 3
+    monkeypatch.setattr(__main__.memory, "fill", lambda *_: None)
+    assert __main__.main(arguments) == 0
+    assert seen[3:] == [False, False, True]
+    (path,) = environment.RESULTS.iterdir()
+    assert results.load(path)["complete"]
+    assert not list((tmp_path / "build" / "bench").iterdir())
+
+
 def test_a_peer_that_cannot_run_is_named(
     small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +207,46 @@ def test_a_peer_that_cannot_run_is_named(
         assert (row["status"], row["reason"]) == ("absent", "needs something else")
 
 
+def test_packages_are_found_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for module, package in (("liger_kernel.transformers", "liger-kernel"), ("inf_cl", "inf-cl")):
+        with pytest.raises(harness.Unavailable, match=f"{package} needs a GPU"):
+            library_peers.load(module, package, torch.device("cpu"))
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], None)
+        with pytest.raises(harness.Unavailable, match=f"{package} is not installed"):
+            library_peers.load(module, package, gpu)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "xformers"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_adapters_of_attention_packages(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stand_in(query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias)
+        return out.transpose(1, 2)
+
+    module = SimpleNamespace(flash_attn_func=stand_in, memory_efficient_attention=stand_in)
+    monkeypatch.setattr(library_peers, "load", lambda *_: module)
+    index = next(
+        i
+        for i, case in enumerate(cross_attention.cases("cpu"))
+        if case.dtype == "fp32" and bool(case.fields["masked"]) == masked
+    )
+    case = cross_attention.shrunk(cross_attention.cases("cpu")[index])
+    problem = cross_attention.problem(case)
+    provider = next(x for x in problem.providers if x.name == name)
+    if masked and name == "flash_attn":
+        with pytest.raises(harness.Unavailable, match="no padding mask"):
+            provider.build()
+        return
+    for direction in harness.DIRECTIONS:
+        found = harness.results(provider.build(), problem, direction)
+        verdict = harness.gate(found, problem.oracles["op"](), torch.float32, direction)
+        assert verdict["passed"], verdict["objection"]
+
+
 @pytest.mark.parametrize("index", [0, 5, 9])
 def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
     case = token_pruning.shrunk(token_pruning.cases("cpu")[index])
@@ -156,6 +257,36 @@ def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
             expected = problem.oracles[provider.oracle]()
             verdict = harness.gate(found, expected, harness.DTYPES[case.dtype], direction)
             assert verdict["passed"], (provider.name, verdict["objection"])
+
+
+@pytest.mark.parametrize("name", ["queue_info_nce", "sample_hard_negatives", "retrieval_ranks"])
+@pytest.mark.parametrize("index", [0, -1])
+def test_gates_of_the_contrastive_ops(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"bench.{name}")
+    case = module.cases("cpu")[index]
+    few = {"rows": 40, "queue": 300, "dim": 64}
+    fields = {key: few.get(key, value) for key, value in case.fields.items()}
+    problem = module.problem(dataclasses.replace(case, fields=fields))
+
+    def objection(provider: harness.Provider, direction: harness.Direction) -> str:
+        found = harness.results(provider.build(), problem, direction)
+        expected = problem.oracles[provider.oracle]()
+        return harness.gate(found, expected, harness.DTYPES[case.dtype], direction)["objection"]
+
+    for provider in (x for x in problem.providers if not x.compiled and x.name != "liger"):
+        for direction in case.directions:
+            assert not objection(provider, direction), (provider.name, direction)
+    right = getattr(svitt_ops, name)
+    changes = [lambda x: x + 0.5] if name == "queue_info_nce" else []
+    if name == "sample_hard_negatives":
+        changes = [lambda x: (x + 1) % 40, lambda x: torch.arange(40), lambda x: x - 40]
+    if name == "retrieval_ranks":
+        changes = [lambda x: x + (torch.arange(40) == 7), lambda x: x * 0]
+    for change in changes:
+        monkeypatch.setattr(svitt_ops, name, lambda *a, f=change, **k: f(right(*a, **k)))
+        assert objection(problem.providers[0], "forward"), "a broken op passed"
 
 
 def test_list_names_cases_and_providers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,25 +336,51 @@ def test_schema_refuses_a_time_without_a_gate(small: ModuleType, tmp_path: Path)
 
 
 def test_report(small: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
-    run_folder = folder
-    run_folder.mkdir()
-    run(run_folder)
-    readme = tmp_path / "README.md"
+    folder.mkdir()
+    run(folder)
+    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
     readme.write_text(f"before\n<!-- bench:{op.OP} -->\n{report.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
+    arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
+    text, every = readme.read_text(), docs.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert f"python -m bench --op {op.OP} --case small" in text and "gather_sdpa" in text
-    assert (folder / "result.png").stat().st_size > 0
-    readme.write_text(text.replace("Medians", "Averages"))
-    assert report.main([*arguments, "--check"]) == 1
+    for found in (text, every):
+        assert f"python -m bench --op {op.OP} --case small" in found and "gather_sdpa" in found
+    ours = rows(json.loads((folder / "result.json").read_text()), "svitt_ops")
+    for row in ours:
+        assert f"| {row['ms']:.2f} |" in text
+        assert f"| {row['ms']:.2f} ({row['p20']:.2f}-{row['p80']:.2f}) |" in every
+    assert "retrieval_ranks" in every.rpartition("No results")[2]
+    for path, right in ((readme, text), (docs, every)):
+        path.write_text(right.replace(f"{ours[0]['ms']:.2f}", f"{ours[0]['ms'] + 1:.2f}"))
+        assert report.main([*arguments, "--check"]) == 1
+        path.write_text(right)
+    assert report.main([*arguments, "--check"]) == 0
     readme.write_text("no markers")
     assert report.main(arguments) == 1
+
+
+def test_figure(small: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, document = run(tmp_path, "--direction", "forward")
+    assert report._sizes(document) == 0  # nothing to draw
+    first = document["results"][0]
+    document["results"] = []
+    for tokens in (8, 16):
+        named = {"case": f"n{tokens}-{first['dtype']}", "fields": {"tokens": tokens}}
+        document["results"].append(first | named)
+    assert report._sizes(document) == 2
+    report.draw(document, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_committed_texts_hold_the_committed_results() -> None:
+    assert report.main(["--check"]) == 0
+    numbers = set(re.findall(r"\d+\.\d+", (REPOSITORY / "docs" / "benchmarks.md").read_text()))
+    assert len(numbers) > 100
 
 
 def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: Path) -> None:
@@ -241,6 +398,39 @@ def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: 
     slow["environment"]["hardware"] = "another"
     with pytest.raises(ValueError, match="must be of one machine"):
         compare.compare(document, [slow])
+
+
+def test_a_slowed_op_is_flagged_and_the_same_one_is_not(
+    small: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(tmp_path, "--direction", "forward")[0] == 0
+    old = tmp_path / "old.json"
+    (tmp_path / "result.json").rename(old)
+    arguments = ("--direction", "forward", "--compare", str(old))
+    # A neighbour on the machine may disturb one run, hardly five.
+    assert any(run(tmp_path, *arguments)[0] == 0 for _ in range(5))
+    assert "1 of 1 rows: no change beyond noise" in capsys.readouterr().out
+    right = svitt_ops.block_sparse_attention
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(svitt_ops, "block_sparse_attention", slowed)
+    assert run(tmp_path, *arguments)[0] == 1
+    assert "small forward svitt_ops: slower" in capsys.readouterr().out
+
+
+def test_a_run_is_compared_with_what_it_overwrites(small: ModuleType, tmp_path: Path) -> None:
+    _, document = run(tmp_path, "--direction", "forward")
+    path = tmp_path / "result.json"
+    for row in rows(document, "svitt_ops"):
+        row |= {"ms": 1e-6, "p20": 1e-6, "p80": 1e-6}
+    path.write_text(json.dumps(document))
+    assert run(tmp_path, "--direction", "forward", "--compare", str(path))[0] == 1
 
 
 def test_a_file_for_several_ops_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
