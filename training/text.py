@@ -25,7 +25,7 @@ def clean_caption(caption: str, max_words: int | None = None) -> str:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """A Hugging Face tokenizer: a folder on this machine, or the name of a downloaded one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer.name: must be a folder or a downloaded Hugging Face tokenizer, got"
