@@ -252,7 +252,9 @@ class SkipLog:
         files = len(self.reasons)
         if not files:
             return "no file was skipped"
-        return f"{files} unusable file{'s' * (files > 1)} skipped, {sum(self.counts.values())} times"
+        return (
+            f"{files} unusable file{'s' * (files > 1)} skipped, {sum(self.counts.values())} times"
+        )
 
     def write(self, path: Path) -> None:
         """One line per file: how often, and why."""
