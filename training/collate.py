@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Collator:
     """Longest text, in tokens; longer ones are cut."""
     pad_to: str = "longest"
     """"longest" text of the batch, or "max": always `text_length`."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
     mask_probability: float = 0.0
     """Share of tokens to mask for masked language modelling; 0: none is prepared."""
 

@@ -42,7 +42,7 @@ class Trained:
 
     model: SViTTForPreTraining
     folder: Path
-    """Weights, configuration and tokenizer: for `from_pretrained`, `svitt evaluate`, a next stage."""
+    """Weights, configuration and tokenizer, as `svitt evaluate` or a next stage takes them."""
     skipped: SkipLog
     history: list[dict[str, float]]
     """What was logged, by step."""

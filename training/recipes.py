@@ -172,7 +172,8 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
         overrides: such as "optimizer.lr=1e-4" or "data.train.0.root=/videos".
 
     Raises:
-        ValueError: the file is missing or is no YAML mapping; a key is unknown, which is named; a value has a wrong type.
+        ValueError: the file is missing or is no YAML mapping; a key is unknown, which is
+            named; a value has a wrong type.
     """
     schema = OmegaConf.structured(Recipe)
     try:

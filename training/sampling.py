@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def sample_positions(
         return _by_rate(times, num_frames, _rate(mode))
     chunks = min(num_frames, count)
     bounds = [count * k // chunks for k in range(chunks + 1)]
-    spans = list(zip(bounds, bounds[1:], strict=False))
+    spans = list(itertools.pairwise(bounds))
     if mode == "middle":
         chosen = [(start + end - 1) // 2 for start, end in spans]
     elif mode == "rand":
