@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import svitt_ops
-from bench import environment, memory, results
+from bench import compare, environment, floors, memory, results
 from bench.harness import DIRECTIONS, DTYPES, Case, CaseRun
 from bench.timing import Effort
 
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = Effort(cold=arguments.cold, budget_s=arguments.budget)
     if arguments.quick:
         effort = Effort(cold=arguments.cold, budget_s=0.02, min_samples=2)
-    failures, ran = 0, 0
+    failures, ran, documents = 0, 0, []
+    native = {} if arguments.list else floors.machine(torch.device(device))
     for op in [arguments.op] if arguments.op else ops():
         module = importlib.import_module(f"bench.{op}")
         cases = _chosen(module.cases(device), arguments)
@@ -46,11 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_cases(op, cases, module)
             continue
         if cases:
-            document = run(op, module, cases, effort, arguments, device)
+            document = run(op, module, cases, effort, arguments, device, native)
             failures += _conclude(document, arguments)
+            documents.append(document)
     if not ran:
         print("no case fits these options; see `python -m bench --list`", file=sys.stderr)
         return 2
+    if arguments.compare:
+        changes = compare.compare(results.load(arguments.compare), documents)
+        print(compare.render(changes))
+        failures += sum(change.verdict == "slower" for change in changes)
     return 1 if failures else 0
 
 
@@ -66,6 +72,7 @@ def run(
     effort: Effort,
     arguments: argparse.Namespace,
     device: str,
+    native: dict[str, Any],
 ) -> dict[str, Any]:
     """Measure the cases of one op, printing each row as it is known; the document."""
     from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -79,7 +86,7 @@ def run(
             torch.compiler.reset()
             bar.set_description(case.name)
             problem = module.problem(case)
-            case_run = CaseRun(case, problem, effort, arguments.quick, arguments.provider)
+            case_run = CaseRun(case, problem, effort, arguments.quick, arguments.provider, native)
             for direction in directions:
                 result = case_run.run(direction)
                 if not arguments.quick:
@@ -98,6 +105,7 @@ def run(
         "complete": not any(narrowed) and not arguments.quick,
         "environment": where,
         "effort": vars(effort),
+        "machine": native,
         "results": found,
     }
 
@@ -133,10 +141,10 @@ def render(result: dict[str, Any]) -> str:
 def _conclude(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     """Save, and name what failed; the number of our own failures."""
     path = arguments.out
-    if path is None:
+    if path is None or path.suffix != ".json":
         # Only a complete run takes the place of a committed result.
-        folder = environment.RESULTS
-        if not document["complete"]:
+        folder = path or environment.RESULTS
+        if path is None and not document["complete"]:
             folder = environment.REPOSITORY / "build" / "bench"
         path = folder / f"{environment.slug(document['op'], document['environment'])}.json"
     results.save(path, document)
@@ -203,11 +211,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="empty a CPU's caches before each call")
     parser.add_argument("--quick", action="store_true", help="few cases, rough times, no memory")
     parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
-    where = (
-        "JSON; by default bench/results/<op>-<hardware>-<torch>.json, build/bench/ if incomplete"
-    )
-    parser.add_argument("--out", type=Path, help=where)
-    return parser.parse_args(argv)
+    where = "folder of <op>-<hardware>-<torch>.json; bench/results, or build/bench if incomplete"
+    parser.add_argument("--out", type=Path, help=f"{where}; FILE.json for a single op")
+    what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help=what)
+    arguments = parser.parse_args(argv)
+    if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops()) > 1:
+        parser.error("--out FILE.json needs --op: every op writes a file of its own")
+    if arguments.compare and not arguments.compare.is_file():
+        parser.error(f"--compare: {arguments.compare} is not a file")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -43,11 +43,27 @@ def ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Ceil
     return [*found, _copy(copied, device)]
 
 
-def rates(found: list[Ceiling], milliseconds: Mapping[str, float]) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a native probe measures once a run; empty on a GPU, where torch's calls reach the limit.
+
+    Returns:
+        See `bench.native.ceilings`.
+    """
+    if device.type == "cuda":
+        return {}
+    from bench import native
+
+    return native.ceilings(torch.get_num_threads())
+
+
+def rates(
+    found: list[Ceiling], milliseconds: Mapping[str, float], native: Mapping[str, Any]
+) -> dict[str, Any]:
     """GFLOP/s of each product and GB/s of the copy.
 
     `gemm_gflops` is what kernels are compared with: fp32 on a CPU, the case's dtype on a GPU.
-    `peak_gflops` sets the floor: the fastest product, since a kernel may choose its dtype.
+    `peak_gflops` sets the floor: the fastest product, since a kernel may choose its dtype, or the
+    native probe's multiply-adds where they are faster; so does the faster copy.
     """
     gemms = {x.name: x.flops / milliseconds[x.name] / 1e6 for x in found if x.flops}
     copies = [x.bytes / milliseconds[x.name] / 1e6 for x in found if x.bytes]
@@ -56,8 +72,8 @@ def rates(found: list[Ceiling], milliseconds: Mapping[str, float]) -> dict[str, 
     return {
         "products": gemms,
         "gemm_gflops": compared,
-        "peak_gflops": max(gemms.values()),
-        "copy_gbs": max(copies),
+        "peak_gflops": max(*gemms.values(), *native.get("fma_gflops", {}).values(), 0.0),
+        "copy_gbs": max(*copies, *native.get("copy_gbs", {}).values(), 0.0),
     }
 
 

@@ -34,7 +34,7 @@ step tests "${TEST_LIMIT:-900}" \
   "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$OUT/tests.xml"
 # shellcheck disable=SC2086
 step bench "${BENCH_LIMIT:-900}" \
-  "$PYTHON" -m bench --out "$OUT/bench.json" ${BENCH_ARGS:-}
+  "$PYTHON" -m bench --out "$OUT" ${BENCH_ARGS:-}
 
 echo "== summary, in $OUT"
 grep -hE '^=+ .*(passed|failed|error|skipped|deselected)|^[0-9]+ (passed|failed|skipped|deselected)' "$OUT/tests.log" | tail -n 1

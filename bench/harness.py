@@ -159,8 +159,15 @@ class CaseRun:
     """One case: its providers are built once and gated once a direction, then timed in turns."""
 
     def __init__(
-        self, case: Case, problem: Problem, effort: Effort, quick: bool, only: str = ""
+        self,
+        case: Case,
+        problem: Problem,
+        effort: Effort,
+        quick: bool,
+        only: str = "",
+        native: Mapping[str, Any] | None = None,
     ) -> None:
+        self.native = native or {}
         self.case, self.problem, self.effort, self.quick = case, problem, effort, quick
         self.device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
         self.providers = [x for x in problem.providers if only in x.name or x.role == "ours"]
@@ -184,7 +191,8 @@ class CaseRun:
         limits = floors.ceilings(self.device, self.dtype, self.quick)
         samples = interleave(calls | {x.name: x.call for x in limits}, self.device, self.effort)
         found = {name: sampled.summary() for name, sampled in samples.items()}
-        rates = floors.rates(limits, {x.name: found[x.name]["ms"] for x in limits})
+        times = {x.name: found[x.name]["ms"] for x in limits}
+        rates = floors.rates(limits, times, self.native)
         flops, moved = self.problem.flops[direction], self.problem.bytes[direction]
         floor, bound = floors.floor_ms(flops, moved, rates)
         least = floors.least_ms(flops, limits, {x.name: found[x.name]["min"] for x in limits})

@@ -134,8 +134,9 @@ def _footnotes(document: Document) -> str:
     gemm = sorted(x["gemm_gflops"] for x in rates)
     copy = sorted(x["copy_gbs"] for x in rates)
     notes = [
-        "Medians (p20-p80), providers timed in turns, each call after an untimed one, each gated against the fp64 reference before "
-        "and after; in italics: another function, and no best peer.",
+        "Medians (p20-p80), providers timed in turns, each call after an untimed one, each gated "
+        "against the fp64 reference before and after; in italics: another function, "
+        "and no best peer.",
         "`of gemm`: useful FLOP/s over those of a large matrix product in the same rounds "
         f"({gemm[0]:.0f} to {gemm[-1]:.0f} GFLOP/s); `of floor`: max(bytes / copy bandwidth, "
         f"FLOP / product rate) over the time (copies {copy[0]:.0f} to {copy[-1]:.0f} GB/s); "

@@ -2,6 +2,7 @@
 
     {"schema": 1, "op": "...", "command": "...", "complete": true, "environment": {}, "results": []}
 
+`machine`, where a native probe could be built, holds what `bench.native.ceilings` measured.
 `complete` says that no case, provider or direction was left out. Each entry of `results` is one
 case in one direction, as `bench.harness.CaseRun.run` makes it; its `providers` are rows whose
 `status` is "ok" (gate passed, times follow), "failed" (no times, `reason` says at what) or "absent"

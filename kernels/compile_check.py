@@ -33,7 +33,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import block_layout, block_sparse_attention, block_sparse_attention_backward
+from . import (
+    block_layout,
+    block_sparse_attention,
+    block_sparse_attention_backward,
+    token_pruning,
+)
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 64 * 1024
@@ -115,6 +120,39 @@ def layout_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Layout drawing over the range of row lengths."""
     for num_blocks in (14, 4096) if quick else (1, 14, 56, 100, 300, 1000, 4096):
         yield f"blocks={num_blocks}", partial(run_draw, num_blocks)
+
+
+def run_pruning(
+    batch: int, num_tokens: int, dim: int, dtypes: tuple[torch.dtype, torch.dtype], rich: bool
+) -> None:
+    """Calls the launchers of token pruning; codes per sample and strided tokens if rich."""
+    token_dtype, score_dtype = dtypes
+    tokens = torch.empty(
+        batch, 1 + num_tokens, 2 if rich else 1, dim, dtype=token_dtype, device="meta"
+    )
+    scores = torch.empty(batch, num_tokens, dtype=score_dtype, device="meta")
+    codes = torch.empty(batch, num_tokens, dtype=torch.int32, device="meta") if rich else None
+    keep = -(-num_tokens * 6 // 10)
+    out, _, inverse, _ = token_pruning.prune_tokens(tokens[:, :, 0], scores, keep, 1, codes)
+    token_pruning.prune_tokens_backward(out, inverse, 1)
+    token_pruning.select_tokens(scores, keep)
+
+
+def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Token pruning over samples that fit one tile and do not, few and many, every dtype."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(8, 1568, 768, (half, single)), (128, 1568, 768, (half, single))]
+    if not quick:
+        for dtypes in ((single, single), (half, half), (torch.float16, torch.float16)):
+            cases += [(8, tokens, 768, dtypes) for tokens in (1, 55, 385, 785, 3137, 10000)]
+            cases += [(128, tokens, 768, dtypes) for tokens in (1, 785, 3137)]
+            cases += [(128, 10000, 1024, dtypes), (8, 55, 8, dtypes)]
+            cases += [(batch, 785, dim, dtypes) for batch in (8, 128) for dim in (1, 55, 1001)]
+    for batch, num_tokens, dim, dtypes in cases:
+        kinds = "/".join(str(dtype)[6:] for dtype in dtypes)
+        rich = dim == 768
+        name = f"batch={batch} N={num_tokens} D={dim} {kinds}{' codes' * rich}"
+        yield name, partial(run_pruning, batch, num_tokens, dim, dtypes, rich)
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
@@ -204,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
     )
-    calls = [*layout_calls(options.quick), *attention_calls(options.quick)]
+    calls = [*layout_calls(options.quick), *pruning_calls(options.quick)]
+    calls += attention_calls(options.quick)
     work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
     failures = compiled = 0
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may

@@ -136,3 +136,16 @@ def draw_warps(num_blocks: int) -> int:
 def combine_chunk(dim: int) -> int:
     """Partials that a combining kernel adds at a time: 16 KiB of fp32."""
     return max(16, 4096 // dim)
+
+
+def copy_tile(rows: torch.Tensor, size: int = 16 * 1024) -> dict[str, int]:
+    """Tile of `size` bytes of a kernel that copies rows of (batch, rows, dim).
+
+    By 4 warps 16 KiB are eight vectors of 16 bytes on their way at a time in each thread, and leave
+    registers for five programs on a multiprocessor. 256 columns divide the usual dims.
+    """
+    dim, each = rows.shape[2], rows.element_size()
+    if dim * each % 16 != 0:
+        size //= 4  # rows that are not aligned to 16 bytes take several times the pointers
+    columns = min(next_pow2(dim), 256)
+    return {"DIM": dim, "ROWS": min(max(size // (columns * each), 1), 128), "COLUMNS": columns}

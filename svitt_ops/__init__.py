@@ -3,16 +3,25 @@
 from svitt_ops import reference
 from svitt_ops._version import __version__
 from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
+from svitt_ops.cross_attention import cross_attention
+from svitt_ops.info_nce import info_nce
 from svitt_ops.layout import BlockLayout
+from svitt_ops.token_pruning import PrunedTokens, keep_count, prune_tokens, select_tokens
 
-OPS = ("block_sparse_attention",)
+OPS = ("block_sparse_attention", "cross_attention", "token_pruning", "info_nce")
 """Stems of the ops, the same in every folder."""
 
 __all__ = [
     "OPS",
     "BlockLayout",
+    "PrunedTokens",
     "__version__",
     "block_sparse_attention",
+    "cross_attention",
+    "info_nce",
+    "keep_count",
     "position_codes",
+    "prune_tokens",
     "reference",
+    "select_tokens",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from svitt_ops import _extension
 
@@ -85,3 +86,9 @@ def differentiate(
         f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
     )
     torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_library)
+
+
+def empty_like_heads(x: Tensor) -> Tensor:
+    """An empty (batch, heads, tokens, head_dim) tensor whose heads merge without a copy."""
+    batch, heads, tokens, head_dim = x.shape
+    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)

@@ -8,6 +8,14 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_count(op: str, name: str, value: int, least: int = 0) -> None:
+    """An int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
 def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
     """A floating tensor of a dtype that the kernels take, on ``device``."""
     if not isinstance(x, Tensor):
@@ -18,8 +26,13 @@ def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = No
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
 
 
-def check_qkv(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Self-attention's operands: one shape, dtype and device, contiguous last dimension."""
+def check_qkv(
+    op: str, query: Tensor, key: Tensor, value: Tensor, *, own_keys: bool = False
+) -> None:
+    """Attention's operands: one shape, dtype and device, contiguous last dimension.
+
+    With ``own_keys`` key and value may have another number of tokens than query, both the same.
+    """
     check_tensor(op, "query", query)
     if query.dim() != 4:
         raise ValueError(
@@ -28,12 +41,19 @@ def check_qkv(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if not 8 <= query.shape[-1] <= 256:
         raise ValueError(f"{op}: head_dim must be 8 to 256, got {query.shape[-1]}")
+    if own_keys:
+        check_tensor(op, "key", key, query.device)
+        batch, heads, _, head_dim = query.shape
+        if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (batch, heads, head_dim):
+            raise ValueError(
+                f"{op}: key must have shape ({batch}, {heads}, keys, {head_dim}), "
+                f"got {tuple(key.shape)}"
+            )
+    shape = key.shape if own_keys else query.shape
     for name, x in (("key", key), ("value", value)):
         check_tensor(op, name, x, query.device)
-        if x.shape != query.shape:
-            raise ValueError(
-                f"{op}: {name} must have shape {tuple(query.shape)}, got {tuple(x.shape)}"
-            )
+        if x.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if x.dtype != query.dtype:
             raise TypeError(f"{op}: {name} must be {query.dtype} as query is, got {x.dtype}")
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
+from svitt_ops._library import empty_like_heads
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.block_sparse_attention import attend, attend_backward
 
@@ -189,12 +190,6 @@ def _lists_4d(layout: BlockLayout) -> tuple[Tensor, ...]:
     return tuple(x.reshape((1,) * missing + x.shape).contiguous() for x in lists)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty (batch, heads, tokens, head_dim) tensor whose heads merge without a copy."""
-    batch, heads, tokens, head_dim = x.shape
-    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-
-
 def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_global, saliency = args[7], args[-1]
     batch, _, tokens, _ = query.shape
@@ -202,7 +197,7 @@ def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # On a CPU the extra digits are free, and weights near 1 need them where logits are large.
     wide = torch.float64 if query.device.type == "cpu" else torch.float32
     lse = query.new_empty(query.shape[:3], dtype=wide)
-    return _like(query), lse, query.new_empty(shape, dtype=torch.float32)
+    return empty_like_heads(query), lse, query.new_empty(shape, dtype=torch.float32)
 
 
 def _backward_fake(
@@ -211,7 +206,7 @@ def _backward_fake(
     table = args[-4]
     shape = (0,) if table is None else table.shape
     grad_table = query.new_empty(shape, dtype=torch.float32)
-    return _like(query), _like(key), _like(value), grad_table
+    return empty_like_heads(query), empty_like_heads(key), empty_like_heads(value), grad_table
 
 
 def _layout_of(query: Tensor, args: tuple[Any, ...]) -> BlockLayout:
@@ -226,7 +221,7 @@ def _cpu(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor,
     out, lse, saliency = attend(
         query, key, value, _layout_of(query, args), table, codes, lengths, scale, torch.float32
     )
-    result = _like(query).copy_(out)
+    result = empty_like_heads(query).copy_(out)
     return result, lse.double(), saliency if args[-1] else saliency.new_empty(0)
 
 
@@ -245,7 +240,7 @@ def _backward_cpu(
     *grads, grad_table = attend_backward(
         grad_out, query, key, value, layout, table, codes, lengths, scale
     )
-    merged = [_like(query).copy_(grad) for grad in grads]
+    merged = [empty_like_heads(query).copy_(grad) for grad in grads]
     return *merged, grad_table
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _library
+from svitt_ops._validation import check_count
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -88,8 +89,8 @@ class BlockLayout:
         """
         op = "BlockLayout.local_random"
         _check_sizes(op, num_tokens, block_size, num_global)
-        _check_count(op, "num_local", num_local)
-        _check_count(op, "num_random", num_random)
+        check_count(op, "num_local", num_local)
+        check_count(op, "num_random", num_random)
         blocks = -(-num_tokens // block_size)
         noise_device = device if generator is None else generator.device
         noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
@@ -306,17 +307,10 @@ class BlockLayout:
             )
 
 
-def _check_count(op: str, name: str, value: int, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-
-
 def _check_sizes(op: str, num_tokens: int, block_size: int, num_global: int) -> None:
-    _check_count(op, "num_tokens", num_tokens)
-    _check_count(op, "num_global", num_global)
-    _check_count(op, "block_size", block_size, least=1)
+    check_count(op, "num_tokens", num_tokens)
+    check_count(op, "num_global", num_global)
+    check_count(op, "block_size", block_size, least=1)
     if block_size > MAX_BLOCK_SIZE:
         raise ValueError(f"{op}: block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from svitt_ops import block_sparse_attention as _op
+from svitt_ops import cross_attention as _cross_attention
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.block_sparse_attention import attend
+from svitt_ops.reference.cross_attention import Saliency
+from svitt_ops.reference.cross_attention import attend as _cross_attend
 
 Backend = Literal["cpp", "reference", "triton", "cuda"]
 
@@ -96,16 +99,12 @@ def attention_results(
         ``out``, ``saliency`` (with global tokens), ``grad_query``, ``grad_key``, ``grad_value`` and
         ``grad_bias_table`` (with a table), in the dtype that each was computed in.
     """
-
-    def leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
-
-    q, k, v = (leaf(x, compute) for x in (query, key, value))
+    q, k, v = (_leaf(x, compute) for x in (query, key, value))
     leaves = {"grad_query": q, "grad_key": k, "grad_value": v}
     table = None
     if bias_table is not None:
         wide = None if compute is None else torch.promote_types(compute, torch.float32)
-        table = leaves["grad_bias_table"] = leaf(bias_table, wide)
+        table = leaves["grad_bias_table"] = _leaf(bias_table, wide)
     saliency = None
     if compute is None:
         result = _op(
@@ -123,10 +122,65 @@ def attention_results(
     else:
         out, _, row = attend(q, k, v, layout, table, position_codes, key_lengths, scale, compute)
         saliency = row if layout.num_global > 0 else None
+    found = {"out": out.detach()} | ({} if saliency is None else {"saliency": saliency.detach()})
+    return found | _gradients(out, leaves, grad_out)
+
+
+def cross_attention_results(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_out: Tensor,
+    *,
+    compute: torch.dtype | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_saliency: Saliency = "cls",
+) -> dict[str, Tensor]:
+    """Output, saliency and all gradients of cross-attention.
+
+    Args:
+        query: as for the op, like the next two.
+        key: keys.
+        value: values.
+        grad_out: upstream gradient.
+        compute: None for the op itself, else the reference with every step in this dtype.
+        key_padding_mask: as for the op, like the rest.
+        scale: of the logits.
+        return_saliency: which one.
+
+    Returns:
+        ``out``, ``saliency``, ``grad_query``, ``grad_key`` and ``grad_value``, in the dtype that
+        each was computed in.
+    """
+    q, k, v = (_leaf(x, compute) for x in (query, key, value))
+    if compute is None:
+        result = _cross_attention(
+            q,
+            k,
+            v,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            return_saliency=return_saliency,
+        )
+        out, saliency = result
+    else:
+        out, _, saliency = _cross_attend(q, k, v, key_padding_mask, scale, return_saliency, compute)
+    leaves = {"grad_query": q, "grad_key": k, "grad_value": v}
+    found = {"out": out.detach(), "saliency": saliency.detach()}
+    return found | _gradients(out, leaves, grad_out)
+
+
+def _leaf(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+
+
+def _gradients(out: Tensor, leaves: dict[str, Tensor], grad_out: Tensor) -> dict[str, Tensor]:
+    """The gradient of each leaf, zero where it has none."""
     grads: Sequence[Tensor | None] = torch.autograd.grad(
         out, list(leaves.values()), grad_out.to(out.dtype), allow_unused=True
     )
-    found = {"out": out.detach()} | ({} if saliency is None else {"saliency": saliency.detach()})
+    found = {}
     for (name, x), grad in zip(leaves.items(), grads, strict=True):
         found[name] = torch.zeros_like(x) if grad is None else grad
     return found

@@ -6,47 +6,16 @@
 #include "block_sparse_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace svitt {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-/// (batch, heads, tokens, head_dim) over memory laid out (batch, tokens, heads, head_dim).
-Tensor empty_like_heads(const Tensor& x) {
-  return torch::stable::transpose(empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}), 1, 2);
-}
-
-Matrix matrix(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-Dtype dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "block_sparse_attention: dtype must be float32, float16 or bfloat16");
-  }
-}
 
 void check_codes(const Attention& p, const Tensor& codes) {
   const int64_t tokens = p.num_tokens(), reach = (p.table_rows - 1) / 2;
@@ -103,7 +72,7 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Ten
           const Tensor& key_blocks, int64_t block_size, int64_t num_global,
           const OptionalTensor& lengths, double scale) {
   P p{};
-  p.dtype = dtype(query);
+  p.dtype = dtype("block_sparse_attention", query);
   p.batch = query.size(0), p.heads = query.size(1), p.tokens = query.size(2);
   p.head_dim = static_cast<int>(query.size(3));
   p.block_size = static_cast<int>(block_size), p.num_global = static_cast<int>(num_global);

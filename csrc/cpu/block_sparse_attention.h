@@ -1,16 +1,9 @@
 // What the dispatcher hands to the kernels of each instruction set: pointers, strides, sizes.
 #pragma once
 
-#include <cstdint>
+#include "attention.h"
 
 namespace svitt {
-
-enum class Dtype { f32, bf16, f16 };
-
-struct Matrix {  // (batch, heads, tokens, head_dim), last stride 1, strides in elements
-  const void* data;
-  int64_t batch, head, token;
-};
 
 struct BlockLists {  // (1 or batch, 1 or heads, blocks[, width]); a stride of 0 broadcasts
   const int32_t* counts;

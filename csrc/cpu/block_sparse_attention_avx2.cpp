@@ -11,6 +11,8 @@ namespace svitt::avx2 {
 
 #include "gemm.h"
 
+#include "arena.h"
+
 #include "block_sparse_attention_tiles.h"
 
 #include "block_sparse_attention_bias.h"

@@ -78,14 +78,15 @@ template <class T>
 void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
   const auto load_rows = [&](const Matrix& m, float* rows, float* columns) {
     copy_rows(base<T>(m, t.b, t.h) + t.row * m.token, m.token, t.rows, p.head_dim, rows, s.width);
-    pack_columns(rows, s.width, t.rows, p.head_dim, columns, kRowTile, t.columns);
+    pack_columns(rows, s.width, t.rows, p.head_dim, columns, t.columns);
   };
   load_rows(p.grad_out, s.grad_out, s.grad_columns);
   load_rows(p.out, s.query, s.query_columns);
   for (int c = 0; c < t.columns; c += W) {
+    const int64_t at = static_cast<int64_t>(c / kPanel) * p.head_dim * kPanel + c % kPanel;
     vf delta{};
     for (int d = 0; d < p.head_dim; ++d)
-      delta += load(s.query_columns + c + d * kRowTile) * load(s.grad_columns + c + d * kRowTile);
+      delta += load(s.query_columns + at + d * kPanel) * load(s.grad_columns + at + d * kPanel);
     store(s.delta + c, delta);
   }
   load_rows(p.query, s.query, s.query_columns);
@@ -160,17 +161,18 @@ SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScr
   for (int r = 0; r < t.rows; ++r) query_rows[r] = s.grad_query + r * s.width;
   const float* k = s.keys.data + key * s.keys.step;
   const float* v = s.values.data + key * s.values.step;
+  const int64_t panel = static_cast<int64_t>(p.head_dim) * kPanel;
 
-  const Segment dots{k, s.query_columns, kRowTile, p.head_dim};
+  const Segment dots{k, s.query_columns, kPanel, panel, p.head_dim};
   multiply(keys, t.columns, &dots, 1, {s.keys.step, 1}, weight_rows, false);
-  const Segment grads{v, s.grad_columns, kRowTile, p.head_dim};
+  const Segment grads{v, s.grad_columns, kPanel, panel, p.head_dim};
   multiply(keys, t.columns, &grads, 1, {s.values.step, 1}, slope_rows, false);
   differentiate(p, t, s, key, keys);
-  const Segment to_values{s.weights, s.grad_out, s.width, t.rows};
+  const Segment to_values{s.weights, s.grad_out, s.width, kPanel, t.rows};
   multiply(keys, p.head_dim, &to_values, 1, {kRowTile, 1}, value_rows, true);
-  const Segment to_keys{s.slopes, s.query, s.width, t.rows};
+  const Segment to_keys{s.slopes, s.query, s.width, kPanel, t.rows};
   multiply(keys, p.head_dim, &to_keys, 1, {kRowTile, 1}, key_rows, true);
-  const Segment to_queries{s.slopes, k, s.keys.step, keys};
+  const Segment to_queries{s.slopes, k, s.keys.step, kPanel, keys};
   multiply(t.rows, p.head_dim, &to_queries, 1, {1, kRowTile}, query_rows, !first);
 }
 

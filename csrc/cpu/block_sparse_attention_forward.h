@@ -84,7 +84,7 @@ struct ForwardScratch : RowScratch {
 
   explicit ForwardScratch(const Forward& p)
       : RowScratch(p), tiling(p, W), width(round_up(p.head_dim, W)) {
-    key_tile = static_cast<int64_t>(tiling.width) * p.head_dim;
+    key_tile = static_cast<int64_t>(round_up(tiling.width, kPanel)) * p.head_dim;
     keys = arena.take<float>(tiling.tiles() * key_tile);
     value_buffer = arena.take<float>(p.tokens * width);
     query = arena.take<float>(rows * width);
@@ -130,8 +130,8 @@ void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
       const int r0 = block.rows * g / groups, rows = block.rows * (g + 1) / groups - r0;
       for (int i = 0; i < chunk.entries; ++i) {
         const Entry& e = chunk.entry[i];
-        const Segment dots{s.query + r0 * s.width, s.keys + e.tile * s.key_tile, s.tiling.width,
-                           p.head_dim};
+        const Segment dots{s.query + r0 * s.width, s.keys + e.tile * s.key_tile, kPanel,
+                           static_cast<int64_t>(p.head_dim) * kPanel, p.head_dim};
         float* to[kRows];
         for (int r = 0; r < rows; ++r) to[r] = logit_rows[r] + e.column;
         multiply(rows, s.tiling.width, &dots, 1, {s.width, 1}, to, false);

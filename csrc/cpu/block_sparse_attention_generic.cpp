@@ -9,6 +9,8 @@ namespace svitt::generic {
 
 #include "gemm.h"
 
+#include "arena.h"
+
 #include "block_sparse_attention_tiles.h"
 
 #include "block_sparse_attention_bias.h"

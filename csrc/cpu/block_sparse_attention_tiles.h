@@ -1,60 +1,8 @@
 // The keys of one head as tiles, and the tiles that a row block attends.
-// Included inside namespace svitt::SVITT_ISA after gemm.h.
+// Included inside namespace svitt::SVITT_ISA after arena.h.
 
-constexpr float kInfinity = __builtin_huge_valf();
 constexpr int kColumns = 512;  // columns per chunk: the logits of kRows rows stay in the L1 cache
 constexpr int kGlobalTile = 256;  // globals per tile where they have tiles of their own
-
-/// Scratch arrays, aligned to a vector, in memory that its thread keeps for the next call: fresh
-/// memory costs a page fault every 4 KiB. Large allocations all start at the same place of a page,
-/// where loads from one array wait for stores to another; so each starts a few lines further in.
-class Arena {
- public:
-  template <class T>
-  T* take(int64_t count) {
-    const size_t shift = 320 * static_cast<size_t>(used_);
-    char* p = slots().get(used_++, sizeof(T) * static_cast<size_t>(count) + shift);
-    return reinterpret_cast<T*>(p + shift);
-  }
-
- private:
-  struct Slots {
-    static constexpr int kCount = 24;
-    char* data[kCount] = {};
-    size_t size[kCount] = {};
-
-    char* get(int i, size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
-      const bool fits = false;  // so that the sanitizer knows where each array ends
-#else
-      const bool fits = bytes <= size[i];
-#endif
-      if (!fits) {
-        release(i);
-        data[i] = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
-        size[i] = bytes;
-      }
-      return data[i];
-    }
-    void release(int i) {
-      if (data[i] != nullptr) ::operator delete(data[i], std::align_val_t(64));
-      data[i] = nullptr;
-    }
-    ~Slots() {
-      for (int i = 0; i < kCount; ++i) release(i);
-    }
-  };
-  static Slots& slots() {
-    static thread_local Slots kept;
-    return kept;
-  }
-  int used_ = 0;
-};
-
-template <class T>
-const T* base(const Matrix& m, int64_t b, int64_t h) {
-  return static_cast<const T*>(m.data) + b * m.batch + h * m.head;
-}
 
 /// Row of a result laid out (batch, tokens, heads, head_dim).
 template <class T>
@@ -132,12 +80,12 @@ template <class T>
 void stage_columns(const Tiling& tiling, const Matrix& m, int64_t b, int64_t h, int dims,
                    float* to) {
   const T* from = base<T>(m, b, h);
-  const int64_t size = static_cast<int64_t>(tiling.width) * dims;
+  const int64_t size = static_cast<int64_t>(round_up(tiling.width, kPanel)) * dims;
   for (int i = 0; i < tiling.tiles(); ++i, to += size) {
     const Tile t = tiling.tile(i);
-    pack_columns(from + t.first * m.token, m.token, t.tokens, dims, to, tiling.width, tiling.width);
+    pack_columns(from + t.first * m.token, m.token, t.tokens, dims, to, tiling.width);
     for (int g = 0; g < t.globals; ++g)
-      pack_column(from + (t.first_global + g) * m.token, dims, to + t.tokens + g, tiling.width);
+      pack_column(from + (t.first_global + g) * m.token, dims, to, t.tokens + g);
   }
 }
 
@@ -164,11 +112,11 @@ SVITT_INLINE int column_segments(const Chunk& chunk, const Tiling& tiling, const
     const int middle = e.to < t.tokens ? e.to : e.from > t.tokens ? e.from : t.tokens;
     if (e.from < middle)
       segments[count++] = {a + e.column + e.from, rows.data + (t.first + e.from) * rows.step,
-                           rows.step, middle - e.from};
+                           rows.step, kPanel, middle - e.from};
     if (middle < e.to)
       segments[count++] = {a + e.column + middle,
                            rows.data + (t.first_global + middle - t.tokens) * rows.step, rows.step,
-                           e.to - middle};
+                           kPanel, e.to - middle};
   }
   return count;
 }

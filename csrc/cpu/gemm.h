@@ -1,21 +1,22 @@
 // C (rows x columns) = or += A B with B packed, accumulators in registers.
 // Included inside namespace svitt::SVITT_ISA after simd.h.
 //
-// Row k of B starts at b + k * step, so that both rows in place and packed transposes serve. A is
-// read by broadcast with any strides, so that a transposed A costs nothing. Rows of C are given by
-// pointers.
+// B is taken in panels of 2 W columns: panel p, row k starts at b + p * panel + k * step, so that
+// both rows in place and packed transposes serve. A is read by broadcast with any strides, so that
+// a transposed A costs nothing. Rows of C are given by pointers.
 
 #if defined(SVITT_LANES_16)
 constexpr int kRows = 14;  // 28 accumulators, 2 of B, 1 broadcast: 31 of 32 registers
 #else
 constexpr int kRows = 6;  // 12 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
 #endif
+constexpr int kPanel = 2 * W;
 
 /// One stretch of the summed dimension: A(r, k) = a[r * row + k * step].
 struct Segment {
   const float* a;
   const float* b;
-  int64_t step;  // of B
+  int64_t step, panel;  // of B
   int depth;
 };
 struct Strides {
@@ -23,8 +24,8 @@ struct Strides {
 };
 
 template <int R, int C>
-void multiply_tile(const Segment* segments, int count, int64_t row, Strides a, float* const* c,
-                   int column, bool add) {
+void multiply_tile(const Segment* segments, int count, int64_t row, int panel, Strides a,
+                   float* const* c, int column, bool add) {
   vf acc[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -32,7 +33,7 @@ void multiply_tile(const Segment* segments, int count, int64_t row, Strides a, f
     for (int j = 0; j < C; ++j) acc[r][j] = vf{};
   for (int i = 0; i < count; ++i) {
     const float* x = segments[i].a + row * a.row;
-    const float* b = segments[i].b + column;
+    const float* b = segments[i].b + panel * segments[i].panel;
     const int64_t step = segments[i].step;
     for (int k = 0; k < segments[i].depth; ++k) {
       vf loaded[C];
@@ -58,7 +59,7 @@ void multiply_tile(const Segment* segments, int count, int64_t row, Strides a, f
     }
 }
 
-using TileFunction = void (*)(const Segment*, int, int64_t, Strides, float* const*, int, bool);
+using TileFunction = void (*)(const Segment*, int, int64_t, int, Strides, float* const*, int, bool);
 
 template <int C, int... R>
 struct Tiles {
@@ -72,8 +73,8 @@ template <int C>
 using AllTiles = Tiles<C, 1, 2, 3, 4, 5, 6>;
 #endif
 
-/// rows x columns of C = or += the sum over segments; columns are rounded up to W, which C and B
-/// must have room for. Rows are split evenly: a lone last row would wait for every sum.
+/// rows x columns of C = or += the sum over segments; columns are rounded up to W, which C and the
+/// panels of B must have room for. Rows are split evenly: a lone last row would wait for every sum.
 SVITT_INLINE void multiply(int rows, int columns, const Segment* segments, int count, Strides a,
                            float* const* c, bool add) {
   const int vectors = (columns + W - 1) / W, groups = (rows + kRows - 1) / kRows;
@@ -81,19 +82,20 @@ SVITT_INLINE void multiply(int rows, int columns, const Segment* segments, int c
     const int first = rows * g / groups, size = rows * (g + 1) / groups - first;
     for (int j = 0; j < vectors; j += 2) {
       const auto& table = vectors - j > 1 ? AllTiles<2>::table : AllTiles<1>::table;
-      table[size - 1](segments, count, first, a, c + first, j * W, add);
+      table[size - 1](segments, count, first, j / 2, a, c + first, j * W, add);
     }
   }
 }
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-/// Rows, transposed: B[k = dim][column = row], its rows `step` apart. Columns from `rows` up to
-/// `width`, a multiple of W, are 0.
+/// Panels over rows, transposed: B[k = dim][column = row]. Columns from `rows` up to `width`, a
+/// multiple of W, are 0.
 template <class T>
 SVITT_INLINE void pack_columns(const T* data, int64_t stride, int rows, int dims, float* packed,
-                               int64_t step, int width) {
-  for (int i = 0; i < width; i += W)
+                               int width) {
+  for (int i = 0; i < width; i += W) {
+    float* panel = packed + static_cast<int64_t>(i / kPanel) * dims * kPanel + i % kPanel;
     for (int d = 0; d < dims; d += W) {
       vf block[W];
 #pragma GCC unroll 16
@@ -101,14 +103,16 @@ SVITT_INLINE void pack_columns(const T* data, int64_t stride, int rows, int dims
         block[r] = i + r < rows ? load_some(data + (i + r) * stride + d, dims - d) : vf{};
       transpose(block);
       const int depth = dims - d < W ? dims - d : W;
-      for (int r = 0; r < depth; ++r) store(packed + (d + r) * step + i, block[r]);
+      for (int r = 0; r < depth; ++r) store(panel + (d + r) * kPanel, block[r]);
     }
+  }
 }
 
-/// One more column beside those of `pack_columns`.
+/// One more column of panels made by `pack_columns`.
 template <class T>
-SVITT_INLINE void pack_column(const T* row, int dims, float* packed, int64_t step) {
-  for (int d = 0; d < dims; ++d) packed[d * step] = to_float(row[d]);
+SVITT_INLINE void pack_column(const T* row, int dims, float* packed, int column) {
+  float* to = packed + static_cast<int64_t>(column / kPanel) * dims * kPanel + column % kPanel;
+  for (int d = 0; d < dims; ++d) to[d * kPanel] = to_float(row[d]);
 }
 
 /// Bring the row at p to the cache before it is needed.

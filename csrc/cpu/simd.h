@@ -42,6 +42,30 @@ SVITT_INLINE vi lane_numbers() {
   return lanes;
 }
 
+/// a b + c, rounded once where the processor can; of an expression the compiler decides.
+SVITT_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(SVITT_LANES_16)
+  return reinterpret_cast<vf>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
+#elif defined(SVITT_LANES_8)
+  return reinterpret_cast<vf>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c));
+#else
+  return a * b + c;
+#endif
+}
+
+/// Whether a comparison holds in any lane.
+SVITT_INLINE bool any_lane(vi lanes) {
+#if defined(SVITT_LANES_16)
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(SVITT_LANES_8)
+  return _mm256_testz_si256((__m256i)lanes, (__m256i)lanes) == 0;
+#else
+  int32_t any = 0;
+  for (int i = 0; i < W; ++i) any |= lanes[i];
+  return any != 0;
+#endif
+}
+
 /// Lanes of a, then of b, in the order of `from`.
 SVITT_INLINE vf shuffle(vf a, vf b, vi from) {
 #if defined(__clang__)
@@ -162,7 +186,7 @@ SVITT_INLINE vf exp_nonpositive(vf x) {
   return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), t));
 #else
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = vmax(x, splat(-87.0f));
+  x = vmax(splat(-87.0f), x);            // in this order a NaN stays one
   const vf shifted = x * kLog2e + kMagic;
   const vf f = x * kLog2e - (shifted - kMagic);
   vf p = splat(0.001327647129073739f) * f + 0.009675540961325169f;

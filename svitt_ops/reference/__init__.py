@@ -4,5 +4,14 @@ They are the oracle of the tests and what a CPU runs where no compiler was found
 """
 
 from svitt_ops.reference.block_sparse_attention import block_sparse_attention
+from svitt_ops.reference.cross_attention import cross_attention
+from svitt_ops.reference.info_nce import info_nce
+from svitt_ops.reference.token_pruning import prune_tokens, select_tokens
 
-__all__ = ["block_sparse_attention"]
+__all__ = [
+    "block_sparse_attention",
+    "cross_attention",
+    "info_nce",
+    "prune_tokens",
+    "select_tokens",
+]

@@ -1,0 +1,24 @@
+// Cross-attention for avx2; see isa.h for why the kernels are included, not linked.
+#include "isa.h"
+#include "cross_attention.h"
+
+#if defined(__x86_64__)
+#define SVITT_LANES_8
+SVITT_TARGET_BEGIN("avx2,fma,f16c")
+
+namespace svitt::avx2 {
+#include "simd.h"
+
+#include "gemm.h"
+
+#include "arena.h"
+
+#include "cross_attention_tiles.h"
+
+#include "cross_attention_forward.h"
+
+#include "cross_attention_backward.h"
+}  // namespace svitt::avx2
+
+SVITT_TARGET_END
+#endif

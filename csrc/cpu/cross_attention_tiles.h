@@ -1,0 +1,69 @@
+// Tiles of keys, as the forward and the backward of cross-attention read them.
+// Included inside namespace svitt::SVITT_ISA after arena.h.
+
+constexpr int kQueryTile = 64;  // queries, held in the lanes of vectors
+constexpr int kKeyTile = 64;    // keys, one row each
+
+/// Where the keys of an item are: [first, last) of those that the sample attends.
+struct KeyRange {
+  int64_t b, h, first, last;
+
+  KeyRange(const CrossAttention& p, int64_t item) {
+    const int64_t head = item / p.parts, part = item % p.parts;
+    b = head / p.heads, h = head % p.heads;
+    const int64_t count = p.count_of(b);
+    first = count * part / p.parts, last = count * (part + 1) / p.parts;
+  }
+};
+
+struct Rows {
+  const float* data;
+  int64_t step;
+};
+
+/// Attended keys [j, j + n) as rows: in place where they are side by side in fp32, else copied.
+/// `Again` is for rows that several products read: those far apart share sets of the cache, and
+/// products over whole vectors need rows padded to them.
+template <class T, bool Again>
+SVITT_INLINE Rows tile_rows(const CrossAttention& p, const Matrix& m, const KeyRange& range,
+                            int64_t j, int n, float* buffer, int width) {
+  const int32_t* present = p.present_of(range.b);
+  const int64_t first = present == nullptr ? j : present[j];
+  const bool together = present == nullptr || present[j + n - 1] - first == n - 1;
+  const T* from = base<T>(m, range.b, range.h);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (together && (!Again || (m.token == width && p.head_dim == width)))
+      return {from + first * m.token, m.token};
+  }
+  if (together) {
+    copy_rows(from + first * m.token, m.token, n, p.head_dim, buffer, width);
+  } else {
+    for (int i = 0; i < n; ++i)
+      copy_rows(from + present[j + i] * m.token, 0, 1, p.head_dim, buffer + i * width, width);
+  }
+  return {buffer, width};
+}
+
+/// Row `token` of a result (batch, tokens, heads, head_dim).
+template <class T>
+SVITT_INLINE T* result_row(const CrossAttention& p, void* result, int64_t tokens, int64_t b,
+                           int64_t h, int64_t token) {
+  return static_cast<T*>(result) + ((b * tokens + token) * p.heads + h) * p.head_dim;
+}
+
+/// Queries [row, row + rows) of an operand, transposed: lanes past the last row are 0.
+template <class T>
+SVITT_INLINE void pack_queries(const CrossAttention& p, const Matrix& m, int64_t b, int64_t h,
+                               int64_t row, int rows, float* columns) {
+  pack_columns(base<T>(m, b, h) + row * m.token, m.token, rows, p.head_dim, columns,
+               round_up(rows, W));
+}
+
+/// Visit the tiles of queries: `visit(number, row, rows)`.
+template <class Visit>
+SVITT_INLINE void each_query_tile(const CrossAttention& p, const Visit& visit) {
+  for (int64_t row = 0; row < p.queries; row += kQueryTile) {
+    const int64_t left = p.queries - row;
+    visit(row / kQueryTile, row, static_cast<int>(left < kQueryTile ? left : kQueryTile));
+  }
+}

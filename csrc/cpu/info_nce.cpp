@@ -1,0 +1,266 @@
+// InfoNCE on the CPU: registration, allocation, reductions and the choice of instruction set.
+//
+// Shapes and dtypes were checked in Python. Queries go in chunks; within one, each thread owns
+// tiles of keys, so that what belongs to a key is summed over the queries in their order, and what
+// belongs to a query is put together from the tiles in theirs. Chunks and tiles depend on the
+// shapes alone, so results are the same for any number of threads.
+
+#include "info_nce.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+#include "tensors.h"
+
+namespace svitt {
+namespace {
+
+using torch::stable::parallel_for;
+constexpr int64_t kGrain = 64;  // rows that are worth a thread
+constexpr double kNothing = -HUGE_VAL;
+
+struct Kernels {
+  decltype(&generic::contrast_pack_queries) pack_queries;
+  decltype(&generic::contrast_pack_keys) pack_keys;
+  decltype(&generic::contrast_forward) forward;
+  decltype(&generic::contrast_backward_keys) backward_keys;
+  decltype(&generic::contrast_backward_queries) backward_queries;
+  decltype(&generic::contrast_write_keys) write_keys;
+};
+
+#define SVITT_KERNELS(ISA) \
+  {ISA::contrast_pack_queries,  ISA::contrast_pack_keys,        ISA::contrast_forward, \
+   ISA::contrast_backward_keys, ISA::contrast_backward_queries, ISA::contrast_write_keys}
+Kernels kernels() {
+  const Isa best = isa();
+#if defined(__x86_64__)
+  if (best >= Isa::avx512) return SVITT_KERNELS(avx512);
+  if (best == Isa::avx2) return SVITT_KERNELS(avx2);
+#endif
+  (void)best;
+  return SVITT_KERNELS(generic);
+}
+#undef SVITT_KERNELS
+
+/// Memory that nobody initialises, aligned to a vector.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<float*>(::operator new(sizeof(float) * count, std::align_val_t(64)))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+/// Ids as small numbers: equal where the ids are, so that kernels compare 32 bits.
+struct Ids {
+  std::vector<int32_t> query, key;
+
+  void bind(Contrast& p, const OptionalTensor& query_ids, const OptionalTensor& key_ids) {
+    if (!query_ids.has_value()) return;
+    const int64_t *of_queries = query_ids->const_data_ptr<int64_t>(),
+                  *of_keys = key_ids->const_data_ptr<int64_t>();
+    std::vector<int64_t> known(of_keys, of_keys + p.keys);
+    std::sort(known.begin(), known.end());
+    known.erase(std::unique(known.begin(), known.end()), known.end());
+    const auto number = [&](int64_t id) {
+      const auto at = std::lower_bound(known.begin(), known.end(), id);
+      return static_cast<int32_t>(at != known.end() && *at == id ? at - known.begin()
+                                                                 : known.end() - known.begin());
+    };
+    std::transform(of_queries, of_queries + p.queries, std::back_inserter(query), number);
+    std::transform(of_keys, of_keys + p.keys, std::back_inserter(key), number);
+    p.query_ids = query.data();
+    p.key_ids = key.data();
+  }
+};
+
+/// Inputs of either direction, and the fp32 copies that both need.
+template <class P>
+struct Problem {
+  P p{};
+  Ids ids;
+  std::unique_ptr<Buffer> rows, columns, query_panels, key_panels;
+
+  Problem(const Tensor& query, const Tensor& key, const Tensor& temperature,
+          const OptionalTensor& query_ids, const OptionalTensor& key_ids, int64_t first_row) {
+    p.dtype = dtype("info_nce", query);
+    p.queries = query.size(0), p.keys = key.size(0), p.dim = static_cast<int>(query.size(1));
+    p.query = query.const_data_ptr(), p.key = key.const_data_ptr();
+    p.query_step = query.stride(0), p.key_step = key.stride(0);
+    p.first_row = first_row;
+    p.scale = 1.0f / *temperature.const_data_ptr<float>();
+    ids.bind(p, query_ids, key_ids);
+  }
+  void pack(const Kernels& k, bool panels) {
+    if (p.dtype == Dtype::f32) {
+      p.rows = const_cast<float*>(static_cast<const float*>(p.query));  // read in place
+      p.row_step = p.query_step;
+    } else {
+      rows = std::make_unique<Buffer>(p.queries * p.dim);
+      p.rows = rows->get(), p.row_step = p.dim;
+    }
+    columns = std::make_unique<Buffer>(p.padded_keys() * p.dim);
+    p.columns = columns->get();
+    if (panels) {
+      query_panels = std::make_unique<Buffer>(p.queries * p.padded_dim());
+      key_panels = std::make_unique<Buffer>(p.padded_keys() * p.padded_dim());
+    }
+    float *of_queries = panels ? query_panels->get() : nullptr,
+          *of_keys = panels ? key_panels->get() : nullptr;
+    parallel_for(0, p.queries, kGrain,
+                 [&](int64_t a, int64_t b) { k.pack_queries(p, of_queries, a, b); });
+    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.pack_keys(p, of_keys, a, b); });
+  }
+};
+
+/// Adds a part's sums of exponentials: most + log(sum).
+struct LogSum {
+  double most = kNothing, sum = 0.0;
+
+  void add(double other, double part) {
+    if (part == 0.0) return;
+    if (other > most) {
+      sum = sum * std::exp(most - other) + part;
+      most = other;
+    } else {
+      sum += part * std::exp(other - most);
+    }
+  }
+  double value() const { return sum == 0.0 ? kNothing : most + std::log(sum); }
+};
+
+/// Statistics of row or column i, see `svitt_ops.info_nce`, from its parts `step` apart.
+void write_statistics(double* stats, int64_t stride, int64_t i, const Tally* parts, int64_t count,
+                      int64_t step) {
+  LogSum negative, positive;
+  double positives = 0.0, same = 0.0, every = 0.0;
+  for (int64_t n = 0; n < count; ++n) {
+    const Tally& part = parts[n * step];
+    negative.add(part.most, part.sum);
+    positive.add(part.positive_most, part.positive_sum);
+    positives += part.count, same += part.same, every += part.every;
+  }
+  const double values[] = {negative.value(), positive.value(), positives, same, every};
+  for (int n = 0; n < 5; ++n) stats[n * stride + i] = values[n];
+}
+
+/// Mean loss of rows or columns; the formula is `svitt_ops.info_nce.losses`.
+double mean_loss(const double* stats, int64_t count, double scale, int64_t choices,
+                 double label_smoothing) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double negative = stats[i], positive = stats[count + i], positives = stats[2 * count + i],
+                 mean = stats[3 * count + i] / positives, every = stats[4 * count + i];
+    const double gap = negative - positive;
+    sum += gap > 0.0 ? gap + std::log1p(std::exp(-gap)) : std::log1p(std::exp(gap));
+    if (positives != 1.0) sum += positive - scale * mean;
+    if (label_smoothing != 0.0)
+      sum += label_smoothing * scale * (mean - every / static_cast<double>(choices));
+  }
+  return sum / static_cast<double>(count);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor temperature,
+                                              OptionalTensor query_ids, OptionalTensor key_ids,
+                                              int64_t first_row, bool symmetric,
+                                              double label_smoothing) {
+  Problem<ContrastForward> problem(query, key, temperature, query_ids, key_ids, first_row);
+  ContrastForward& p = problem.p;
+  const Kernels k = kernels();
+  p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
+  problem.pack(k, false);
+  Tensor loss = empty(query, {}, ScalarType::Float),
+         rows = empty(query, {5, p.queries}, ScalarType::Double),
+         columns = empty(query, {5, symmetric ? p.keys : 0}, ScalarType::Double);
+  double *of_rows = rows.mutable_data_ptr<double>(),
+         *of_columns = symmetric ? columns.mutable_data_ptr<double>() : nullptr;
+  std::vector<Tally> parts(p.tiles() * kQueryChunk), of_keys(symmetric ? p.padded_keys() : 0);
+  p.row_parts = parts.data(), p.of_keys = of_keys.data();
+  for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
+    const int64_t first = chunk * kQueryChunk,
+                  count = std::min(p.queries - first, kQueryChunk + 0L);
+    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.forward(p, chunk, a, b); });
+    parallel_for(0, count, kGrain, [&](int64_t a, int64_t b) {
+      for (int64_t r = a; r < b; ++r)
+        write_statistics(of_rows, p.queries, first + r, p.row_parts + r, p.tiles(), kQueryChunk);
+    });
+  }
+  double mean = mean_loss(of_rows, p.queries, p.scale, p.keys, label_smoothing);
+  if (symmetric) {
+    for (int64_t j = 0; j < p.keys; ++j)
+      write_statistics(of_columns, p.keys, j, p.of_keys + j, 1, 0);
+    mean = (mean + mean_loss(of_columns, p.keys, p.scale, p.keys, label_smoothing)) / 2;
+  }
+  *loss.mutable_data_ptr<float>() = static_cast<float>(mean);
+  return {loss, rows, columns};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, Tensor key,
+                                               Tensor temperature, OptionalTensor query_ids,
+                                               OptionalTensor key_ids, int64_t first_row,
+                                               Tensor rows, Tensor columns, double label_smoothing,
+                                               bool wide) {
+  Problem<ContrastBackward> problem(query, key, temperature, query_ids, key_ids, first_row);
+  ContrastBackward& p = problem.p;
+  const Kernels k = kernels();
+  problem.pack(k, true);
+  p.query_panels = problem.query_panels->get(), p.key_panels = problem.key_panels->get();
+  p.symmetric = columns.numel() > 0;
+  p.of_rows = rows.const_data_ptr<double>();
+  p.of_columns = p.symmetric ? columns.const_data_ptr<double>() : nullptr;
+  p.label_smoothing = static_cast<float>(label_smoothing);
+  p.smoothing = static_cast<float>(label_smoothing / static_cast<double>(p.keys));
+  const double mean =
+      *grad_loss.const_data_ptr<float>() / static_cast<double>(p.keys) / (p.symmetric ? 2.0 : 1.0);
+  const double scale = 1.0 / *temperature.const_data_ptr<float>();
+  p.factor = static_cast<float>(mean * scale);
+  // The mean over all positives of whichever statistics every strip of a batch shares.
+  const double* stats = p.symmetric ? p.of_columns : p.of_rows;
+  const int64_t count = p.symmetric ? p.keys : p.queries;
+  double same = 0.0, positives = 0.0;
+  for (int64_t i = 0; i < count; ++i)
+    positives += stats[2 * count + i], same += stats[3 * count + i];
+  p.centre = static_cast<float>(same / positives);
+  const ScalarType type = wide ? ScalarType::Float : query.scalar_type();
+  Tensor grad_query = empty(query, {p.queries, p.dim}, type),
+         grad_key = empty(query, {p.keys, p.dim}, type),
+         grad_temperature = empty(query, {}, ScalarType::Float);
+  p.grad_dtype = wide ? Dtype::f32 : p.dtype;
+  p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
+  const Buffer grads(p.tiles() * kQueryChunk * kGradStride),
+      grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(kQueryChunk * p.padded_dim());
+  std::vector<double> grad_scale(p.tiles());
+  p.grads = grads.get(), p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();
+  p.grad_scale = grad_scale.data();
+  for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
+    const int64_t rows_here = std::min(p.queries - chunk * kQueryChunk, kQueryChunk + 0L);
+    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.backward_keys(p, chunk, a, b); });
+    parallel_for(0, rows_here, kGrain,
+                 [&](int64_t a, int64_t b) { k.backward_queries(p, chunk, a, b); });
+  }
+  parallel_for(0, p.keys, kGrain, [&](int64_t a, int64_t b) { k.write_keys(p, a, b); });
+  double sum = 0.0;
+  for (const double part : grad_scale) sum += part;
+  // By the scale s = 1 / temperature, and from it to the temperature: -s s.
+  *grad_temperature.mutable_data_ptr<float>() = static_cast<float>(-sum * mean * scale * scale);
+  return {grad_query, grad_key, grad_temperature};
+}
+
+}  // namespace
+}  // namespace svitt
+
+STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+  m.impl("info_nce", TORCH_BOX(&svitt::forward_op));
+  m.impl("info_nce_backward", TORCH_BOX(&svitt::backward_op));
+}

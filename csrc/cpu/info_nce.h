@@ -1,0 +1,82 @@
+// What the dispatcher hands to the InfoNCE kernels of each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace svitt {
+
+constexpr int kKeyTile = 256;               // keys whose columns one thread owns
+constexpr int kQueryChunk = 512;            // queries between two reductions
+constexpr int kWidest = 32;                 // the widest panel of any instruction set
+constexpr int kGradStride = kKeyTile + 16;  // not a power of two: rows fall into different sets
+
+// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums.
+struct Tally {
+  double positive_most;  // positives are few, and exact
+  float most, sum, positive_sum, same, every;
+  int32_t count;
+};
+
+struct Contrast {
+  Dtype dtype;
+  int64_t queries, keys;
+  int dim;
+  const void *query, *key;  // rows `query_step` and `key_step` apart
+  int64_t query_step, key_step;
+  const int32_t *query_ids, *key_ids;  // or null: query i belongs to key first_row + i
+  int64_t first_row;
+  float scale;
+  bool symmetric, smooth;
+
+  // Packed to fp32. `rows`: queries as they are. `columns`: tiles of keys, transposed.
+  float *rows, *columns;
+  int64_t row_step;
+
+  int64_t tiles() const { return (keys + kKeyTile - 1) / kKeyTile; }
+  int64_t chunks() const { return (queries + kQueryChunk - 1) / kQueryChunk; }
+  int64_t padded_keys() const { return tiles() * kKeyTile; }
+  int padded_dim() const { return (dim + kWidest - 1) / kWidest * kWidest; }
+};
+
+struct ContrastForward : Contrast {
+  Tally* row_parts;  // (tiles, kQueryChunk) of the current chunk
+  Tally* of_keys;    // (padded keys), over all chunks so far
+};
+
+struct ContrastBackward : Contrast {
+  // Statistics of the forward, (5, queries) and (5, keys); `of_columns` null in one direction.
+  const double *of_rows, *of_columns;
+  float centre;     // a typical similarity, see `weigh`
+  float smoothing;  // label smoothing over the number of choices
+  float label_smoothing;
+  float factor;  // of the result: upstream gradient, mean, scale
+
+  // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
+  float *query_panels, *key_panels;
+  float* grads;                     // (tiles, kQueryChunk, kGradStride) of the current chunk
+  double* grad_scale;               // (tiles)
+  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (kQueryChunk, padded dim)
+  void *grad_query, *grad_key;      // contiguous
+  Dtype grad_dtype;
+};
+
+// Every function works on independent items: any split over threads gives the same bits.
+#define SVITT_DECLARE(ISA) \
+  namespace ISA { \
+  void contrast_pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end); \
+  void contrast_pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end); \
+  void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end); \
+  void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin, \
+                              int64_t end); \
+  void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin, \
+                                 int64_t end); \
+  void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end); \
+  }
+SVITT_DECLARE(generic)
+SVITT_DECLARE(avx2)
+SVITT_DECLARE(avx512)
+#undef SVITT_DECLARE
+
+}  // namespace svitt

@@ -1,0 +1,24 @@
+// InfoNCE for avx512; see isa.h for why the kernels are included, not linked.
+#include "isa.h"
+#include "info_nce.h"
+
+#if defined(__x86_64__)
+#define SVITT_LANES_16
+SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace svitt::avx512 {
+#include "simd.h"
+
+#include "gemm.h"
+
+#include "arena.h"
+
+#include "info_nce_tiles.h"
+
+#include "info_nce_forward.h"
+
+#include "info_nce_backward.h"
+}  // namespace svitt::avx512
+
+SVITT_TARGET_END
+#endif

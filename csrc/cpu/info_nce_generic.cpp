@@ -1,0 +1,19 @@
+// InfoNCE for generic; see isa.h for why the kernels are included, not linked.
+#include "isa.h"
+#include "info_nce.h"
+
+#define SVITT_LANES_4
+
+namespace svitt::generic {
+#include "simd.h"
+
+#include "gemm.h"
+
+#include "arena.h"
+
+#include "info_nce_tiles.h"
+
+#include "info_nce_forward.h"
+
+#include "info_nce_backward.h"
+}  // namespace svitt::generic

@@ -1,0 +1,158 @@
+// Tiles of similarities, a few query rows by kKeyTile keys, as they come out of the product.
+// Included inside namespace svitt::SVITT_ISA after gemm.h.
+
+constexpr int kTileRows = 4 * kRows;
+constexpr int kPiece =
+    64;  // long sums are sums of short ones, where errors of a kind do not add up
+constexpr int kDotStride = kKeyTile + W;
+
+/// Logits of a tile share one offset, and so one exponential serves its rows and its columns, where
+/// they differ by no more than this: the smallest then is far from vanishing.
+constexpr float kShared = 60.0f;
+
+template <class T>
+const T* row_of(const void* data, int64_t step, int64_t row) {
+  return static_cast<const T*>(data) + row * step;
+}
+
+/// Rows cut into panels of kPanel dims: panel, row, dim. Dims beyond the last are 0.
+template <class T>
+void pack_panels(const void* data, int64_t step, int dim, int64_t begin, int64_t end, int64_t rows,
+                 float* panels) {
+  for (int d = 0; d < dim; d += kPanel)
+    for (int64_t r = begin; r < end; ++r) {
+      float* to = panels + (d / kPanel * rows + r) * kPanel;
+      const T* from = row_of<T>(data, step, r) + d;
+      store(to, load_some(from, dim - d));
+      store(to + W, dim - d > W ? load_some(from + W, dim - d - W) : vf{});
+    }
+}
+
+template <class T>
+void pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  if (static_cast<const void*>(p.rows) != p.query)
+    for (int64_t r = begin; r < end; ++r) {
+      const T* from = row_of<T>(p.query, p.query_step, r);
+      float* to = p.rows + r * p.row_step;
+      for (int d = 0; d < p.dim; ++d) to[d] = to_float(from[d]);
+    }
+  if (panels != nullptr)
+    pack_panels<T>(p.query, p.query_step, p.dim, begin, end, p.queries, panels);
+}
+
+template <class T>
+void pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t * kKeyTile, left = p.keys - first;
+    const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
+    pack_columns(row_of<T>(p.key, p.key_step, first), p.key_step, count, p.dim,
+                 p.columns + first * p.dim, kKeyTile);
+    if (panels != nullptr)
+      pack_panels<T>(p.key, p.key_step, p.dim, first, first + count, p.padded_keys(), panels);
+  }
+}
+
+void contrast_pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case Dtype::f32: return pack_queries<float>(p, panels, begin, end);
+    case Dtype::bf16: return pack_queries<bf16>(p, panels, begin, end);
+    case Dtype::f16: return pack_queries<fp16>(p, panels, begin, end);
+  }
+}
+
+void contrast_pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case Dtype::f32: return pack_keys<float>(p, panels, begin, end);
+    case Dtype::bf16: return pack_keys<bf16>(p, panels, begin, end);
+    case Dtype::f16: return pack_keys<fp16>(p, panels, begin, end);
+  }
+}
+
+/// One panel of C = or += A B, summed in pieces.
+SVITT_INLINE void multiply_pieces(int rows, const float* a, Strides strides, const float* b,
+                                  int depth, float* const* c, bool add, int most = kPiece) {
+  for (int k = 0; k < depth; k += most) {
+    const Segment piece{a + k * strides.step, b + static_cast<int64_t>(k) * kPanel, kPanel, 0,
+                        depth - k < most ? depth - k : most};
+    multiply(rows, kPanel, &piece, 1, strides, c, add || k > 0);
+  }
+}
+
+/// Similarities of some rows with one tile of keys.
+struct DotTile {
+  int64_t row, tile, first_key;
+  int rows, keys;  // existing ones
+  float* dots;     // (rows, kDotStride)
+  float most, least;
+
+  void compute(const Contrast& p) {
+    float* to[kTileRows];
+    const int quarter = round_up((p.dim + 3) / 4, 16), piece = quarter < kPiece ? quarter : kPiece;
+    for (int panel = 0; panel * kPanel < keys; ++panel) {
+      for (int r = 0; r < rows; ++r) to[r] = dots + r * kDotStride + panel * kPanel;
+      const float* b = p.columns + first_key * p.dim + static_cast<int64_t>(panel) * p.dim * kPanel;
+      multiply_pieces(rows, p.rows + row * p.row_step, {p.row_step, 1}, b, p.dim, to, false, piece);
+    }
+  }
+
+  /// Calls visit(row, column, dot) for every positive pair, in order.
+  template <class F>
+  SVITT_INLINE void for_positives(const Contrast& p, F visit) const {
+    if (p.key_ids == nullptr) {
+      for (int r = 0; r < rows; ++r) {
+        const int64_t c = p.first_row + row + r - first_key;
+        if (c >= 0 && c < keys) visit(r, static_cast<int>(c), dots[r * kDotStride + c]);
+      }
+      return;
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int32_t id = p.query_ids[row + r];
+      for (int c = 0; c < keys; c += W) {
+        const int here = keys - c < W ? keys - c : W;
+        vi ids = vi{} - 1;  // no id is negative
+        if (here == W) {
+          ids = load_as<vi>(p.key_ids + first_key + c);
+        } else {
+          for (int i = 0; i < here; ++i) ids[i] = p.key_ids[first_key + c + i];
+        }
+        if (!any_lane(ids == id)) continue;
+        for (int i = 0; i < here; ++i)
+          if (ids[i] == id) visit(r, c + i, dots[r * kDotStride + c + i]);
+      }
+    }
+  }
+
+  /// Makes positives and padding -inf, and finds the range of the rest.
+  void keep_negatives(const Contrast& p) {
+    for_positives(p, [&](int r, int c, float) { dots[r * kDotStride + c] = -kInfinity; });
+    vf high = splat(-kInfinity), low = splat(kInfinity);
+    for (int r = 0; r < rows; ++r) {
+      float* x = dots + r * kDotStride;
+      for (int c = keys; c % W != 0; ++c) x[c] = -kInfinity;
+      for (int c = 0; c < keys; c += W) {
+        const vf v = load(x + c);
+        high = vmax(high, v);
+        low = -vmax(-low, -(v == -kInfinity ? splat(kInfinity) : v));
+      }
+    }
+    most = hmax(high), least = -hmax(-low);
+  }
+  bool shared(float scale) const { return (most - least) * scale <= kShared; }
+};
+
+SVITT_INLINE DotTile dot_tile(const Contrast& p, int64_t chunk, int64_t row, int64_t tile,
+                              float* dots) {
+  const int64_t end = chunk * kQueryChunk + kQueryChunk;
+  const int64_t limit = end < p.queries ? end : p.queries;
+  const int64_t first = tile * kKeyTile;
+  DotTile t{};
+  t.row = row, t.tile = tile, t.first_key = first, t.dots = dots;
+  t.rows = static_cast<int>(limit - row < kTileRows ? limit - row : kTileRows);
+  t.keys = static_cast<int>(p.keys - first < kKeyTile ? p.keys - first : kKeyTile);
+  return t;
+}
+
+SVITT_INLINE int64_t chunk_end(const Contrast& p, int64_t chunk) {
+  const int64_t end = (chunk + 1) * kQueryChunk;
+  return end < p.queries ? end : p.queries;
+}

@@ -1,0 +1,362 @@
+"""`info_nce`: schema, validation, autograd, FLOPs, the distributed form and the public function."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from svitt_ops import _flops, _library, _validation
+from svitt_ops.reference.info_nce import gradients, statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_OP = "info_nce"
+STATISTICS = 5
+"""Rows of the statistics: log-sum-exp over the negatives, the same over the positives, number of
+positives, sum of the positives' dot products, sum of all dot products."""
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Contrastive loss of matching rows, without the matrix of all their similarities.
+
+    ``loss = -1/B sum_i sum_j y_ij log softmax_j(query_i . key_j / temperature)``, and with
+    ``symmetric`` the mean of this and the same with the roles exchanged. The negatives are summed
+    apart from the positives, so that the loss and its gradient stay exact once pairs converge, and
+    maxima are followed, so that temperatures down to 0.001 neither overflow nor vanish. Nothing is
+    read on the host. The result is bitwise the same on every run.
+
+    Args:
+        query: L2-normalised embeddings ``(B, D)``, fp32, fp16 or bf16; normalisation is not
+            checked. Under autocast query and key take the autocast dtype.
+        key: like ``query``; row i belongs to row i of ``query``.
+        temperature: a positive float, or a tensor of one element that receives its gradient.
+        ids: int64 or int32 ``(B,)``. Rows with equal ids are positives of each other,
+            ``y_ij = [id_i = id_j] / count_i``; by default each row has its own.
+        symmetric: whether queries are also looked for among all keys' candidates.
+        label_smoothing: share of the target that is spread evenly over all B candidates.
+        group: ranks that hold parts of one batch, of equal size. Every rank returns the loss of
+            the whole batch, and gradients such that their mean over the ranks, which is what DDP
+            takes, is the gradient of that loss: of the embeddings the number of ranks times the
+            rank's own part, of the temperature all of it.
+
+    Returns:
+        The loss, a fp32 scalar.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Complexity:
+        ``2 B B D`` FLOP forward and 3 times that backward; memory ``O(B D)``.
+
+    Source:
+        CPC (2018), equation 4; CLIP (2021), figure 3; SViTT (CVPR 2023), equations 12 and 13.
+    """
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        query, key = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key))
+    check_embeddings(_OP, "query", query)
+    check_embeddings(_OP, "key", key, query)
+    if key.shape != query.shape:
+        raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    if query.shape[0] == 0:
+        raise ValueError(f"{_OP}: query must have at least one row, got {tuple(query.shape)}")
+    temperature = check_temperature(_OP, temperature, query)
+    if ids is not None:
+        ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    if group is not None:
+        return _over_ranks(query, key, temperature, ids, symmetric, label_smoothing, group)
+    loss, _, _ = torch.ops.svitt_ops.info_nce(
+        query, key, temperature, ids, ids, 0, symmetric, label_smoothing
+    )
+    return loss
+
+
+def check_embeddings(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """A matrix ``(rows, D)`` with a contiguous last dimension, of the dtype and D of ``like``."""
+    _validation.check_tensor(op, name, x, None if like is None else like.device)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{op}: {name} must have shape (rows, D), got {tuple(x.shape)}")
+    if like is not None and x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} as query is, got {x.dtype}")
+    if like is not None and x.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"{op}: {name} must have {like.shape[1]} columns as query has, got {tuple(x.shape)}"
+        )
+
+
+def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """The temperature as a fp32 scalar on the device of ``like``; a tensor is not read."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            raise ValueError(
+                f"{op}: temperature must be a float or a floating tensor of one element, "
+                f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
+            )
+        if temperature.device != like.device:
+            raise ValueError(
+                f"{op}: temperature must be on {like.device}, got {temperature.device}"
+            )
+        return temperature.float().reshape(())
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat):
+        raise TypeError(
+            f"{op}: temperature must be a float or a tensor, got {type(temperature).__name__}"
+        )
+    if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    return like.new_full((), temperature, dtype=torch.float32)
+
+
+def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Integer ids ``(rows,)``, as contiguous int64."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
+    if tuple(ids.shape) != (rows,):
+        raise ValueError(f"{op}: {name} must have shape ({rows},), got {tuple(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {ids.device}")
+    return ids.long().contiguous()
+
+
+def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: float) -> Tensor:
+    """Loss of each row from its statistics ``(5, rows)``, where a row has ``choices`` candidates.
+
+    ``-log softmax`` of a positive is ``log(1 + negatives / positives)`` and no difference of large
+    numbers; what several positives add is the spread among them.
+    """
+    negative, positive, count, same, every = stats
+    spread = positive - same / count / temperature
+    spread = torch.where(count == 1, 0, spread)
+    smooth = label_smoothing * (same / count - every / choices) / temperature
+    return spread + torch.nn.functional.softplus(negative - positive, threshold=1e9) + smooth
+
+
+def _wide(query: Tensor) -> torch.dtype:
+    """On a CPU the extra digits are free, and weights need them where logits are large."""
+    return torch.float64 if query.device.type == "cpu" else torch.float32
+
+
+def _fake(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    columns = key.shape[0] if args[-2] else 0
+    stats = [query.new_empty(STATISTICS, n, dtype=_wide(query)) for n in (query.shape[0], columns)]
+    return query.new_empty((), dtype=torch.float32), stats[0], stats[1]
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    first_row: int,
+    symmetric: bool,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op from the reference."""
+    rows, columns = statistics(query, key, temperature, query_ids, key_ids, first_row)
+    columns = columns if symmetric else columns[:, :0]
+    means = [
+        losses(x.double(), temperature, key.shape[0], label_smoothing).mean()
+        for x in (rows, columns)
+        if x.numel()
+    ]
+    return torch.stack(means).mean().float(), rows.double(), columns.double()
+
+
+def _backward_fake(
+    grad_loss: Tensor, query: Tensor, key: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if args[-1] else query.dtype
+    grads = [
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        for x in (query, key)
+    ]
+    return grads[0], grads[1], query.new_empty((), dtype=torch.float32)
+
+
+def _backward_cpu(
+    grad_loss: Tensor,
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    first_row: int,
+    rows: Tensor,
+    columns: Tensor,
+    label_smoothing: float,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's gradient from the reference."""
+    both = columns.numel() > 0
+    factor = grad_loss.double() / (key.shape[0] * (2 if both else 1))
+    other = columns if both else None
+    inputs = (query.double(), key.double(), temperature.double())
+    grads = gradients(*inputs, query_ids, key_ids, first_row, rows, other, label_smoothing, factor)
+    dtype = torch.float32 if wide else query.dtype
+    return grads[0].to(dtype), grads[1].to(dtype), grads[2].float()
+
+
+_PAIR = "Tensor query, Tensor key, Tensor temperature, Tensor? query_ids, Tensor? key_ids"
+_library.define(
+    f"{_OP}({_PAIR}, int first_row, bool symmetric, float label_smoothing)"
+    " -> (Tensor loss, Tensor rows, Tensor columns)",
+    fake=_fake,
+    cpu=_cpu,
+    cuda_module=_OP,
+)
+_library.define(
+    f"{_OP}_backward(Tensor grad_loss, {_PAIR}, int first_row, Tensor rows, Tensor columns, "
+    "float label_smoothing, bool wide) -> "
+    "(Tensor grad_query, Tensor grad_key, Tensor grad_temperature)",
+    fake=_backward_fake,
+    cpu=_backward_cpu,
+    cuda_module=_OP,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, rows, columns = output
+    ctx.mark_non_differentiable(rows, columns)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], rows, columns)
+    ctx.first_row, ctx.label_smoothing = inputs[5], inputs[7]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
+    *inputs, rows, columns = ctx.saved_tensors
+    grads = torch.ops.svitt_ops.info_nce_backward(
+        grad_loss, *inputs, ctx.first_row, rows, columns, ctx.label_smoothing, False
+    )
+    return *grads, *(None,) * 5
+
+
+_library.differentiate(_OP, _backward, _setup_context)
+
+
+def _over_ranks(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    ids: Tensor | None,
+    symmetric: bool,
+    label_smoothing: float,
+    group: ProcessGroup,
+) -> Tensor:
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(f"{_OP}: group must be of an initialised torch.distributed, got {group!r}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
+    result: Tensor = _RankLoss.apply(
+        query, key, temperature, ids, symmetric, label_smoothing, group
+    )
+    return result
+
+
+class _RankLoss(torch.autograd.Function):
+    """Each rank computes the strip of its own queries against the keys of all ranks.
+
+    Its rows are complete, its columns are put together from all ranks' parts. What crosses ranks is
+    O(B D): the keys forward, their gradients backward, and the statistics of the columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        temperature: Tensor,
+        ids: Tensor | None,
+        symmetric: bool,
+        label_smoothing: float,
+        group: ProcessGroup,
+    ) -> Tensor:
+        dist = torch.distributed
+        rank, ranks, local = dist.get_rank(group), dist.get_world_size(group), query.shape[0]
+        sizes = _gather(torch.tensor([local], device=query.device), group)
+        if query.device.type == "cpu" and bool((sizes != local).any()):
+            raise ValueError(
+                f"{_OP}: query must have as many rows on every rank, got {sizes.tolist()}"
+            )
+        keys = _gather(key.detach(), group)
+        all_ids = None if ids is None else _gather(ids, group)
+        total = local * ranks
+        _, rows, columns = torch.ops.svitt_ops.info_nce(
+            query.detach(),
+            keys,
+            temperature,
+            ids,
+            all_ids,
+            rank * local,
+            symmetric,
+            label_smoothing,
+        )
+        means = losses(rows, temperature, total, label_smoothing).sum() / total
+        means = _gather(means.reshape(1), group).sum()
+        if symmetric:
+            parts = _gather(columns[None], group)
+            columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
+            means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
+        ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
+        ctx.strip, ctx.label_smoothing, ctx.group = (rank, ranks, local), label_smoothing, group
+        return means.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
+        rank, ranks, local = ctx.strip
+        grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
+            grad_loss,
+            query,
+            keys,
+            temperature,
+            ids,
+            all_ids,
+            rank * local,
+            rows,
+            columns,
+            ctx.label_smoothing,
+            True,
+        )
+        torch.distributed.all_reduce(grad_keys, group=ctx.group)
+        torch.distributed.all_reduce(grad_temperature, group=ctx.group)
+        grad_key = grad_keys[rank * local : (rank + 1) * local]
+        dtype = query.dtype
+        grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)
+        return *grads, *(None,) * 4
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The rows of all ranks, in their order."""
+    ranks = torch.distributed.get_world_size(group)
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _count_flops(query: Tensor, key: Tensor) -> int:
+    return 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
+_flops.register(_OP, lambda *args: _count_flops(args[0], args[1]))
+_flops.register(f"{_OP}_backward", lambda *args: 3 * _count_flops(args[1], args[2]))

@@ -1,0 +1,111 @@
+"""InfoNCE in plain PyTorch, with the whole logit matrix: the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The contrastive loss; see `svitt_ops.info_nce`. Differentiable; keeps B x B logits."""
+    logits = query @ key.T / temperature
+    same = positives(ids, ids, 0, logits.shape, query.device)
+    loss = _cross_entropy(logits, same, label_smoothing)
+    if symmetric:
+        loss = (loss + _cross_entropy(logits.T, same.T, label_smoothing)) / 2
+    return loss
+
+
+def positives(
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    first_row: int,
+    shape: tuple[int, ...] | torch.Size,
+    device: torch.device,
+) -> Tensor:
+    """Which keys are positives of which queries, bool ``(queries, keys)``."""
+    if query_ids is not None and key_ids is not None:
+        return query_ids[:, None] == key_ids[None, :]
+    rows = torch.arange(first_row, first_row + shape[0], device=device)
+    return rows[:, None] == torch.arange(shape[1], device=device)[None, :]
+
+
+def _cross_entropy(logits: Tensor, same: Tensor, label_smoothing: float) -> Tensor:
+    targets = same / same.sum(1, keepdim=True)
+    targets = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
+    return -(targets.to(logits.dtype) * logits.log_softmax(1)).sum(1).mean()
+
+
+def statistics(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    first_row: int,
+) -> tuple[Tensor, Tensor]:
+    """What the loss is made of, ``(5, queries)`` and ``(5, keys)``; see `svitt_ops.info_nce`."""
+    dots = query.float() @ key.float().T
+    same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
+    logits = dots / temperature.float()
+    infinity = float("inf")
+
+    def along(dim: int) -> Tensor:
+        return torch.stack(
+            [
+                logits.masked_fill(same, -infinity).logsumexp(dim),
+                logits.masked_fill(~same, -infinity).logsumexp(dim),
+                same.sum(dim).float(),
+                torch.where(same, dots, 0).sum(dim),
+                dots.sum(dim),
+            ]
+        )
+
+    return along(1), along(0)
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    first_row: int,
+    rows: Tensor,
+    columns: Tensor | None,
+    label_smoothing: float,
+    factor: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 gradients to query, key and temperature of ``factor`` times the summed row losses.
+
+    ``columns`` None leaves out the other direction.
+    """
+    q, k, scale = query.float(), key.float(), 1 / temperature.float()
+    dots = q @ k.T
+    same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
+
+    def residual(stats: Tensor, dim: int, choices: int) -> Tensor:
+        """Softmax less target; positives from the negatives' share, so that nothing cancels."""
+        negative, positive, count = (x.unsqueeze(dim) for x in stats[:3])
+        total = torch.logaddexp(negative, positive)
+        share, lost = (positive - total).exp(), (negative - total).exp()
+        among = (dots * scale - positive).exp()
+        kept = share * (among - 1 / count) - lost / count
+        smooth = label_smoothing * (same / count - 1 / choices)
+        return torch.where(same, kept, (dots * scale - total).exp()) + smooth
+
+    grad = residual(rows, 1, key.shape[0])
+    if columns is not None:
+        # The other direction chooses among all queries, of which these may be a part.
+        grad = grad + residual(columns, 0, key.shape[0])
+    grad = grad * factor
+    grad_scale = (grad * dots).sum()
+    return grad @ k * scale, grad.T @ q * scale, -grad_scale * scale * scale

@@ -1,0 +1,243 @@
+"""`select_tokens` and `prune_tokens`: schemas, validation, autograd and the public functions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svitt_ops import _flops, _library, _validation
+from svitt_ops.reference import token_pruning as reference
+from svitt_ops.reference.token_pruning import PrunedTokens
+
+_SELECT, _PRUNE, _BACKWARD = "select_tokens", "prune_tokens", "prune_tokens_backward"
+_MODULE = "token_pruning"
+
+
+def keep_count(keep_rate: float, num_tokens: int) -> int:
+    """Tokens that a keep rate leaves: ``ceil(round(keep_rate * num_tokens, 9))``.
+
+    Rounding first keeps float noise from adding a token: 0.55 of 100 is 55, though the product is
+    55.00000000000001.
+
+    Args:
+        keep_rate: more than 0, at most 1.
+        num_tokens: tokens that may be pruned, globals not counted.
+
+    Returns:
+        The number of tokens to keep.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+    """
+    _validation.check_count("keep_count", "num_tokens", num_tokens)
+    return _count("keep_count", keep_rate, num_tokens)
+
+
+def select_tokens(scores: Tensor, keep: int) -> Tensor:
+    """Positions of the highest scores, in the order of the sequence.
+
+    The first ``keep`` of ``torch.sort(scores, descending=True, stable=True)``, sorted by position:
+    of equal scores (0 and -0 are equal) the lower index wins. NaN comes last, after -inf.
+
+    Args:
+        scores: ``(batch, num_tokens)``, fp32, fp16 or bf16, compared exactly.
+        keep: 1 to ``num_tokens``; 0 where there are no tokens.
+
+    Returns:
+        int64 ``(batch, keep)``, ascending.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Complexity:
+        Linear in tokens, one pass for each 8 bits of a score (bits, in Triton).
+
+    Source:
+        SViTT (CVPR 2023), section 3.3, "node sparsity".
+    """
+    _check_scores(_SELECT, scores)
+    _check_keep(_SELECT, keep, scores.shape[1])
+    return torch.ops.svitt_ops.select_tokens(_unit_stride(scores.detach()), keep)
+
+
+def prune_tokens(
+    tokens: Tensor,
+    scores: Tensor,
+    *,
+    keep: int | None = None,
+    keep_rate: float | None = None,
+    num_global: int = 1,
+    position_codes: Tensor | None = None,
+) -> PrunedTokens:
+    """Keep the global tokens and those with the highest scores, in the order of the sequence.
+
+    For each sample, with g global tokens, ``out`` is ``tokens[:g]`` followed by ``tokens[g + i]``
+    for i in ``select_tokens(scores, keep)``. The gradient of ``tokens`` is that of what was kept
+    and 0 elsewhere, a gather that writes each element once; ``scores`` receive none. Rows are
+    copied bit for bit, and autocast casts nothing.
+
+    Args:
+        tokens: ``(batch, num_global + num_tokens, dim)``, fp32, fp16 or bf16. Any strides with a
+            contiguous last dimension.
+        scores: ``(batch, num_tokens)``, as for `select_tokens`, of any of these dtypes.
+        keep: tokens to keep, 1 to ``num_tokens``; give this or ``keep_rate``.
+        keep_rate: the share of tokens to keep, see `keep_count`.
+        num_global: tokens at the start that are always kept.
+        position_codes: int32 ``(num_tokens,)`` or ``(batch, num_tokens)``, see
+            `svitt_ops.position_codes`.
+
+    Returns:
+        `PrunedTokens`: ``tokens (batch, num_global + keep, dim)``, ``indices`` int64
+        ``(batch, keep)``, which start at 0 after the globals, and the kept tokens'
+        ``position_codes`` int32 ``(batch, keep)``, or None if none were given.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Complexity:
+        No FLOP. Forward reads and writes ``batch * (num_global + keep)`` rows of ``dim``; backward
+        reads as many and writes ``batch * (num_global + num_tokens)``.
+
+    Source:
+        SViTT (CVPR 2023), section 3.3, "node sparsity".
+    """
+    _validation.check_tensor(_PRUNE, "tokens", tokens)
+    if tokens.dim() != 3:
+        raise ValueError(
+            f"{_PRUNE}: tokens must have shape (batch, tokens, dim), got {tuple(tokens.shape)}"
+        )
+    batch, length, dim = tokens.shape
+    if dim > 1 and tokens.stride(2) != 1:
+        raise ValueError(
+            f"{_PRUNE}: tokens must have a contiguous last dimension, got strides {tokens.stride()}"
+        )
+    _validation.check_count(_PRUNE, "num_global", num_global)
+    if num_global > length:
+        raise ValueError(f"{_PRUNE}: num_global must be at most {length}, got {num_global}")
+    num_tokens = length - num_global
+    _check_scores(_PRUNE, scores, tokens)
+    if scores.shape != (batch, num_tokens):
+        raise ValueError(
+            f"{_PRUNE}: scores must have shape ({batch}, {num_tokens}), got {tuple(scores.shape)}"
+        )
+    if (keep is None) == (keep_rate is None):
+        given = "neither" if keep is None else "both"
+        raise ValueError(f"{_PRUNE}: keep or keep_rate must be given, got {given}")
+    if keep is None:
+        assert keep_rate is not None
+        keep = _count(_PRUNE, keep_rate, num_tokens)
+    _check_keep(_PRUNE, keep, num_tokens)
+    if position_codes is not None:
+        shapes = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
+        _validation.check_int32(_PRUNE, "position_codes", position_codes, shapes, tokens.device)
+        rows = 1 if position_codes.dim() == 1 else position_codes.shape[0]
+        position_codes = position_codes.reshape(rows, num_tokens).contiguous()
+    out, indices, _, codes = torch.ops.svitt_ops.prune_tokens(
+        tokens, _unit_stride(scores.detach()), keep, num_global, position_codes
+    )
+    return PrunedTokens(out, indices, None if position_codes is None else codes)
+
+
+def _count(op: str, keep_rate: float, num_tokens: int) -> int:
+    if isinstance(keep_rate, bool) or not isinstance(keep_rate, int | float):
+        raise TypeError(f"{op}: keep_rate must be a number, got {type(keep_rate).__name__}")
+    if not 0 < keep_rate <= 1:
+        raise ValueError(f"{op}: keep_rate must be more than 0 and at most 1, got {keep_rate}")
+    return math.ceil(round(keep_rate * num_tokens, 9))
+
+
+def _check_keep(op: str, keep: int, num_tokens: int) -> None:
+    least = 1 if num_tokens > 0 else 0
+    _validation.check_count(op, "keep", keep, least)
+    if keep > num_tokens:
+        raise ValueError(f"{op}: keep must be {least} to {num_tokens}, got {keep}")
+
+
+def _check_scores(op: str, scores: Tensor, tokens: Tensor | None = None) -> None:
+    _validation.check_tensor(op, "scores", scores, None if tokens is None else tokens.device)
+    if scores.dim() != 2:
+        raise ValueError(f"{op}: scores must have shape (batch, tokens), got {tuple(scores.shape)}")
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The same values with a last stride of 1, copied only where they have another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _select_fake(scores: Tensor, keep: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], keep), dtype=torch.int64)
+
+
+def _fake(
+    tokens: Tensor, scores: Tensor, keep: int, num_global: int, position_codes: Tensor | None
+) -> tuple[Tensor, ...]:
+    batch, _, dim = tokens.shape
+    out = tokens.new_empty((batch, num_global + keep, dim))
+    inverse = scores.new_empty(scores.shape, dtype=torch.int32)
+    shape = (0,) if position_codes is None else (batch, keep)
+    return out, _select_fake(scores, keep), inverse, inverse.new_empty(shape)
+
+
+def _backward_fake(grad_out: Tensor, inverse: Tensor, num_global: int) -> Tensor:
+    batch, num_tokens = inverse.shape
+    return grad_out.new_empty((batch, num_global + num_tokens, grad_out.shape[2]))
+
+
+def _cpu(
+    tokens: Tensor, scores: Tensor, keep: int, num_global: int, position_codes: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The op from the reference."""
+    out, indices, codes = reference.prune_tokens(
+        tokens, scores, keep=keep, num_global=num_global, position_codes=position_codes
+    )
+    inverse = reference.inverse_of(indices, scores.shape[1])
+    return out, indices, inverse, inverse.new_empty(0) if codes is None else codes
+
+
+_library.define(
+    f"{_SELECT}(Tensor scores, SymInt keep) -> Tensor indices",
+    fake=_select_fake,
+    cpu=reference.select_tokens,
+    cuda_module=_MODULE,
+)
+_library.define(
+    f"{_PRUNE}(Tensor tokens, Tensor scores, SymInt keep, SymInt num_global, "
+    "Tensor? position_codes)"
+    " -> (Tensor out, Tensor indices, Tensor inverse, Tensor codes)",
+    fake=_fake,
+    cpu=_cpu,
+    cuda_module=_MODULE,
+)
+_library.define(
+    f"{_BACKWARD}(Tensor grad_out, Tensor inverse, SymInt num_global) -> Tensor grad_tokens",
+    fake=_backward_fake,
+    cpu=reference.prune_backward,
+    cuda_module=_MODULE,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, indices, inverse, codes = output
+    ctx.mark_non_differentiable(indices, inverse, codes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inverse)
+    ctx.num_global = inputs[3]
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
+    (inverse,) = ctx.saved_tensors
+    grad = torch.ops.svitt_ops.prune_tokens_backward(
+        _unit_stride(grad_out), inverse, ctx.num_global
+    )
+    return grad, None, None, None, None
+
+
+_library.differentiate(_PRUNE, _backward, _setup_context)
+# Nothing is computed, only moved.
+for _name in (_SELECT, _PRUNE, _BACKWARD):
+    _flops.register(_name, lambda *_: 0)
