@@ -63,6 +63,7 @@ def pretrain(
         label: of the progress bar.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
@@ -167,7 +168,7 @@ def _arguments(
         "max_grad_norm": settings.max_grad_norm,
         "bf16": run.precision == "bf16",
         "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu else None,
+        "ddp_backend": "gloo" if on_cpu and world > 1 else None,
         # A loss of weight 0 leaves its heads out of the graph.
         "ddp_find_unused_parameters": not all(model.config.loss_weights.values()),
         "gradient_checkpointing": run.gradient_checkpointing,
