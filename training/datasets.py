@@ -256,6 +256,10 @@ class SkipLog:
             f"{files} unusable file{'s' * (files > 1)} skipped, {sum(self.counts.values())} times"
         )
 
+    def first(self) -> str:
+        """The first reason."""
+        return next(iter(self.reasons.values()), "none")
+
     def write(self, path: Path) -> None:
         """One line per file: how often, and why."""
         lines = [f"{self.counts[name]}\t{reason}\n" for name, reason in self.reasons.items()]
