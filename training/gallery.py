@@ -47,8 +47,12 @@ def build_gallery(entries: Sequence[Entry]) -> Gallery:
     gallery = Gallery()
     group_of: dict[str, int] = {}
     for entry in entries:
-        shared = [group_of[path] for path in entry.media if path in group_of]
+        shared = {group_of[path] for path in entry.media if path in group_of}
         group = min(shared, default=len(group_of))
+        if len(shared) > 1:  # this entry joins groups
+            for groups in (gallery.video_groups, gallery.text_groups):
+                groups[:] = [group if g in shared else g for g in groups]
+            group_of = {path: group if g in shared else g for path, g in group_of.items()}
         for path in entry.media:
             if path not in group_of:
                 gallery.videos.append(path)
@@ -57,6 +61,8 @@ def build_gallery(entries: Sequence[Entry]) -> Gallery:
                 group_of[path] = group
         gallery.texts += entry.captions
         gallery.text_groups += [group] * len(entry.captions)
+    if len(set(gallery.kinds)) > 1:
+        raise ValueError("retrieval: test corpora must be all video or all image, got both")
     return gallery
 
 

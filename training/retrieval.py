@@ -30,6 +30,8 @@ BELOW = 1e4  # what candidates that were not re-ranked lie below those that were
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedTexts:
+    """Texts of a gallery."""
+
     embeds: Tensor  # (texts, dim)
     states: Tensor  # (texts, tokens, width)
     mask: Tensor  # (texts, tokens)
@@ -37,6 +39,8 @@ class EncodedTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedVideos:
+    """Videos of a gallery."""
+
     embeds: Tensor  # (videos, dim), the mean over clips: its product is the mean similarity
     states: Tensor | None  # (videos, clips, tokens, width)
 

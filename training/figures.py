@@ -1,0 +1,139 @@
+"""Figures: which visual and multimodal tokens survive, over the frames of a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from svitt_ops.training.augment import to_pixel_values
+from svitt_ops.training.collate import encode_texts
+
+if TYPE_CHECKING:
+    from svitt_ops.models import SViTTForPreTraining
+
+FADE = 0.82  # of white over a patch that was dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survivors:
+    """A clip and its tokens that are left after each pruning."""
+
+    frames: Tensor  # uint8 (frames, 3, size, size), as the model saw them
+    caption: str
+    grid: int
+    visual: tuple[Tensor, ...]  # int64 (tokens,), original patch numbers, after each stage
+    multimodal: Tensor | None
+
+
+@torch.inference_mode()
+def find_survivors(
+    model: SViTTForPreTraining,
+    tokenizer: PreTrainedTokenizerBase,
+    frames: Tensor,
+    caption: str,
+    *,
+    text_length: int = 32,
+) -> Survivors:
+    """Run a clip and its caption, and note which patches survive.
+
+    Args:
+        model: put into eval mode.
+        tokenizer: the model's.
+        frames: uint8 (frames, 3, height, width).
+        caption: what the multimodal pruning looks for.
+        text_length: longest text, in tokens.
+    """
+    model.eval()
+    config = model.config
+    device = next(model.parameters()).device
+    pixels = to_pixel_values(frames[None].to(device), config.image_size)
+    video = model.encode_video(pixels)
+    ids, mask = (
+        t.to(device) for t in encode_texts(tokenizer, [caption], text_length, "longest").values()
+    )
+    text = model.encode_text(ids, mask)
+    fused = model.fuse(text.states, mask, video.states, video.indices)
+    left = fused.video_indices
+    stages = video.indices_per_stage or (video.indices,)
+    shown = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Survivors(
+        frames=shown.cpu(),
+        caption=caption,
+        grid=config.image_size // config.patch_size,
+        visual=tuple(stage[0].cpu() for stage in stages),
+        multimodal=None if left is None else left[0].cpu(),
+    )
+
+
+def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
+    """Draw clips with the patches that were dropped faded out, one row for each pruning.
+
+    The first row of each clip shows all of it, the next ones what is left after each visual
+    pruning, and the last what is left after multimodal pruning.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows: list[tuple[str, list[Any]]] = []
+    captions: dict[int, str] = {}
+    for sample in samples:
+        captions[len(rows)] = sample.caption
+        total = sample.frames.shape[0] * sample.grid**2
+        rows.append((f"all\n{total}", [_picture(f) for f in sample.frames]))
+        for number, kept in enumerate(sample.visual):
+            name = "visual" if len(sample.visual) == 1 else f"visual {number + 1}"
+            rows.append((f"{name}\n{len(kept)}", _faded(sample, kept)))
+        if sample.multimodal is not None:
+            rows.append((f"multimodal\n{len(sample.multimodal)}", _faded(sample, sample.multimodal)))
+    columns = max(len(pictures) for _, pictures in rows)
+    figure, axes = pyplot.subplots(
+        len(rows),
+        columns,
+        figsize=(1.1 * columns + 1.2, 1.2 * len(rows) + 0.25 * len(samples)),
+        squeeze=False,
+        facecolor="white",
+    )
+    for number, (name, pictures) in enumerate(rows):
+        for axis in axes[number]:
+            axis.set_axis_off()
+        for axis, picture in zip(axes[number], pictures, strict=False):
+            axis.imshow(picture, interpolation="nearest")
+        axes[number, 0].text(
+            -0.12, 0.5, name, ha="right", va="center", transform=axes[number, 0].transAxes
+        )
+        if number in captions:
+            axes[number, 0].set_title(f"“{captions[number]}”", loc="left", fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def _picture(frame: Tensor) -> Any:
+    return frame.permute(1, 2, 0).numpy()
+
+
+def _faded(sample: Survivors, kept: Tensor) -> list[Any]:
+    """The frames, with every patch that is not kept faded to white."""
+    count, _, height, width = sample.frames.shape
+    grid = sample.grid
+    mask = np.zeros(count * grid * grid, dtype=bool)
+    mask[kept.numpy()] = True
+    patches = mask.reshape(count, grid, grid)
+    full = patches.repeat(height // grid, axis=1).repeat(width // grid, axis=2)
+    pictures = []
+    for frame, here in zip(sample.frames, full, strict=True):
+        picture = _picture(frame).astype(np.float32)
+        pale = picture * (1 - FADE) + 255 * FADE
+        pictures.append(np.where(here[..., None], picture, pale).astype(np.uint8))
+    return pictures
