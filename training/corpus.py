@@ -129,7 +129,7 @@ class Film:
         total = moves[0] + moves[1]
         low = radius + np.maximum(0, -total)
         start = rng.uniform(low, size - radius - np.maximum(0, total))
-        pictures = {}
+        pictures: dict[tuple[int, ...], list[Picture]] = {}
         for order in orders:
             corner = start + moves[order[0]]
             path = np.concatenate(

@@ -163,7 +163,7 @@ def render_demo(facts: dict[str, Any]) -> str:
     """The table that the demo ends with."""
     found, pairs, tokens = facts["retrieval"], facts["pair_accuracy"], facts["tokens"]
     edges, times = facts["edges"], facts["seconds_per_step"]
-    rows = [("", "R@1", "R@5", "R@10")]
+    rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10")]
     for name, key in (("text to video", "text_to_video"), ("video to text", "video_to_text")):
         rows.append((name, *(f"{found[key][f'R{k}']:.1f} %" for k in (1, 5, 10))))
     rows.append(("chance", *(f"{100 * k / found['videos']:.1f} %" for k in (1, 5, 10))))
@@ -174,7 +174,8 @@ def render_demo(facts: dict[str, Any]) -> str:
         ("multimodal tokens", " -> ".join(map(str, tokens["multimodal"]))),
         (
             "attention edges per clip",
-            f"{edges['edges']:,} of {edges['dense']:,} dense ({edges['edges'] / edges['dense']:.0%})",
+            f"{edges['edges']:,} of {edges['dense']:,} dense"
+            f" ({edges['edges'] / edges['dense']:.0%})",
         ),
         (
             "seconds per training step",

@@ -93,7 +93,9 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
             name = "visual" if len(sample.visual) == 1 else f"visual {number + 1}"
             rows.append((f"{name}\n{len(kept)}", _faded(sample, kept)))
         if sample.multimodal is not None:
-            rows.append((f"multimodal\n{len(sample.multimodal)}", _faded(sample, sample.multimodal)))
+            rows.append(
+                (f"multimodal\n{len(sample.multimodal)}", _faded(sample, sample.multimodal))
+            )
     columns = max(len(pictures) for _, pictures in rows)
     figure, axes = pyplot.subplots(
         len(rows),

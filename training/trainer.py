@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.checkpoints import (
@@ -42,7 +42,7 @@ class PretrainTrainer(Trainer):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         args: TrainingArguments,
         recipe: Recipe,
         dataset: PairDataset,
@@ -52,9 +52,11 @@ class PretrainTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, data_collator=collator, train_dataset=dataset)
         self.recipe = recipe
+        self.dataset = dataset
+        self.output = Path(recipe.output)
+        self._size = int(model.config.image_size)
         self.batches = batches
         self.warmup_steps = warmup_steps
-        self.image_size = model.config.image_size
         self.skipped = SkipLog()
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
         self._folder: str | None = None
@@ -63,7 +65,7 @@ class PretrainTrainer(Trainer):
 
     def train_from_last(self) -> int:
         """Train to the end, from the newest checkpoint if there is one; the step it began at."""
-        output = Path(self.args.output_dir)
+        output = self.output
         if self.is_world_process_zero():
             remove_partial(output)
         _wait()
@@ -80,8 +82,8 @@ class PretrainTrainer(Trainer):
         # Not prepared by accelerate: the sampler knows its process, and where to start.
         workers = self.args.dataloader_num_workers
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,  # type: ignore[arg-type]  # it has no end, so no length
+            self.dataset,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",
@@ -91,8 +93,10 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
         if self.optimizer is None:
-            wanted = [p for p in (model or self.model).parameters() if p.requires_grad]
-            groups = [
+            whole = self.model if model is None else model
+            assert whole is not None
+            wanted = [p for p in whole.parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
                 {"params": [p for p in wanted if p.ndim > 1]},
                 {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
             ]
@@ -119,9 +123,9 @@ class PretrainTrainer(Trainer):
                     step, total=num_training_steps, warmup=self.warmup_steps, floor=floor
                 )
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, factor
-            )
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -152,7 +156,7 @@ class PretrainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        pixels = to_pixel_values(inputs["clips"], self.image_size, inputs["boxes"], inputs["flips"])
+        pixels = to_pixel_values(inputs["clips"], self._size, inputs["boxes"], inputs["flips"])
         tensors = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(pixel_values=pixels, **tensors)
         for name in LOSSES:
@@ -185,7 +189,7 @@ class PretrainTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         """Write beside the checkpoints, and rename when everything is on the disk."""
-        output = Path(self.args.output_dir)
+        output = self.output
         name = f"checkpoint-{self.state.global_step}"
         partial = output / f"{PARTIAL}{name}"
         if self.is_world_process_zero() and partial.exists():

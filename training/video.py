@@ -161,5 +161,4 @@ def _pixels(frame: VideoFrame, short_side: int | None) -> Tensor:
         width, height = round(width * shrink), round(height * shrink)
     picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
     turns = round(frame.rotation / 90) % 4  # counter-clockwise, as phones store it
-    picture = np.ascontiguousarray(np.rot90(picture, turns).transpose(2, 0, 1))
-    return torch.from_numpy(picture)
+    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, turns).transpose(2, 0, 1)))
