@@ -13,6 +13,7 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 Choose = Callable[[Sequence[float]], Sequence[int]]
+WHOLE = 0.95  # a file with fewer of the frames that it declares is cut off
 
 
 class UnusableVideoError(ValueError):
@@ -68,7 +69,9 @@ def _read(
     if stream is None:
         raise UnusableVideoError(f"{path}: has no video stream")
     stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
-    packets = _list_packets(container, stream)
+    packets, count = _list_packets(container, stream)
+    if count < WHOLE * stream.frames:
+        raise UnusableVideoError(f"{path}: is cut off, has {count} of {stream.frames} frames")
     if packets is None:
         return _read_through(container, path, stream, choose, short_side)
     if not packets:
@@ -97,19 +100,21 @@ def _read(
 
 def _list_packets(
     container: av.container.InputContainer, stream: av.VideoStream
-) -> list[_Packet] | None:
-    """The packets that hold shown frames; None where the format gives them no times."""
-    packets = []
+) -> tuple[list[_Packet] | None, int]:
+    """The packets of shown frames, None where the format gives no times; and how many in all."""
+    packets: list[_Packet] = []
+    count, timed = 0, True
     for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:
-            continue  # the empty packet ends the stream; an edit list hides others
+        if packet.size == 0:
+            continue  # it ends the stream
+        count += 1
         if packet.pts is None:
-            return None
-        dts = packet.pts if packet.dts is None else packet.dts
-        packets.append(_Packet(packet.pts, dts, packet.is_keyframe))
-    if len({packet.pts for packet in packets}) < len(packets):
-        return None
-    return packets
+            timed = False
+        elif not packet.is_discard:  # an edit list hides some
+            dts = packet.pts if packet.dts is None else packet.dts
+            packets.append(_Packet(packet.pts, dts, packet.is_keyframe))
+    timed = timed and len({packet.pts for packet in packets}) == len(packets)
+    return packets if timed else None, count
 
 
 def _groups(packets: list[_Packet], wanted: list[int]) -> list[tuple[int, list[int]]]:
