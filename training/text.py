@@ -42,14 +42,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     # Imported here: a run with a ready tokenizer has no use for the trainer.
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+    texts = sorted({caption.lower() for caption in captions})
+    # Announced in order: the trainer would number the inner letters by hashing, break ties between
+    # merges by these numbers, and so give every process a vocabulary of its own.
+    letters = [f"##{letter}" for letter in sorted(set("".join(texts))) if not letter.isspace()]
     pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
     )
-    # Sorted, so that neither the order of the captions nor hashing changes the vocabulary.
-    pieces.train_from_iterator(sorted(set(captions)), trainer)
+    pieces.train_from_iterator(texts, trainer)
     return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=True)
 
 

@@ -17,7 +17,7 @@ def test_rand_takes_one_frame_of_each_chunk(n: int, t: int, official: bool, seed
     chosen = sample_positions(range(n), t, "rand", random.Random(seed), official=official)
     assert len(chosen) == t
     assert chosen == sorted(chosen)
-    assert 0 <= chosen[0]
+    assert chosen[0] >= 0
     assert chosen[-1] < n
     bounds = [n * k // t for k in range(t + 1)]
     if n >= t and not official:
