@@ -42,13 +42,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     # Imported here: a run with a ready tokenizer has no use for the trainer.
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    texts = sorted({caption.lower() for caption in captions})
-    # Announced in order: the trainer would number the inner letters by hashing, break ties between
-    # merges by these numbers, and so give every process a vocabulary of its own.
-    letters = [f"##{letter}" for letter in sorted(set("".join(texts))) if not letter.isspace()]
+    texts = sorted(set(captions))
     pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer would number the inner letters of words by hashing, break ties between merges by
+    # these numbers, and so give every process a vocabulary of its own: announce them in order.
+    inner = set()
+    for text in texts:
+        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text)):
+            inner.update(word[1:])
+    letters = [f"##{letter}" for letter in sorted(inner)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
     )

@@ -50,7 +50,7 @@ def test_bad_entries_are_left_out_with_a_reason(tmp_path: Path) -> None:
     assert [entry.captions for entry in found.entries] == [("kept",)]
     for number, (reason, problem) in enumerate(zip(bad, found.problems, strict=True)):
         assert f"entry {number}: {reason}" in problem
-    with pytest.raises(ValueError, match="no usable entry among 9; the first: .*entry 0"):
+    with pytest.raises(ValueError, match=r"no usable entry among 9; the first: .*entry 0"):
         read(tmp_path, list(bad.values()))
 
 

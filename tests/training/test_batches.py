@@ -55,7 +55,7 @@ def test_starting_late_goes_on_in_the_same_order(n: int, start: int) -> None:
 def test_an_epoch_has_each_item_once_and_epochs_differ() -> None:
     batches = GlobalBatches(items(24), 8)
     assert batches.batches_per_epoch == 3
-    first, second = (sum(batches.epoch(k), []) for k in (0, 1))
+    first, second = (list(itertools.chain(*batches.epoch(k))) for k in (0, 1))
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
     assert {epoch for batch in take(batches, 4) for _, epoch in batch} == {0, 1}
