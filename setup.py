@@ -146,7 +146,7 @@ class CudaCheck(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        nvcc = shutil.which("nvcc")
+        nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"))
         if not CUDA_SOURCES:
             print("cuda_check: there are no CUDA sources yet, nothing compiled")
         elif nvcc is None:
@@ -154,6 +154,7 @@ class CudaCheck(Command):
         else:
             macros = [f"-D{name}={value}" for name, value in MACROS] + ["-DUSE_CUDA"]
             flags = [*COMMON_NVCC_FLAGS, *NVCC_FLAGS, *macros, "-isystem", TORCH_INCLUDE]
+            flags += ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warning-as-error"]
             out = Path("build", "cuda-check")
             out.mkdir(parents=True, exist_ok=True)
             for source in CUDA_SOURCES:

@@ -34,8 +34,6 @@ import triton
 import triton.language as tl
 
 from .block_sparse_walk import (
-    LN_2,
-    LOG2_E,
     bias_arguments,
     bias_index,
     column_mask,
@@ -43,13 +41,10 @@ from .block_sparse_walk import (
     layout_strides,
     list_extent,
     load_codes,
-    load_rows,
-    needs_wide_offsets,
-    products,
     row_tokens,
     sample_length,
-    store_rows,
 )
+from .rows import LN_2, LOG2_E, load_rows, needs_wide_offsets, products, store_rows
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 # Sizes that change from call to call and bring nothing when the compiler knows their divisibility.

@@ -37,7 +37,6 @@ import triton.language as tl
 
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_walk import (
-    LOG2_E,
     bias_arguments,
     bias_index,
     column_mask,
@@ -45,13 +44,10 @@ from .block_sparse_walk import (
     layout_strides,
     list_extent,
     load_codes,
-    load_rows,
-    needs_wide_offsets,
-    products,
     row_tokens,
     sample_length,
-    store_rows,
 )
+from .rows import LOG2_E, load_offsets, load_rows, needs_wide_offsets, products, store_rows
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 _SIZES = [
@@ -59,21 +55,6 @@ _SIZES = [
     "layout_batch", "layout_head", "codes_batch", "stats_stack",
 ]  # fmt: skip
 _FINITE_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def _load_offsets(lse_ptr, stats_ptr, stats_stack, tokens, exists):
-    """What to subtract from a row's logits, in base 2: one number after the other.
-
-    The first is +inf where a row has no key or does not exist, so that its probabilities are 0.
-    """
-    if stats_ptr is not None:
-        first = tl.load(stats_ptr + tokens, mask=exists, other=float("-inf"))
-        second = tl.load(stats_ptr + stats_stack + tokens, mask=exists, other=0.0)
-    else:
-        first = tl.load(lse_ptr + tokens, mask=exists, other=float("-inf")) * LOG2_E
-        second = 0.0
-    return tl.where(first == float("-inf"), float("inf"), first), second
 
 
 @triton.jit
@@ -133,7 +114,7 @@ def _grad_query_kernel(
     out_ptr += batch * out_batch + head * out_head
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
-    lse, lse_low = _load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
+    lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
     blocks_ptr, listed, columns = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
@@ -255,7 +236,7 @@ def _grad_key_kernel(
             code = load_codes(codes_ptr, token, exists, centre, NUM_GLOBAL)
             index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
             logit += tl.load(table_ptr + index) * LOG2_E
-        lse, lse_low = _load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
+        lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
         logit -= lse[None, :]
         if stats_ptr is not None:
             logit -= lse_low[None, :]

@@ -37,12 +37,19 @@ from . import (
     block_layout,
     block_sparse_attention,
     block_sparse_attention_backward,
+    cross_attention,
+    cross_attention_backward,
+    info_nce,
+    info_nce_backward,
+    retrieval_ranks,
+    sample_hard_negatives,
     token_pruning,
 )
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 64 * 1024
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -110,6 +117,39 @@ def run_attention(
     )
 
 
+def cross_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Forward and backward of cross-attention over what its tile table depends on."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(64, 32, dtype) for dtype in (half, torch.float16, single)]
+    if not quick:
+        # Every padded head_dim, with and without padding, by every number of queries in a tile.
+        dims = (8, 64, 65, 128, 251, 256)
+        cases += [(dim, 100, dtype) for dim in dims for dtype in (half, single)]
+        cases += [(dim, 32, half) for dim in (20, 65, 128, 251, 256)]
+        cases += [(dim, 5, dtype) for dim in (8, 65, 256) for dtype in (half, single)]
+    for dim, num_queries, dtype in cases:
+        # Few heads split the keys; the mask and the saliency come with them.
+        for split in (False, True):
+            name = f"D={dim} queries={num_queries} {str(dtype)[6:]}"
+            yield name + " split" * split, partial(run_cross, dim, num_queries, dtype, split)
+
+
+def run_cross(dim: int, num_queries: int, dtype: torch.dtype, split: bool) -> None:
+    """Calls both launchers, where keys are split with a mask and each kind of saliency."""
+    batch, heads, num_keys = 1 if split else 32, 12, 1569
+    query = torch.empty(batch, num_queries, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+    # Strides of a packed projection: (batch, tokens, 2, heads, dim).
+    packed = torch.empty(batch, num_keys, 2, heads, dim, dtype=dtype, device="meta")
+    key, value = packed.permute(2, 0, 3, 1, 4)
+    mask = torch.empty(batch, num_keys, dtype=torch.bool, device="meta") if split else None
+    inputs = (query, key, value)
+    for saliency in (1, 2) if split else (0,):
+        out, lse, _ = cross_attention.cross_attention(*inputs, mask, 0.125, saliency)
+    cross_attention_backward.cross_attention_backward(
+        torch.empty_like(out), *inputs, out, lse, mask, 0.125
+    )
+
+
 def run_draw(num_blocks: int) -> None:
     """Calls the launcher that draws a layout."""
     noise = torch.empty(num_blocks, num_blocks, device="meta")
@@ -155,6 +195,34 @@ def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, partial(run_pruning, batch, num_tokens, dim, dtypes, rich)
 
 
+def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
+    """Calls the contrastive launchers: symmetric, or one direction and wide gradients with ids."""
+    query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
+    scalar = torch.empty((), device="meta")
+    numbers = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
+    inputs = (query, key, scalar, numbers, numbers, 0)
+    _, of_rows, of_columns = info_nce.info_nce(*inputs, not ids, 0.1)
+    info_nce_backward.info_nce_backward(scalar, *inputs, of_rows, of_columns, 0.1, ids)
+    uniform = torch.empty(rows, dtype=torch.float64, device="meta")
+    sample_hard_negatives.sample_hard_negatives(*inputs[:5], uniform)
+    retrieval_ranks.retrieval_ranks(query, key, numbers, numbers)
+
+
+def contrast_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Contrastive losses of few and of many rows, over the widths of a slice."""
+    half, single = torch.bfloat16, torch.float32
+    cases = [(rows, 256, dtype) for rows in (32, 4096) for dtype in (half, single)]
+    if not quick:
+        cases += [(rows, 256, torch.float16) for rows in (32, 4096)]
+        cases += [(rows, dim, half) for rows in (32, 4096) for dim in (1, 48, 100, 128, 512, 768)]
+        cases += [(32, dim, single) for dim in (1, 48, 100, 768)]
+        cases += [(4096, dim, half) for dim in (251, 1001)]
+    for rows, dim, dtype in cases:
+        for ids in (False, True):
+            name = f"B={rows} D={dim} {str(dtype)[6:]}{' ids' * ids}"
+            yield name, partial(run_contrast, rows, dim, dtype, ids)
+
+
 def specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ASTSource:
     """What Triton's launcher would compile for these arguments, pointers aligned to 16 bytes."""
     named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -189,7 +257,17 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", record))
-        for module in (block_sparse_attention, block_sparse_attention_backward):
+        modules = (
+            block_sparse_attention,
+            block_sparse_attention_backward,
+            cross_attention,
+            cross_attention_backward,
+            info_nce,
+            info_nce_backward,
+            retrieval_ranks,
+            sample_hard_negatives,
+        )
+        for module in modules:
             patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))
         yield launches
 
@@ -242,8 +320,13 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
     )
-    calls = [*layout_calls(options.quick), *pruning_calls(options.quick)]
-    calls += attention_calls(options.quick)
+    calls = [
+        *layout_calls(options.quick),
+        *pruning_calls(options.quick),
+        *attention_calls(options.quick),
+        *cross_calls(options.quick),
+        *contrast_calls(options.quick),
+    ]
     work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
     failures = compiled = 0
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may

@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 
 Pass = Literal["forward", "grad_query", "grad_key"]
+CrossPass = Literal["forward", "saliency", "grad", "grad_key"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTile:
-    """One tile configuration of the block-sparse attention kernels."""
+    """One tile configuration of the attention kernels."""
 
     rows: int
     """Rows a program owns (queries, or keys in the dK/dV kernel); a power of two."""
@@ -126,6 +127,100 @@ def attention_tile(
         num_stages=num_stages,
         max_registers=max_registers,
     )
+
+
+def cross_tile(
+    which: CrossPass, num_queries: int, head_dim: int, dtype: torch.dtype, arch: int
+) -> AttentionTile:
+    """Tile of one of the cross-attention kernels: `rows` queries by `columns` keys.
+
+    Up to 64 queries are one tile, so that keys are read once. Few queries leave little to compute
+    for each key that is read: columns and stages are there to have many bytes on their way.
+    """
+    dim = max(16, next_pow2(head_dim))
+    rows = min(max(16, next_pow2(num_queries)), 64)
+    num_warps, num_stages = 4, 3
+    if arch == 0:
+        # The interpreter pays per program and per step, whatever their size.
+        columns = 64
+    elif dtype == torch.float32:
+        # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        # A dot needs 16 terms: the backward sums over both sides of a tile, "grad_key" over rows.
+        rows, columns = min(rows, 8 if dim > 64 and which in ("forward", "saliency") else 16), 16
+        if which == "grad_key":
+            columns = 8 if dim <= 128 else 4
+        num_warps, num_stages = 4 if dim <= 64 else 8, 1
+    else:
+        columns = 64 if dim <= 64 and which != "grad_key" else 32 if dim <= 128 else 16
+        num_warps = 4 if dim <= 64 else 8
+        if head_dim % 8 != 0:
+            # Rows that are not aligned to 16 bytes take several times the pointers.
+            rows, columns = min(rows, 32 if dim <= 128 else 16), 16
+            num_stages = 2 if dim <= 128 else 1
+    return AttentionTile(
+        rows=rows,
+        columns=columns,
+        head_dim=dim,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        max_registers=255,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastTile:
+    """One tile configuration of the contrastive kernels."""
+
+    rows: int
+    """Rows of one side that a program owns."""
+    columns: int
+    """Rows of the other side in a step."""
+    chunk: int
+    """Dims that a dot product sums at a time."""
+    slice: int
+    """Dims of the gradient that a program owns."""
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options; said aloud, the limit keeps ptxas from spilling for occupancy."""
+        return launch_options(self.num_warps, self.num_stages) | {"maxnreg": 255}
+
+
+def contrast_tile(
+    which: Literal["forward", "backward"], dim: int, rows: int, dtype: torch.dtype, arch: int
+) -> ContrastTile:
+    """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side.
+
+    Few rows make few programs, so their tiles are small; many make large tiles, which reread less.
+    """
+    width = max(16, next_pow2(dim))
+    many = rows >= 1024
+    if arch == 0:
+        # The interpreter pays per program and per step, whatever their size.
+        return ContrastTile(
+            rows=32, columns=64, chunk=min(width, 256), slice=min(width, 512),
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if dtype == torch.float32:
+        # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        return ContrastTile(
+            rows=16, columns=16, chunk=16, slice=min(width, 64), num_warps=4, num_stages=1
+        )
+    aligned = dim % 8 == 0
+    # Eight warps where tiles are large: the logits' companions take several times their registers.
+    num_warps = 8 if many else 4
+    chunk = min(width, 64 if aligned else 32)
+    if which == "forward":
+        return ContrastTile(
+            rows=64 if many else 16, columns=64 if many and aligned else 32, chunk=chunk, slice=16,
+            num_warps=num_warps, num_stages=3 if aligned else 2,
+        )  # fmt: skip
+    return ContrastTile(
+        rows=64 if many and aligned else 16, columns=64 if many and aligned else 32, chunk=chunk,
+        slice=min(width, 256 if aligned else 128), num_warps=num_warps, num_stages=2,
+    )  # fmt: skip
 
 
 def draw_warps(num_blocks: int) -> int:

@@ -85,13 +85,20 @@ def _emit(
 
 
 @triton.jit
-def _copy_rows(
-    from_ptr, to_ptr, source, row, exists, from_row,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr,
+def _gather_rows(
+    from_ptr, map_ptr, to_ptr, first, num_global, count, from_row,
+    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows `source` of one sample to its rows `row`; a negative source stands for zeros."""
-    given = exists & (source >= 0)
-    from_ptr += source.to(tl.int64)[:, None] * from_row
+    """Write rows `first` on of one sample: the globals as they are, then the rows that a map names.
+
+    Forward the map is the list of survivors; backward it is the inverse map, whose -1 are zeros.
+    """
+    row = first + tl.arange(0, ROWS)
+    exists = row < num_global + count
+    mapped = tl.load(map_ptr + row - num_global, mask=exists & (row >= num_global), other=-1)
+    mapped = mapped.to(tl.int64)
+    given = exists & ((row < num_global) | (mapped >= 0))
+    from_ptr += tl.where(row < num_global, row, num_global + mapped)[:, None] * from_row
     to_ptr += row.to(tl.int64)[:, None] * DIM
     for start in tl.static_range(0, DIM, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -100,20 +107,7 @@ def _copy_rows(
         tl.store(to_ptr + column[None, :], x, mask=exists[:, None] & inside)
 
 
-@triton.jit
-def _copy_kept(
-    tokens_ptr, indices_ptr, out_ptr, first, num_global, keep, token_row,
-    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Copy one tile of a sample's output rows: the globals, then the survivors."""
-    row = first + tl.arange(0, ROWS)
-    exists = row < num_global + keep
-    index = tl.load(indices_ptr + row - num_global, mask=exists & (row >= num_global), other=0)
-    source = tl.where(row < num_global, row.to(tl.int64), num_global + index)
-    _copy_rows(tokens_ptr, out_ptr, source, row, exists, token_row, DIM, COLUMNS)
-
-
-_COUNTS = ["num_tokens", "keep", "num_global", "row_tiles", "score_batch", "codes_batch"]
+_COUNTS = ["num_tokens", "keep", "count", "num_global", "row_tiles", "score_batch", "codes_batch"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -162,44 +156,24 @@ def _select_kernel(
         tokens_ptr += sample * token_batch
         out_ptr += sample * (num_global + keep) * DIM
         for first in range(0, num_global + keep, ROWS):
-            _copy_kept(
+            _gather_rows(
                 tokens_ptr, indices_ptr, out_ptr, first, num_global, keep, token_row,
                 DIM, ROWS, COLUMNS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _copy_kernel(
-    tokens_ptr, indices_ptr, out_ptr, keep, num_global, row_tiles, token_batch, token_row,
+def _gather_kernel(
+    from_ptr, map_ptr, to_ptr, count, num_global, row_tiles, from_batch, from_row,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copy one tile of output rows of one sample."""
+    """Gather one tile of rows of one sample through a map of `count` tokens."""
     sample = (tl.program_id(0) // row_tiles).to(tl.int64)
-    _copy_kept(
-        tokens_ptr + sample * token_batch,
-        indices_ptr + sample * keep,
-        out_ptr + sample * (num_global + keep) * DIM,
-        tl.program_id(0) % row_tiles * ROWS, num_global, keep, token_row, DIM, ROWS, COLUMNS,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _backward_kernel(
-    grad_out_ptr, inverse_ptr, grad_ptr, num_tokens, num_global, row_tiles,
-    grad_out_batch, grad_out_row,
-    DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Gather one tile of rows of one sample's gradient through the inverse map."""
-    sample = (tl.program_id(0) // row_tiles).to(tl.int64)
-    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
-    exists = row < num_global + num_tokens
-    slots = inverse_ptr + sample * num_tokens + row - num_global
-    slot = tl.load(slots, mask=exists & (row >= num_global), other=-1)
-    source = tl.where(row < num_global, row, tl.where(slot < 0, -1, num_global + slot))
-    _copy_rows(
-        grad_out_ptr + sample * grad_out_batch,
-        grad_ptr + sample * (num_global + num_tokens) * DIM,
-        source, row, exists, grad_out_row, DIM, COLUMNS,
+    _gather_rows(
+        from_ptr + sample * from_batch,
+        map_ptr + sample * count,
+        to_ptr + sample * (num_global + count) * DIM,
+        tl.program_id(0) % row_tiles * ROWS, num_global, count, from_row, DIM, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -219,6 +193,7 @@ def _launch_select(
     if batch == 0 or num_tokens + num_global == 0:
         return indices
     tile = min(next_pow2(num_tokens), SELECT_TILE)
+    # A limit that is said aloud keeps ptxas from spilling for the sake of occupancy.
     shape, strides = {"DIM": 1, "ROWS": 1, "COLUMNS": 1}, (0, 0)
     if tokens is not None:
         # Alone on its multiprocessor, a program needs 32 KiB on their way to use the bandwidth.
@@ -231,6 +206,22 @@ def _launch_select(
             TILE=tile, ONE_TILE=num_tokens <= tile, **shape, **launch_options(8), maxnreg=255,
         )  # fmt: skip
     return indices
+
+
+def _launch_gather(
+    source: torch.Tensor, mapped: torch.Tensor, target: torch.Tensor, num_global: int
+) -> None:
+    """Start the copies, one program a tile of rows of the target."""
+    if target.numel() == 0:
+        return
+    batch, rows, _ = target.shape
+    tile = copy_tile(source)
+    tiles = cdiv(rows, tile["ROWS"])
+    with on_device(source):
+        _gather_kernel[(batch * tiles,)](
+            source, mapped, target, rows - num_global, num_global, tiles, *source.stride()[:2],
+            **tile, **launch_options(), maxnreg=128,
+        )  # fmt: skip
 
 
 def select_tokens(scores: torch.Tensor, keep: int) -> torch.Tensor:
@@ -275,14 +266,8 @@ def prune_tokens(
     fused = batch >= FUSED_BATCH and dim > 0
     copied = (tokens, out) if fused else (None, None)
     indices = _launch_select(scores, keep, inverse, position_codes, kept_codes, *copied, num_global)
-    if not fused and out.numel() > 0:
-        tile = copy_tile(tokens)
-        tiles = cdiv(rows, tile["ROWS"])
-        with on_device(tokens):
-            _copy_kernel[(batch * tiles,)](
-                tokens, indices, out, keep, num_global, tiles, *tokens.stride()[:2],
-                **tile, **launch_options(),
-            )  # fmt: skip
+    if not fused:
+        _launch_gather(tokens, indices, out, num_global)
     return out, indices, inverse, codes
 
 
@@ -300,14 +285,6 @@ def prune_tokens_backward(
         (batch, num_global + num_tokens, dim).
     """
     batch, num_tokens = inverse.shape
-    rows, dim = num_global + num_tokens, grad_out.shape[2]
-    grad = grad_out.new_empty(batch, rows, dim)
-    if grad.numel() > 0:
-        tile = copy_tile(grad_out)
-        tiles = cdiv(rows, tile["ROWS"])
-        with on_device(grad_out):
-            _backward_kernel[(batch * tiles,)](
-                grad_out, inverse, grad, num_tokens, num_global, tiles, *grad_out.stride()[:2],
-                **tile, **launch_options(),
-            )  # fmt: skip
+    grad = grad_out.new_empty(batch, num_global + num_tokens, grad_out.shape[2])
+    _launch_gather(grad_out, inverse, grad, num_global)
     return grad

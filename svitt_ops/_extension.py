@@ -39,22 +39,23 @@ def load_cpu() -> bool:
 
 def load_cuda() -> bool:
     """Load the CUDA extension, once; whether its kernels are registered. Needs no GPU."""
-    return torch.version.cuda is not None and not _load("_C_cuda")
+    return not cuda_reason()
+
+
+def cuda_reason() -> str:
+    """Why the CUDA extension cannot be used; empty where it can. Loads it where it was built."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return _load("_C_cuda")
 
 
 def status() -> Status:
-    """What was compiled, and why what is not in use is not. Does not load the CUDA extension."""
-    cuda_path = _path("_C_cuda")
-    cuda_reason = ""
-    if torch.version.cuda is None:
-        cuda_reason = "this torch is built without CUDA"
-    elif cuda_path is None:
-        cuda_reason = _NOT_BUILT["_C_cuda"]
+    """What was compiled, and why what is not in use is not."""
     return Status(
         cpu_path=_path("_C_cpu"),
         cpu_reason=_load("_C_cpu"),
-        cuda_path=cuda_path,
-        cuda_reason=cuda_reason,
+        cuda_path=_path("_C_cuda"),
+        cuda_reason=cuda_reason(),
     )
 
 

@@ -23,6 +23,8 @@ _warned = False
 
 implementations: dict[str, tuple[Callable[..., Any], str]] = {}
 """Of each op: the plain-PyTorch function, and the module of the launcher of the same name."""
+cuda_kernels: set[str] = set()
+"""Ops that the CUDA extension implements too, each under its name with ``_cuda`` added."""
 
 
 def define(
@@ -32,6 +34,7 @@ def define(
     cpu: Callable[..., Any],
     cuda_module: str,
     compiled: bool = True,
+    cuda_kernel: bool = False,
 ) -> None:
     """Define one op.
 
@@ -41,6 +44,8 @@ def define(
         cpu: plain-PyTorch implementation, for the CPU key where nothing was compiled.
         cuda_module: module of ``svitt_ops.kernels`` that holds the launcher of the same name.
         compiled: whether the CPU extension has a kernel for this op.
+        cuda_kernel: whether the CUDA extension has one, for the op ``<name>_cuda``. The op itself
+            stays with Triton until a committed result shows that the other is faster.
     """
     name = schema.partition("(")[0]
     implementations[name] = (cpu, cuda_module)
@@ -60,6 +65,17 @@ def define(
         _library.impl(name, cpu, "CPU")
     elif not _extension.load_cpu():
         _library.impl(name, fall_back, "CPU")
+    if cuda_kernel:
+        cuda_kernels.add(name)
+        _library.define(schema.replace("(", "_cuda(", 1), tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}_cuda", fake, lib=_library)
+
+
+def cuda_kernel(name: str) -> Callable[..., Any]:
+    """The op ``<name>_cuda`` with the kernel of the CUDA extension, which it loads."""
+    if not _extension.load_cuda():
+        raise RuntimeError(f"{name}_cuda: no CUDA extension: {_extension.cuda_reason()}")
+    return getattr(torch.ops.svitt_ops, f"{name}_cuda")
 
 
 def _warn_once() -> None:

@@ -8,10 +8,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_count(op: str, name: str, value: int, least: int = 0) -> None:
-    """An int of at least ``least``."""
+def check_int(op: str, name: str, value: int) -> None:
+    """An int, a symbolic one included."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+
+
+def check_count(op: str, name: str, value: int, least: int = 0) -> None:
+    """An int of at least ``least``."""
+    check_int(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 

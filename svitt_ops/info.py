@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import svitt_ops
-from svitt_ops import _extension
+from svitt_ops import _extension, _library
 
 
 def collect() -> dict[str, Any]:
@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
             "cpu": {"path": status.cpu_path, "reason": status.cpu_reason},
             "cuda": {"path": status.cuda_path, "reason": status.cuda_reason},
         },
-        "ops": {op: {"cpu": _cpu_choice(op), "cuda": _cuda_choice()} for op in svitt_ops.OPS},
+        "ops": {op: {"cpu": _cpu_choice(op), "cuda": _cuda_choice(op)} for op in svitt_ops.OPS},
     }
 
 
@@ -77,17 +77,31 @@ def _cpu_choice(op: str) -> dict[str, str | None]:
     reason = _extension.status().cpu_reason
     if reason:
         return {"implementation": "plain PyTorch", "reason": reason}
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"svitt_ops::{op}", "CPU"):
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not all(known(f"svitt_ops::{name}", "CPU") for name in _schemas(op)):
         return {"implementation": None, "reason": "the extension is older than this op: reinstall"}
-    return {"implementation": "C++", "reason": f"compiled, {_capability()} kernels chosen here"}
+    return {
+        "implementation": "C++",
+        "reason": f"compiled, {_capability()} where kernels have variants",
+    }
 
 
-def _cuda_choice() -> dict[str, str | None]:
+def _cuda_choice(op: str) -> dict[str, str | None]:
     triton = _installed("triton")
     if triton is None:
         return {"implementation": None, "reason": "triton is not installed"}
     reason = "the GPU is there" if _gpus() else "for tensors on a GPU, and there is none here"
+    if _library.cuda_kernels.intersection(_schemas(op)):
+        missing = _extension.cuda_reason()
+        built = f"is not there: {missing}" if missing else "was never shown to be faster"
+        reason += f"; its CUDA kernel {built}"
     return {"implementation": f"Triton {triton}", "reason": reason}
+
+
+def _schemas(op: str) -> list[str]:
+    """The names in the dispatcher of the ops of one stem."""
+    names = _library.implementations.items()
+    return [name for name, (_, module) in names if module.startswith(op)]
 
 
 def _capability() -> str | None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _OP = "info_nce"
 STATISTICS = 5
 """Rows of the statistics: log-sum-exp over the negatives, the same over the positives, number of
-positives, sum of the positives' dot products, sum of all dot products."""
+positives, sum of the positives' dot products, sum of all dot products. In fp64: a rounded
+log-sum-exp would cost the weights digits where logits are large."""
 
 
 def info_nce(
@@ -74,6 +75,7 @@ def info_nce(
         raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
     if query.shape[0] == 0:
         raise ValueError(f"{_OP}: query must have at least one row, got {tuple(query.shape)}")
+    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
     temperature = check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
@@ -145,17 +147,12 @@ def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: fl
     spread = positive - same / count / temperature
     spread = torch.where(count == 1, 0, spread)
     smooth = label_smoothing * (same / count - every / choices) / temperature
-    return spread + torch.nn.functional.softplus(negative - positive, threshold=1e9) + smooth
-
-
-def _wide(query: Tensor) -> torch.dtype:
-    """On a CPU the extra digits are free, and weights need them where logits are large."""
-    return torch.float64 if query.device.type == "cpu" else torch.float32
+    return spread + torch.logaddexp(negative - positive, torch.zeros_like(negative)) + smooth
 
 
 def _fake(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     columns = key.shape[0] if args[-2] else 0
-    stats = [query.new_empty(STATISTICS, n, dtype=_wide(query)) for n in (query.shape[0], columns)]
+    stats = [query.new_empty(STATISTICS, n, dtype=torch.float64) for n in (query.shape[0], columns)]
     return query.new_empty((), dtype=torch.float32), stats[0], stats[1]
 
 
@@ -170,14 +167,15 @@ def _cpu(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op from the reference."""
-    rows, columns = statistics(query, key, temperature, query_ids, key_ids, first_row)
+    inputs = (query.double(), key.double(), temperature.double())
+    rows, columns = statistics(*inputs, query_ids, key_ids, first_row)
     columns = columns if symmetric else columns[:, :0]
     means = [
-        losses(x.double(), temperature, key.shape[0], label_smoothing).mean()
+        losses(x, temperature, key.shape[0], label_smoothing).mean()
         for x in (rows, columns)
         if x.numel()
     ]
-    return torch.stack(means).mean().float(), rows.double(), columns.double()
+    return torch.stack(means).mean().float(), rows, columns.contiguous()
 
 
 def _backward_fake(
@@ -228,7 +226,7 @@ _library.define(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_temperature)",
     fake=_backward_fake,
     cpu=_backward_cpu,
-    cuda_module=_OP,
+    cuda_module=f"{_OP}_backward",
 )
 
 

@@ -151,8 +151,8 @@ def _count(op: str, keep_rate: float, num_tokens: int) -> int:
 
 def _check_keep(op: str, keep: int, num_tokens: int) -> None:
     least = 1 if num_tokens > 0 else 0
-    _validation.check_count(op, "keep", keep, least)
-    if keep > num_tokens:
+    _validation.check_int(op, "keep", keep)
+    if not least <= keep <= num_tokens:
         raise ValueError(f"{op}: keep must be {least} to {num_tokens}, got {keep}")
 
 
@@ -202,6 +202,7 @@ _library.define(
     fake=_select_fake,
     cpu=reference.select_tokens,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 _library.define(
     f"{_PRUNE}(Tensor tokens, Tensor scores, SymInt keep, SymInt num_global, "
@@ -210,12 +211,14 @@ _library.define(
     fake=_fake,
     cpu=_cpu,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 _library.define(
     f"{_BACKWARD}(Tensor grad_out, Tensor inverse, SymInt num_global) -> Tensor grad_tokens",
     fake=_backward_fake,
     cpu=reference.prune_backward,
     cuda_module=_MODULE,
+    cuda_kernel=True,
 )
 
 

@@ -22,4 +22,7 @@ expected, _ = so.reference.block_sparse_attention(query, key, value, layout, ret
 torch.testing.assert_close(out, expected)
 assert saliency.shape == (2, 200)
 assert query.grad is not None and query.grad.isfinite().all()
-print(f"block_sparse_attention of {package} agrees with the reference")
+kept = so.prune_tokens(out[:, 0], saliency, keep_rate=0.6)
+expected = so.reference.prune_tokens(out[:, 0], saliency, keep_rate=0.6)
+assert all(torch.equal(x, y) for x, y in zip(kept[:2], expected[:2], strict=True))
+print(f"the ops of {package} agree with the reference")

@@ -17,7 +17,16 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY))  # bench is not installed
 pytest.importorskip("tqdm")
 
-from bench import __main__, environment, floors, harness, report, results, timing  # noqa: E402
+from bench import (  # noqa: E402
+    __main__,
+    environment,
+    floors,
+    harness,
+    report,
+    results,
+    timing,
+    token_pruning,
+)
 from bench import block_sparse_attention as op  # noqa: E402
 
 SMALL = ["--quick", "--case", "small", "--provider", "gather", "--device", "cpu"]
@@ -133,6 +142,18 @@ def test_a_peer_that_cannot_run_is_named(
     assert status == 0
     for row in rows(document, "gather_sdpa"):
         assert (row["status"], row["reason"]) == ("absent", "needs something else")
+
+
+@pytest.mark.parametrize("index", [0, 5, 9])
+def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
+    case = token_pruning.shrunk(token_pruning.cases("cpu")[index])
+    problem = token_pruning.problem(case)
+    for provider in (x for x in problem.providers if not x.compiled):
+        for direction in harness.DIRECTIONS:
+            found = harness.results(provider.build(), problem, direction)
+            expected = problem.oracles[provider.oracle]()
+            verdict = harness.gate(found, expected, harness.DTYPES[case.dtype], direction)
+            assert verdict["passed"], (provider.name, verdict["objection"])
 
 
 def test_list_names_cases_and_providers(capsys: pytest.CaptureFixture[str]) -> None:

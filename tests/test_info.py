@@ -88,6 +88,21 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton is not installed" in info.render(facts)
 
 
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [("", "was never shown to be faster"), ("no nvcc", "is not there: no nvcc")],
+)
+def test_an_op_with_a_cuda_kernel_says_why_triton_runs(
+    monkeypatch: pytest.MonkeyPatch, missing: str, said: str
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_extension, "cuda_reason", lambda: missing)
+    choices = {op: facts["cuda"] for op, facts in __main__.collect()["ops"].items()}
+    assert choices["token_pruning"]["implementation"].startswith("Triton")
+    assert choices["token_pruning"]["reason"].endswith(f"its CUDA kernel {said}")
+    assert "CUDA kernel" not in choices["block_sparse_attention"]["reason"]
+
+
 def test_an_unknown_command_is_refused() -> None:
     with pytest.raises(SystemExit) as error:
         __main__.main(["inform"])

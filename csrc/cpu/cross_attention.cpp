@@ -66,16 +66,18 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Opt
   return p;
 }
 
-/// Call a function of the best instruction set over a range of independent items.
-#define SVITT_RUN(FUNCTION, PROBLEM, ITEMS) \
-  do { \
-    const Isa best = isa(); \
-    auto* kernel = best >= Isa::avx512 ? avx512::FUNCTION \
-                   : best == Isa::avx2 ? avx2::FUNCTION \
-                                       : generic::FUNCTION; \
-    torch::stable::parallel_for(0, ITEMS, 1, \
-                                [&](int64_t begin, int64_t end) { kernel(PROBLEM, begin, end); }); \
-  } while (false)
+/// A function of the best instruction set.
+#define SVITT_BEST(FUNCTION) \
+  (isa() >= Isa::avx512 ? avx512::FUNCTION \
+   : isa() == Isa::avx2 ? avx2::FUNCTION \
+                        : generic::FUNCTION)
+
+/// Call a kernel over a range of independent items.
+template <class P>
+void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
+  torch::stable::parallel_for(0, items, 1,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
 
 /// Mean over the heads, in order, of what each key received.
 void average_heads(const CrossForward& p, float* saliency) {
@@ -113,15 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor v
 
   std::unique_ptr<float[]> partials;
   if (p.parts > 1) {
-    const Isa best = isa();
-    const int64_t size = best >= Isa::avx512 ? avx512::partial_size(p)
-                         : best == Isa::avx2 ? avx2::partial_size(p)
-                                             : generic::partial_size(p);
-    partials.reset(new float[heads * p.parts * size]);
+    partials.reset(new float[heads * p.parts * SVITT_BEST(partial_size)(p)]);
     p.partials = partials.get();
   }
-  SVITT_RUN(cross_forward, p, heads * p.parts);
-  if (p.parts > 1) SVITT_RUN(cross_forward_join, p, heads);
+  const bool amx = isa() == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
+  run(amx ? avx512::cross_forward_amx : SVITT_BEST(cross_forward), p, heads * p.parts);
+  if (p.parts > 1) run(SVITT_BEST(cross_forward_join), p, heads);
   if (salient) average_heads(p, received.mutable_data_ptr<float>());
   return {out, lse, received};
 }
@@ -144,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor query, Te
     partials.reset(new float[heads * p.parts * p.queries * p.head_dim]);
     p.partials = partials.get();
   }
-  SVITT_RUN(cross_backward, p, heads * p.parts);
-  if (p.parts > 1) SVITT_RUN(cross_backward_join, p, heads);
+  run(SVITT_BEST(cross_backward), p, heads * p.parts);
+  if (p.parts > 1) run(SVITT_BEST(cross_backward_join), p, heads);
   return {grad_query, grad_key, grad_value};
 }
 

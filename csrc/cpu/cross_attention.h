@@ -58,4 +58,9 @@ SVITT_DECLARE(avx2)
 SVITT_DECLARE(avx512)
 #undef SVITT_DECLARE
 
+namespace avx512 {
+/// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `cross_forward`.
+void cross_forward_amx(const CrossForward& problem, int64_t begin, int64_t end);
+}  // namespace avx512
+
 }  // namespace svitt

@@ -6,6 +6,9 @@
 // read where they lie. Queries are the lanes of a vector, so the softmax needs no reduction over
 // lanes. Where the keys of a head are cut into parts, each leaves a State in memory, and a second
 // pass over the heads puts them together; else the State is scratch.
+//
+// Tried, without gain: prefetching the next tile of K and V between the products; copying the tiles
+// of K and V first, so that the caches see them in order.
 
 /// Output, maximum and sum of a query tile over some keys, and what the saliency needs: weights
 /// that are relative to the maxima at the time, and those maxima for each tile of keys.
@@ -45,13 +48,15 @@ struct CrossScratch {
   }
 };
 
-/// Raise the maxima to those of n more keys, and bring sums and outputs there.
-SVITT_INLINE void raise_maxima(const State& s, const float* logits, int n, int lanes, int rows,
+/// Raise the maxima to those of n more keys, whose logits are `step` apart, and bring sums and
+/// outputs there.
+SVITT_INLINE void raise_maxima(const State& s, const float* logits, int step, int n, int rows,
                                float scale, int width, bool first) {
+  const int lanes = round_up(rows, W);
   alignas(64) float keep[kQueryTile];
   for (int c = 0; c < lanes; c += W) {
     vf most = load(logits + c) * scale;
-    for (int j = 1; j < n; ++j) most = vmax(load(logits + j * lanes + c) * scale, most);
+    for (int j = 1; j < n; ++j) most = vmax(load(logits + j * step + c) * scale, most);
     if (first) {
       store(s.most + c, most);
       store(s.sum + c, vf{});
@@ -106,7 +111,7 @@ void attend(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
     const Rows keys = tile_rows<T, false>(p, p.key, range, j, n, s.keys, s.width);
     const Segment dots{keys.data, s.query, kPanel, static_cast<int64_t>(dims) * kPanel, dims};
     multiply(n, lanes, &dots, 1, {keys.step, 1}, logit_rows, false);
-    raise_maxima(state, weights, n, lanes, rows, p.scale, s.width, first);
+    raise_maxima(state, weights, lanes, n, rows, p.scale, s.width, first);
     exponentiate_keys(state, weights, n, lanes, p.scale);
     if (p.saliency != Saliency::none)
       std::memcpy(state.tops + (j - range.first) / kKeyTile * kQueryTile, state.most,
@@ -206,19 +211,29 @@ SVITT_INLINE float* states_of(const CrossForward& p, int64_t head, int64_t tile)
   return p.partials + head * p.parts * partial_size(p) + tile * p.parts * State::size(p);
 }
 
-template <class T>
-void cross_forward_items(const CrossForward& p, int64_t begin, int64_t end) {
-  CrossScratch s(p);
+/// Every query tile of each item, by `attend(range, row, rows, state)`; `state` is scratch.
+template <class T, class Attend>
+void cross_forward_items(const CrossForward& p, int64_t begin, int64_t end, float* state,
+                         const Attend& attend) {
   for (int64_t item = begin; item < end; ++item) {
     const KeyRange range(p, item);
     const int64_t head = item / p.parts, part = item % p.parts;
     if (p.parts == 1) clear_saliency(p, head);
     each_query_tile(p, [&](int64_t tile, int64_t row, int rows) {
-      float* memory = p.parts == 1 ? s.state : states_of(p, head, tile) + part * State::size(p);
-      attend<T>(p, range, row, rows, s, State(p, memory));
-      if (p.parts == 1) finish<T>(p, range.b, range.h, row, rows, memory, s.width);
+      float* memory = p.parts == 1 ? state : states_of(p, head, tile) + part * State::size(p);
+      attend(range, row, rows, State(p, memory));
+      if (p.parts == 1) finish<T>(p, range.b, range.h, row, rows, memory, round_up(p.head_dim, W));
     });
   }
+}
+
+template <class T>
+void cross_forward_of(const CrossForward& p, int64_t begin, int64_t end) {
+  CrossScratch s(p);
+  cross_forward_items<T>(p, begin, end, s.state,
+                         [&](const KeyRange& range, int64_t row, int rows, const State& state) {
+                           attend<T>(p, range, row, rows, s, state);
+                         });
 }
 
 template <class T>
@@ -234,9 +249,9 @@ void cross_forward_heads(const CrossForward& p, int64_t begin, int64_t end) {
 
 void cross_forward(const CrossForward& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case Dtype::f32: return cross_forward_items<float>(p, begin, end);
-    case Dtype::bf16: return cross_forward_items<bf16>(p, begin, end);
-    case Dtype::f16: return cross_forward_items<fp16>(p, begin, end);
+    case Dtype::f32: return cross_forward_of<float>(p, begin, end);
+    case Dtype::bf16: return cross_forward_of<bf16>(p, begin, end);
+    case Dtype::f16: return cross_forward_of<fp16>(p, begin, end);
   }
 }
 

@@ -5,124 +5,19 @@
 // belongs to a query is put together from the tiles in theirs. Chunks and tiles depend on the
 // shapes alone, so results are the same for any number of threads.
 
-#include "info_nce.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
-#include "tensors.h"
+#include "info_nce_problem.h"
 
 namespace svitt {
 namespace {
 
-using torch::stable::parallel_for;
-constexpr int64_t kGrain = 64;  // rows that are worth a thread
 constexpr double kNothing = -HUGE_VAL;
-
-struct Kernels {
-  decltype(&generic::contrast_pack_queries) pack_queries;
-  decltype(&generic::contrast_pack_keys) pack_keys;
-  decltype(&generic::contrast_forward) forward;
-  decltype(&generic::contrast_backward_keys) backward_keys;
-  decltype(&generic::contrast_backward_queries) backward_queries;
-  decltype(&generic::contrast_write_keys) write_keys;
-};
-
-#define SVITT_KERNELS(ISA) \
-  {ISA::contrast_pack_queries,  ISA::contrast_pack_keys,        ISA::contrast_forward, \
-   ISA::contrast_backward_keys, ISA::contrast_backward_queries, ISA::contrast_write_keys}
-Kernels kernels() {
-  const Isa best = isa();
-#if defined(__x86_64__)
-  if (best >= Isa::avx512) return SVITT_KERNELS(avx512);
-  if (best == Isa::avx2) return SVITT_KERNELS(avx2);
-#endif
-  (void)best;
-  return SVITT_KERNELS(generic);
-}
-#undef SVITT_KERNELS
-
-/// Memory that nobody initialises, aligned to a vector.
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<float*>(::operator new(sizeof(float) * count, std::align_val_t(64)))) {}
-  float* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
-
-/// Ids as small numbers: equal where the ids are, so that kernels compare 32 bits.
-struct Ids {
-  std::vector<int32_t> query, key;
-
-  void bind(Contrast& p, const OptionalTensor& query_ids, const OptionalTensor& key_ids) {
-    if (!query_ids.has_value()) return;
-    const int64_t *of_queries = query_ids->const_data_ptr<int64_t>(),
-                  *of_keys = key_ids->const_data_ptr<int64_t>();
-    std::vector<int64_t> known(of_keys, of_keys + p.keys);
-    std::sort(known.begin(), known.end());
-    known.erase(std::unique(known.begin(), known.end()), known.end());
-    const auto number = [&](int64_t id) {
-      const auto at = std::lower_bound(known.begin(), known.end(), id);
-      return static_cast<int32_t>(at != known.end() && *at == id ? at - known.begin()
-                                                                 : known.end() - known.begin());
-    };
-    std::transform(of_queries, of_queries + p.queries, std::back_inserter(query), number);
-    std::transform(of_keys, of_keys + p.keys, std::back_inserter(key), number);
-    p.query_ids = query.data();
-    p.key_ids = key.data();
-  }
-};
-
-/// Inputs of either direction, and the fp32 copies that both need.
-template <class P>
-struct Problem {
-  P p{};
-  Ids ids;
-  std::unique_ptr<Buffer> rows, columns, query_panels, key_panels;
-
-  Problem(const Tensor& query, const Tensor& key, const Tensor& temperature,
-          const OptionalTensor& query_ids, const OptionalTensor& key_ids, int64_t first_row) {
-    p.dtype = dtype("info_nce", query);
-    p.queries = query.size(0), p.keys = key.size(0), p.dim = static_cast<int>(query.size(1));
-    p.query = query.const_data_ptr(), p.key = key.const_data_ptr();
-    p.query_step = query.stride(0), p.key_step = key.stride(0);
-    p.first_row = first_row;
-    p.scale = 1.0f / *temperature.const_data_ptr<float>();
-    ids.bind(p, query_ids, key_ids);
-  }
-  void pack(const Kernels& k, bool panels) {
-    if (p.dtype == Dtype::f32) {
-      p.rows = const_cast<float*>(static_cast<const float*>(p.query));  // read in place
-      p.row_step = p.query_step;
-    } else {
-      rows = std::make_unique<Buffer>(p.queries * p.dim);
-      p.rows = rows->get(), p.row_step = p.dim;
-    }
-    columns = std::make_unique<Buffer>(p.padded_keys() * p.dim);
-    p.columns = columns->get();
-    if (panels) {
-      query_panels = std::make_unique<Buffer>(p.queries * p.padded_dim());
-      key_panels = std::make_unique<Buffer>(p.padded_keys() * p.padded_dim());
-    }
-    float *of_queries = panels ? query_panels->get() : nullptr,
-          *of_keys = panels ? key_panels->get() : nullptr;
-    parallel_for(0, p.queries, kGrain,
-                 [&](int64_t a, int64_t b) { k.pack_queries(p, of_queries, a, b); });
-    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.pack_keys(p, of_keys, a, b); });
-  }
-};
 
 /// Adds a part's sums of exponentials: most + log(sum).
 struct LogSum {
@@ -175,9 +70,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
                                               OptionalTensor query_ids, OptionalTensor key_ids,
                                               int64_t first_row, bool symmetric,
                                               double label_smoothing) {
-  Problem<ContrastForward> problem(query, key, temperature, query_ids, key_ids, first_row);
+  ContrastProblem<ContrastForward> problem(query, key, query_ids, key_ids, first_row);
   ContrastForward& p = problem.p;
-  const Kernels k = kernels();
+  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  const ContrastKernels k = contrast_kernels();
   p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
   problem.pack(k, false);
   Tensor loss = empty(query, {}, ScalarType::Float),
@@ -211,9 +107,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
                                                OptionalTensor key_ids, int64_t first_row,
                                                Tensor rows, Tensor columns, double label_smoothing,
                                                bool wide) {
-  Problem<ContrastBackward> problem(query, key, temperature, query_ids, key_ids, first_row);
+  ContrastProblem<ContrastBackward> problem(query, key, query_ids, key_ids, first_row);
   ContrastBackward& p = problem.p;
-  const Kernels k = kernels();
+  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  const ContrastKernels k = contrast_kernels();
   problem.pack(k, true);
   p.query_panels = problem.query_panels->get(), p.key_panels = problem.key_panels->get();
   p.symmetric = columns.numel() > 0;

@@ -62,6 +62,11 @@ struct ContrastBackward : Contrast {
   Dtype grad_dtype;
 };
 
+struct ContrastSearch : Contrast {
+  const double* uniform;  // (queries), or null
+  int64_t* found;         // (queries)
+};
+
 // Every function works on independent items: any split over threads gives the same bits.
 #define SVITT_DECLARE(ISA) \
   namespace ISA { \
@@ -73,6 +78,8 @@ struct ContrastBackward : Contrast {
   void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin, \
                                  int64_t end); \
   void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end); \
+  void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end); \
+  void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end); \
   }
 SVITT_DECLARE(generic)
 SVITT_DECLARE(avx2)

@@ -18,6 +18,8 @@ namespace svitt::avx2 {
 #include "info_nce_forward.h"
 
 #include "info_nce_backward.h"
+
+#include "info_nce_search.h"
 }  // namespace svitt::avx2
 
 SVITT_TARGET_END

@@ -18,6 +18,8 @@ namespace svitt::avx512 {
 #include "info_nce_forward.h"
 
 #include "info_nce_backward.h"
+
+#include "info_nce_search.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

@@ -30,7 +30,7 @@ SVITT_INLINE void add_negatives(Tally& t, float most, float sum) {
 }
 
 /// One exponential for rows and columns.
-SVITT_INLINE void sum_shared(const ContrastForward& p, const DotTile& t, Tally* of_rows,
+SVITT_INLINE void sum_shared(const Contrast& p, const DotTile& t, Tally* of_rows,
                              Tally* of_columns) {
   const float offset = t.most * p.scale;
   const vf low = splat(-offset), scale = splat(p.scale);
@@ -50,7 +50,7 @@ SVITT_INLINE void sum_shared(const ContrastForward& p, const DotTile& t, Tally* 
 }
 
 /// Offsets of their own for each row and each column.
-SVITT_INLINE void sum_apart(const ContrastForward& p, const DotTile& t, Tally* of_rows,
+SVITT_INLINE void sum_apart(const Contrast& p, const DotTile& t, Tally* of_rows,
                             Tally* of_columns) {
   const vf scale = splat(p.scale);
   for (int r = 0; r < t.rows; ++r) {

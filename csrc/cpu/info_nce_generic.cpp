@@ -16,4 +16,6 @@ namespace svitt::generic {
 #include "info_nce_forward.h"
 
 #include "info_nce_backward.h"
+
+#include "info_nce_search.h"
 }  // namespace svitt::generic

@@ -161,12 +161,12 @@ Rows rows_of(const Tensor& x) {
   return {data, x.stride(0) * bytes, x.stride(1) * bytes};
 }
 
-/// Have the system back a large, fresh result by pages of 2 MiB where it can. From 32 MiB on a
-/// block of glibc's is a mapping of its own, and the advice ends with it.
+/// Have the system back a large, fresh result by pages of 2 MiB where it can. Of a block from the
+/// heap the place keeps the advice, as it does under torch's own THP_MEM_ALLOC_ENABLE.
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20, kOwnMapping = 32 << 20;
-  if (static_cast<uintptr_t>(bytes) < kOwnMapping) return;
+  constexpr uintptr_t kHuge = 2 << 20, kLarge = 4 << 20;
+  if (static_cast<uintptr_t>(bytes) < kLarge) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // else small pages

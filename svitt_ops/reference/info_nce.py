@@ -53,9 +53,9 @@ def statistics(
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """What the loss is made of, ``(5, queries)`` and ``(5, keys)``; see `svitt_ops.info_nce`."""
-    dots = query.float() @ key.float().T
+    dots = query @ key.T
     same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
-    logits = dots / temperature.float()
+    logits = dots / temperature
     infinity = float("inf")
 
     def along(dim: int) -> Tensor:
@@ -63,7 +63,7 @@ def statistics(
             [
                 logits.masked_fill(same, -infinity).logsumexp(dim),
                 logits.masked_fill(~same, -infinity).logsumexp(dim),
-                same.sum(dim).float(),
+                same.sum(dim).to(dots.dtype),
                 torch.where(same, dots, 0).sum(dim),
                 dots.sum(dim),
             ]
@@ -84,12 +84,11 @@ def gradients(
     label_smoothing: float,
     factor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 gradients to query, key and temperature of ``factor`` times the summed row losses.
+    """Gradients to query, key and temperature of ``factor`` times the summed row losses.
 
     ``columns`` None leaves out the other direction.
     """
-    q, k, scale = query.float(), key.float(), 1 / temperature.float()
-    dots = q @ k.T
+    dots, scale = query @ key.T, 1 / temperature
     same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
 
     def residual(stats: Tensor, dim: int, choices: int) -> Tensor:
@@ -108,4 +107,4 @@ def gradients(
         grad = grad + residual(columns, 0, key.shape[0])
     grad = grad * factor
     grad_scale = (grad * dots).sum()
-    return grad @ k * scale, grad.T @ q * scale, -grad_scale * scale * scale
+    return grad @ key * scale, grad.T @ query * scale, -grad_scale * scale * scale

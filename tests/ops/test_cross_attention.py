@@ -156,6 +156,15 @@ def test_ignored_keys_never_leak(saliency: str, backend: str) -> None:
     assert not dirty["out"][1].any() and not dirty["grad_query"][1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 2, n, 32).to(dtype) for n in (5, 70, 70))
+    q[0, 0, 3] = k[0, 1, 9] = float("nan")
+    out = so.cross_attention(q, k, v).isnan()
+    assert out[0, 1].all() and out[0, 0, 3].all()
+    assert not out[0, 0, :3].any() and not out[0, 0, 4:].any()
+
+
 def test_a_mask_equals_leaving_keys_out(backend: str) -> None:
     device = "cuda" if backend == "cuda" else "cpu"
     (q, k, v, grad), _ = build(Case(keys=70, batch=1), torch.float32, device)

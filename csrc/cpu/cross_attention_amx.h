@@ -1,0 +1,159 @@
+// Forward for bf16 on the AMX matrix tiles: the sweep of cross_attention_forward.h with both
+// products on 16 x 16 tiles.
+// Included inside namespace svitt::avx512 after that file and amx.h.
+//
+// K's rows serve as the left operand where they lie and the few queries are packed; V is packed
+// tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
+// are turned 16 x 16 pairs at a time. Only they are rounded to bf16; logits, maximum, sum and
+// accumulation stay in fp32.
+
+struct CrossTileScratch {
+  Arena arena;
+  int dims;
+  uint16_t *query, *keys, *values, *weights;  // weights (kQueryTile, kKeyTile)
+  float *logits, *state;                      // logits (kKeyTile, kQueryTile)
+
+  explicit CrossTileScratch(const CrossForward& p) : dims(p.head_dim) {
+    query = arena.take<uint16_t>(kQueryTile * dims);
+    keys = arena.take<uint16_t>(kKeyTile * dims);
+    values = arena.take<uint16_t>(kKeyTile * dims);
+    weights = arena.take<uint16_t>(kQueryTile * kKeyTile);
+    logits = arena.take<float>(kKeyTile * kQueryTile);
+    state = arena.take<float>(State::size(p));
+    // Rows past the last query go through the products, to nowhere.
+    std::memset(weights, 0, sizeof(uint16_t) * kQueryTile * kKeyTile);
+  }
+};
+
+/// Attended keys [j, j + n) by number; null past them.
+struct TileKeys {
+  const uint16_t* data;
+  int64_t stride, first;
+  const int32_t* present;  // of the first key, or null
+  int n;
+
+  TileKeys(const CrossAttention& p, const Matrix& m, const KeyRange& range, int64_t j, int keys)
+      : data(base<uint16_t>(m, range.b, range.h)), stride(m.token), first(j), n(keys) {
+    const int32_t* numbers = p.present_of(range.b);
+    present = numbers == nullptr ? nullptr : numbers + j;
+  }
+  bool together() const { return present == nullptr || present[n - 1] - present[0] == n - 1; }
+  const uint16_t* operator()(int i) const {
+    if (i >= n) return nullptr;
+    return data + (present == nullptr ? first + i : present[i]) * stride;
+  }
+};
+
+/// Logits of the keys [0, n), a multiple of 32, against `lanes` queries.
+SVITT_INLINE void multiply_keys(const uint16_t* keys, int64_t stride, int n, int lanes,
+                                const CrossTileScratch& s) {
+  const int64_t group = s.dims / kPairs * kTile * kPairs;  // 16 queries
+  for (int j = 0; j < n; j += kTileRows)
+    for (int c = 0; c < lanes; c += kTileRows) {
+      clear_tiles();
+      multiply_tiles(s.dims / kPairs, keys + j * stride, stride, s.query + c / kTile * group,
+                     kTile * kPairs, group);
+      store_tiles(s.logits + j * kQueryTile + c, kQueryTile);
+    }
+}
+
+/// Weights of n keys for lanes [c, c + W), added to the sums; `kept` of the keys are also wanted in
+/// fp32, `step` apart.
+SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& state, int n, int c,
+                                     float scale, float* kept, int step) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const vf factor = splat(scale * kLog2e), low = load(state.most + c) * -kLog2e;
+  alignas(64) uint16_t interleave[32];
+  for (int i = 0; i < 32; ++i) interleave[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));
+  const __m512i order = _mm512_load_si512(interleave);
+  vf sum{};
+  for (int j = 0; j < n; j += kPairs) {
+    vf pairs[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      vf e[2];
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const int at = j + 2 * i + k;
+        e[k] = exp2_bf16(load(s.logits + at * kQueryTile + c) * factor + low);
+        if (at >= n) e[k] = vf{};
+        if (kept != nullptr && at < n) store(kept + at * step + c, e[k]);
+        sum += e[k];
+      }
+      const auto rounded =
+          _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[1]), reinterpret_cast<__m512>(e[0]));
+      __m512i bits;
+      std::memcpy(&bits, &rounded, 64);
+      pairs[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(order, bits));
+    }
+    transpose(pairs);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) std::memcpy(s.weights + (c + i) * kKeyTile + j, &pairs[i], 64);
+  }
+  store(state.sum + c, load(state.sum + c) + sum);
+}
+
+/// `attend` of cross_attention_forward.h.
+void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
+                CrossTileScratch& s, const State& state) {
+  const int lanes = round_up(rows, W), dims = s.dims;
+  const int64_t tile = kTile * kPairs;
+  for (int r = 0; r < lanes; ++r) state.most[r] = -kInfinity, state.sum[r] = 0.0f;
+  const auto* query = base<uint16_t>(p.query, range.b, range.h) + row * p.query.token;
+  pack_key_tiles([&](int r) { return r < rows ? query + r * p.query.token : nullptr; },
+                 round_up(rows, kTileRows), dims, s.query);
+  const bool keep_row = p.saliency == Saliency::cls && row == 0;
+  for (int64_t j = range.first; j < range.last; j += kKeyTile) {
+    const int n = static_cast<int>(range.last - j < kKeyTile ? range.last - j : kKeyTile);
+    const int padded = round_up(n, kPairs);
+    const bool first = j == range.first;
+    const TileKeys keys(p, p.key, range, j, n);
+    if (n == padded && keys.together()) {
+      multiply_keys(keys(0), p.key.token, n, lanes, s);
+    } else {
+      for (int i = 0; i < padded; ++i)
+        for (int d = 0; d < dims; d += kPairs)
+          _mm512_storeu_si512(s.keys + i * dims + d, load_pairs(keys(i), d));
+      multiply_keys(s.keys, dims, padded, lanes, s);
+    }
+    raise_maxima(state, s.logits, kQueryTile, n, rows, p.scale, dims, first);
+    float* kept = p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes
+                  : keep_row                   ? s.logits
+                                               : nullptr;
+    for (int c = 0; c < lanes; c += W)
+      exponentiate_pairs(s, state, n, c, p.scale, keep_row && c > 0 ? nullptr : kept,
+                         keep_row ? kQueryTile : lanes);
+    if (p.saliency != Saliency::none)
+      std::memcpy(state.tops + (j - range.first) / kKeyTile * kQueryTile, state.most,
+                  sizeof(float) * lanes);
+    if (keep_row)
+      for (int i = 0; i < n; ++i) state.weights[j - range.first + i] = s.logits[i * kQueryTile];
+    pack_value_tiles(TileKeys(p, p.value, range, j, n), padded, dims, s.values);
+    for (int r = 0; r < rows; r += kTileRows)
+      for (int d = 0; d < dims; d += kPairs) {
+        float* out = state.out + r * dims + d;
+        if (first) {
+          clear_tiles();
+        } else {
+          load_tiles(out, dims);
+        }
+        multiply_tiles(padded / kPairs, s.weights + r * kKeyTile, kKeyTile,
+                       s.values + d / kTile * tile, dims / kTile * tile, tile);
+        store_tiles(out, dims);
+      }
+  }
+}
+
+void cross_forward_amx(const CrossForward& p, int64_t begin, int64_t end) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  {
+    CrossTileScratch s(p);
+    cross_forward_items<bf16>(
+        p, begin, end, s.state,
+        [&](const KeyRange& range, int64_t row, int rows, const State& state) {
+          attend_amx(p, range, row, rows, s, state);
+        });
+  }
+  _tile_release();
+}

@@ -1,0 +1,29 @@
+// Hard negatives on the CPU; the kernel is in info_nce_search.h.
+
+#include <torch/csrc/stable/library.h>
+
+#include "info_nce_problem.h"
+
+namespace svitt {
+namespace {
+
+Tensor sample_hard_negatives(Tensor query, Tensor key, Tensor temperature, OptionalTensor query_ids,
+                             OptionalTensor key_ids, Tensor uniform) {
+  ContrastProblem<ContrastSearch> problem(query, key, query_ids, key_ids, 0);
+  ContrastSearch& p = problem.p;
+  const ContrastKernels k = contrast_kernels();
+  Tensor found = empty(query, {p.queries}, ScalarType::Long);
+  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  p.uniform = uniform.const_data_ptr<double>();
+  p.found = found.mutable_data_ptr<int64_t>();
+  problem.pack(k, false);
+  parallel_for(0, p.queries, kGrain, [&](int64_t a, int64_t b) { k.sample(p, a, b); });
+  return found;
+}
+
+}  // namespace
+}  // namespace svitt
+
+STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+  m.impl("sample_hard_negatives", TORCH_BOX(&svitt::sample_hard_negatives));
+}

@@ -1,0 +1,99 @@
+"""What the authors' released code does where the paper means something else.
+
+`compat="svitt-official"` reproduces numbers of released checkpoints:
+- the last block is filled up with zero keys that are not masked: their logit is the bias of
+  token -> [CLS], their value 0, so they take weight from the others (`attend_over_padding`);
+- random blocks are drawn anew outside training too (`eval_pattern_seed` is not read);
+- fusion layers never prune;
+- negatives of the contrastive loss are those of the own process;
+- `expand_frames` takes the nearest offset rounded down.
+Windows of several local blocks mix up two neighbours' keys there, which no published model uses and
+`SViTTConfig` refuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import svitt_ops as so
+from svitt_ops.nn import merge_heads, split_heads
+
+if TYPE_CHECKING:
+    from svitt_ops.nn import BlockSparseSelfAttention
+
+
+def padded(num_tokens: int, block_size: int) -> int:
+    """Tokens of whole blocks."""
+    return -(-num_tokens // block_size) * block_size
+
+
+def attend_over_padding(
+    attention: BlockSparseSelfAttention,
+    tokens: Tensor,
+    layout: so.BlockLayout,
+    *,
+    codes: Tensor | None,
+    return_saliency: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`BlockSparseSelfAttention` with zero keys after the tokens that are attended like tokens.
+
+    Only the patches' rows see the padding. [CLS] attends the true tokens, so its row, and with it
+    the saliency, comes from a second call.
+
+    Args:
+        attention: the module.
+        tokens: ``(batch, 1 + n, dim)``.
+        layout: over the padded tokens.
+        codes: ``(n,)`` or ``(batch, n)``.
+        return_saliency: also return the attention of [CLS].
+
+    Returns:
+        As the module.
+    """
+    assert attention.bias is not None and codes is not None
+    count = tokens.shape[1] - 1
+    missing = layout.num_tokens - count
+    qkv = [
+        split_heads(project(tokens), attention.num_heads)
+        for project in (attention.query, attention.key, attention.value)
+    ]
+    table = attention.bias.table
+    # Patches see nothing but [CLS] here; only the row of [CLS] is used.
+    globals_only = so.BlockLayout.local_random(
+        count, block_size=layout.block_size, num_local=0, num_random=0, device=tokens.device
+    )
+    of_cls = so.block_sparse_attention(
+        *qkv,
+        globals_only,
+        bias_table=table,
+        position_codes=codes,
+        return_saliency=return_saliency,
+    )
+    saliency = None
+    if isinstance(of_cls, tuple):
+        of_cls, saliency = of_cls
+    if missing:
+        table, codes = _with_padding_code(table, codes, missing)
+        qkv = [F.pad(x, (0, 0, 0, missing)) for x in qkv]
+    out = so.block_sparse_attention(*qkv, layout, bias_table=table, position_codes=codes)
+    assert isinstance(out, Tensor)
+    out = torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2)
+    merged: Tensor = attention.out(merge_heads(out))
+    return merged if saliency is None else (merged, saliency)
+
+
+def _with_padding_code(table: Tensor, codes: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+    """A wider table, and codes for the padding that lead from every token to token -> [CLS].
+
+    Tokens' codes are 0 to c, so their offsets are -c to c. The padding's code is -1 - c, so a
+    token's offset to it is c + 1 to 2 c + 1, where every row of the wider table is that bias.
+    """
+    reach = (table.shape[0] - 4) // 2
+    constant = table[-2].expand(reach + 1, -1)
+    wide = torch.cat([constant, table[:-3], constant, table[-3:]])
+    codes = F.pad(codes, (0, missing), value=-1 - reach)
+    return wide, codes

@@ -1,0 +1,244 @@
+"""Small modules over the ops; they add projections, tables and nothing else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
+from svitt_ops.cross_attention import cross_attention
+from svitt_ops.layout import BlockLayout
+from svitt_ops.token_pruning import PrunedTokens, prune_tokens
+
+__all__ = ["BlockSparseSelfAttention", "CrossAttention", "RelativePositionBias3D", "TokenPruning"]
+
+
+class RelativePositionBias3D(nn.Module):
+    """BEiT's relative position bias over a (frames, rows, columns) grid: a table and its codes.
+
+    The table has ``(2 T - 1) (2 H - 1) (2 W - 1)`` rows for the offsets and ``2 g + g g`` for g
+    global tokens, one column a head. The bias of every pair is never formed: pass ``table`` and
+    ``codes`` to `block_sparse_attention`.
+
+    Args:
+        grid: T frames, H rows, W columns of tokens.
+        num_heads: columns of the table.
+        num_global: global tokens before the grid's.
+        std: of the normal noise that fills the table; 0 fills it with zeros.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        num_heads: int,
+        *,
+        num_global: int = 1,
+        std: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        frames, height, width = grid
+        self.grid, self.num_heads, self.num_global, self.std = grid, num_heads, num_global, std
+        rows = (2 * frames - 1) * (2 * height - 1) * (2 * width - 1)
+        rows += 2 * num_global + num_global**2
+        self.table = nn.Parameter(torch.empty(rows, num_heads, device=device, dtype=dtype))
+        self.register_buffer("codes", position_codes(grid, device=device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the table."""
+        if self.std:
+            nn.init.normal_(self.table, std=self.std)
+        else:
+            nn.init.zeros_(self.table)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, num_heads={self.num_heads}, num_global={self.num_global}"
+
+
+class BlockSparseSelfAttention(nn.Module):
+    """Multi-head self-attention over the blocks of a layout: projections around the op.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: heads; must divide ``dim``.
+        qkv_bias: whether the three input projections have a bias.
+        key_bias: whether the keys' has one too; BEiT's has none.
+        bias: relative position bias of this layer, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        key_bias: bool = True,
+        bias: RelativePositionBias3D | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads("BlockSparseSelfAttention", dim, num_heads)
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, qkv_bias, device, dtype)
+        self.key = nn.Linear(dim, dim, qkv_bias and key_bias, device, dtype)
+        self.value = nn.Linear(dim, dim, qkv_bias, device, dtype)
+        self.out = nn.Linear(dim, dim, True, device, dtype)
+        self.bias = bias
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: BlockLayout,
+        *,
+        codes: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        return_saliency: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            tokens: ``(batch, layout.seq_len, dim)``, globals first.
+            layout: who attends whom.
+            codes: position codes of the tokens, ``(num_tokens,)`` or ``(batch, num_tokens)``, where
+                they are not the grid's own: after pruning, or in another order.
+            key_lengths: int32 ``(batch,)``, tokens per sample that exist.
+            return_saliency: also return the attention of the first global token.
+
+        Returns:
+            ``(batch, layout.seq_len, dim)``; with ``return_saliency`` also the saliency, fp32
+            ``(batch, num_tokens)``.
+        """
+        query, key, value = (
+            split_heads(project(tokens), self.num_heads)
+            for project in (self.query, self.key, self.value)
+        )
+        table = None
+        if self.bias is not None:
+            table = self.bias.table
+            codes = self.bias.codes if codes is None else codes
+        found = block_sparse_attention(
+            query,
+            key,
+            value,
+            layout,
+            bias_table=table,
+            position_codes=codes,
+            key_lengths=key_lengths,
+            return_saliency=return_saliency,
+        )
+        if isinstance(found, tuple):
+            return self.out(merge_heads(found[0])), found[1]
+        merged: Tensor = self.out(merge_heads(found))
+        return merged
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence over another: projections around the op.
+
+    Args:
+        dim: width of the queries and of the result.
+        num_heads: heads; must divide ``dim``.
+        context_dim: width of the keys' and values' source; ``dim`` by default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        context_dim: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads("CrossAttention", dim, num_heads)
+        self.num_heads = num_heads
+        source = dim if context_dim is None else context_dim
+        self.query = nn.Linear(dim, dim, bias, device, dtype)
+        self.key = nn.Linear(source, dim, bias, device, dtype)
+        self.value = nn.Linear(source, dim, bias, device, dtype)
+        self.out = nn.Linear(dim, dim, bias, device, dtype)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        return_saliency: Literal["cls", "mean"] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            tokens: queries, ``(batch, queries, dim)``.
+            context: keys and values, ``(batch, keys, context_dim)``.
+            key_padding_mask: bool ``(batch, keys)``, True = ignore.
+            return_saliency: None, "cls" or "mean", see `svitt_ops.cross_attention`.
+
+        Returns:
+            ``(batch, queries, dim)``; with ``return_saliency`` also fp32 ``(batch, keys)``.
+        """
+        found = cross_attention(
+            split_heads(self.query(tokens), self.num_heads),
+            split_heads(self.key(context), self.num_heads),
+            split_heads(self.value(context), self.num_heads),
+            key_padding_mask=key_padding_mask,
+            return_saliency=return_saliency,
+        )
+        if isinstance(found, tuple):
+            return self.out(merge_heads(found[0])), found[1]
+        merged: Tensor = self.out(merge_heads(found))
+        return merged
+
+
+class TokenPruning(nn.Module):
+    """Keeps a share of the tokens, the most salient ones, in their order.
+
+    Args:
+        keep_rate: share of the tokens that stay, more than 0 and at most 1; globals always stay.
+        num_global: global tokens at the beginning.
+    """
+
+    def __init__(self, keep_rate: float, *, num_global: int = 1) -> None:
+        super().__init__()
+        if not 0 < keep_rate <= 1:
+            raise ValueError(f"TokenPruning: keep_rate must be in (0, 1], got {keep_rate}")
+        self.keep_rate, self.num_global = keep_rate, num_global
+
+    def forward(
+        self, tokens: Tensor, scores: Tensor, *, position_codes: Tensor | None = None
+    ) -> PrunedTokens:
+        """Prune ``(batch, num_global + n, dim)`` by scores ``(batch, n)``; see `prune_tokens`."""
+        return prune_tokens(
+            tokens,
+            scores,
+            keep_rate=self.keep_rate,
+            num_global=self.num_global,
+            position_codes=position_codes,
+        )
+
+    def extra_repr(self) -> str:
+        return f"keep_rate={self.keep_rate}, num_global={self.num_global}"
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(batch, tokens, dim)`` as ``(batch, heads, tokens, head_dim)``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of `split_heads`; free for what the ops return."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _check_heads(module: str, dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{module}: num_heads must divide dim {dim}, got {num_heads}")

@@ -1,0 +1,84 @@
+"""`retrieval_ranks`: schema, validation and the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svitt_ops import _flops, _library
+from svitt_ops.info_nce import check_embeddings, check_ids
+from svitt_ops.reference.retrieval_ranks import retrieval_ranks as _reference
+
+_OP = "retrieval_ranks"
+
+
+def retrieval_ranks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+) -> Tensor:
+    """Rank of each query's best positive among all keys, without the similarity matrix.
+
+    ``rank_i = #{j : query_i . key_j > max over positives p of query_i . key_p}``, so 0 is a hit at
+    the first place and recall at K is ``(rank < K).mean()``. Keys that tie with the best positive
+    do not count against it. Dot products accumulate in fp32.
+
+    Args:
+        query: embeddings ``(B, D)``, fp32, fp16 or bf16. Under autocast both take its dtype.
+        key: ``(N, D)``. Without ids query i belongs to key i, and N is at least B.
+        query_ids: int64 or int32 ``(B,)``; given exactly when ``key_ids`` is.
+        key_ids: ``(N,)``. Every key with a query's id is a positive of it.
+
+    Returns:
+        int64 ``(B,)``; N for a query without a positive.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Complexity:
+        ``2 B N D`` FLOP; memory ``O((B + N) D)``.
+
+    Source:
+        The protocol of ALBEF and SViTT: the best of several positives counts.
+    """
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        query, key = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key))
+    check_embeddings(_OP, "query", query)
+    check_embeddings(_OP, "key", key, query)
+    if (query_ids is None) != (key_ids is None):
+        given, missing = "query_ids", "key_ids"
+        if query_ids is None:
+            given, missing = missing, given
+        raise ValueError(f"{_OP}: {missing} must be given when {given} is, got None")
+    if query_ids is not None and key_ids is not None:
+        query_ids = check_ids(_OP, "query_ids", query_ids, query.shape[0], query.device)
+        key_ids = check_ids(_OP, "key_ids", key_ids, key.shape[0], query.device)
+    elif key.shape[0] < query.shape[0]:
+        raise ValueError(
+            f"{_OP}: key must have at least {query.shape[0]} rows, one for each query, "
+            f"got {key.shape[0]}"
+        )
+    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query.detach(), key.detach()))
+    ranks: Tensor = torch.ops.svitt_ops.retrieval_ranks(query, key, query_ids, key_ids)
+    return ranks
+
+
+def _fake(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
+    return query.new_empty(query.shape[0], dtype=torch.int64)
+
+
+def _cpu(query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor | None) -> Tensor:
+    return _reference(query.float(), key.float(), query_ids=query_ids, key_ids=key_ids)
+
+
+_library.define(
+    f"{_OP}(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids) -> Tensor",
+    fake=_fake,
+    cpu=_cpu,
+    cuda_module=_OP,
+)
+_flops.register(_OP, lambda *args: 2 * args[0].shape[0] * args[1].shape[0] * args[0].shape[1])

@@ -1,0 +1,204 @@
+"""info_nce as torch's machinery sees it, over several ranks, and with bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import svitt_ops as so
+
+
+def inputs(rows: int = 20, dim: int = 16, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = [F.normalize(torch.randn(rows, dim, generator=generator), dim=1) for _ in range(2)]
+    return [x.to(**options).requires_grad_() for x in made]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler: str) -> None:
+    ids = torch.arange(20) // 2
+
+    def run(q: Tensor, k: Tensor, t: Tensor) -> Tensor:
+        return so.info_nce(q * 1.5, k, t.exp(), ids=ids, label_smoothing=0.1) * 2
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    found = []
+    for function in (run, compiled):
+        leaves = [*inputs(), torch.tensor(-2.0, requires_grad=True)]
+        loss = function(*leaves)
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(eager, fused)
+
+
+def test_compiles_for_any_size() -> None:
+    compiled = torch.compile(so.info_nce, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows, dim in ((5, 8), (7, 9), (40, 24)):
+        q, k = (x.detach() for x in inputs(rows, dim))
+        assert torch.equal(compiled(q, k, 0.2), so.info_nce(q, k, 0.2))
+
+
+@pytest.mark.parametrize("ids", [None, torch.arange(20) // 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_opcheck(ids: Tensor | None, symmetric: bool) -> None:
+    q, k = inputs()
+    t = torch.tensor(0.1, requires_grad=True)
+    forward = torch.ops.svitt_ops.info_nce.default
+    torch.library.opcheck(forward, (q, k, t, ids, ids, 0, symmetric, 0.1))
+    with torch.no_grad():
+        loss, rows, columns = forward(q, k, t, ids, ids, 0, symmetric, 0.1)
+    plain = [x.detach() for x in (torch.ones_like(loss), q, k, t)]
+    backward = torch.ops.svitt_ops.info_nce_backward.default
+    torch.library.opcheck(backward, (*plain, ids, ids, 0, rows, columns, 0.1, True))
+
+
+def test_gradcheck_of_the_reference() -> None:
+    q, k = inputs(6, 5, dtype=torch.float64)
+    t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 1, 2, 0, 0])
+
+    def run(*x: Tensor) -> Tensor:
+        return so.reference.info_nce(*x, ids=ids, label_smoothing=0.1)
+
+    assert torch.autograd.gradcheck(run, (q, k, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fakes_on_cuda(dtype: torch.dtype) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        q, k = (torch.empty(33, 24, device="cuda", dtype=dtype) for _ in range(2))
+        t = torch.empty((), device="cuda")
+        op = torch.ops.svitt_ops.info_nce
+        loss, rows, columns = op(q, k, t, None, None, 0, True, 0.0)
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
+        assert rows.shape == columns.shape == (5, 33) and rows.dtype == torch.float64
+        for wide, wanted in ((False, dtype), (True, torch.float32)):
+            *grads, grad_t = torch.ops.svitt_ops.info_nce_backward(
+                loss, q, k, t, None, None, 0, rows, columns, 0.0, wide
+            )
+            assert [x.dtype for x in grads] == [wanted] * 2 and grad_t.shape == ()
+
+
+def test_autocast_takes_its_dtype() -> None:
+    q, k = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = so.info_nce(q, k, 0.1)
+    assert torch.equal(loss, so.info_nce(q.bfloat16(), k.bfloat16(), 0.1))
+    assert torch.autograd.grad(loss, q)[0].dtype == torch.float32
+
+
+def test_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k = inputs(20, 16)
+    with FlopCounterMode(display=False) as counter:
+        so.info_nce(q, k, 0.1).backward()
+    assert counter.get_total_flops() == 4 * 2 * 20 * 20 * 16
+
+
+def test_a_float_is_the_same_as_a_tensor() -> None:
+    q, k = inputs()
+    assert torch.equal(so.info_nce(q, k, 0.07), so.info_nce(q, k, torch.tensor([0.07])))
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist, torch.nn.functional as F
+import svitt_ops as so
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+generator = torch.Generator().manual_seed(0)
+whole = [F.normalize(torch.randn(24, 16, generator=generator), dim=1) for _ in range(2)]
+for ids in (None, torch.randint(7, (24,), generator=generator)):
+    for options in ({}, {"symmetric": False, "label_smoothing": 0.2}, {"label_smoothing": 0.1}):
+        q, k = (x.clone().requires_grad_() for x in whole)
+        t = torch.tensor(0.1, requires_grad=True)
+        wanted = so.info_nce(q, k, t, ids=ids, **options)
+        exact = torch.autograd.grad(wanted, (q, k, t))
+        part = slice(rank * 24 // ranks, (rank + 1) * 24 // ranks)
+        a, b = (x[part].clone().requires_grad_() for x in whole)
+        s = torch.tensor(0.1, requires_grad=True)
+        some = None if ids is None else ids[part]
+        loss = so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
+        found = torch.autograd.grad(loss, (a, b, s))
+        torch.testing.assert_close(loss, wanted.detach())
+        torch.testing.assert_close(found[0] / ranks, exact[0][part])
+        torch.testing.assert_close(found[1] / ranks, exact[1][part])
+        torch.testing.assert_close(found[2], exact[2])
+try:
+    rows = 5 + rank
+    so.info_nce(torch.ones(rows, 4), torch.ones(rows, 4), 0.1, group=dist.group.WORLD)
+except ValueError as error:
+    assert "as many rows on every rank, got [5, 6]" in str(error), error
+else:
+    raise AssertionError("ranks of unequal size")
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_compute_the_loss_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=55)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+GOOD = torch.full((4, 8), 8**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "query must be a tensor, got list", {"query": [1.0]}),
+        (TypeError, "query must be float32, float16 or bfloat16", {"query": GOOD.double()}),
+        (ValueError, r"query must have shape \(rows, D\), got \(4,\)", {"query": GOOD[:, 0]}),
+        (ValueError, r"must have shape \(rows, D\), got \(4, 0\)", {"query": GOOD[:, :0]}),
+        (ValueError, "at least one row", {"query": GOOD[:0], "key": GOOD[:0]}),
+        (ValueError, r"key must have shape \(4, 8\), got \(3, 8\)", {"key": GOOD[:3]}),
+        (ValueError, "key must have 8 columns as query has", {"key": GOOD[:, :7]}),
+        (TypeError, "key must be torch.float32 as query is", {"key": GOOD.half()}),
+        (ValueError, "key must be on cpu, got meta", {"key": GOOD.to("meta")}),
+        (ValueError, "temperature must be positive and finite, got 0.0", {"temperature": 0.0}),
+        (ValueError, "temperature must be positive and finite, got -1", {"temperature": -1}),
+        (
+            ValueError,
+            "temperature must be positive and finite, got nan",
+            {"temperature": float("nan")},
+        ),
+        (TypeError, "temperature must be a float or a tensor, got str", {"temperature": "1"}),
+        (TypeError, "temperature must be a float or a tensor, got bool", {"temperature": True}),
+        (ValueError, "one element, got torch.float32 of shape", {"temperature": torch.ones(2)}),
+        (
+            ValueError,
+            "one element, got torch.int64",
+            {"temperature": torch.ones((), dtype=torch.int64)},
+        ),
+        (TypeError, "ids must be a tensor, got list", {"ids": [0, 1, 2, 3]}),
+        (TypeError, "ids must be int64 or int32, got torch.float32", {"ids": torch.ones(4)}),
+        (ValueError, r"ids must have shape \(4,\), got \(3,\)", {"ids": torch.arange(3)}),
+        (ValueError, r"label_smoothing must be in \[0, 1\), got 1", {"label_smoothing": 1.0}),
+        (ValueError, r"label_smoothing must be in \[0, 1\), got -0.1", {"label_smoothing": -0.1}),
+        (ValueError, "group must be of an initialised torch.distributed", {"group": object()}),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    given = {"query": GOOD, "key": GOOD, "temperature": 0.1} | arguments
+    with pytest.raises(error, match="info_nce: .*" + message):
+        so.info_nce(given.pop("query"), given.pop("key"), given.pop("temperature"), **given)
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k = inputs()
+    (grad,) = torch.autograd.grad(so.info_nce(q, k, 0.1), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
