@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from svitt_ops.models import sparsity_table
 from svitt_ops.training.annotations import read_annotations
 from svitt_ops.training.corpus import CorpusSpec, Film, build_corpus
 from svitt_ops.training.engine import Trained, load_trained, pretrain
@@ -23,12 +24,13 @@ from svitt_ops.training.gallery import Gallery, TestClips, build_gallery
 from svitt_ops.training.probing import pair_accuracy
 from svitt_ops.training.recipes import load_recipe
 from svitt_ops.training.retrieval import retrieval
-from svitt_ops.training.table import edges_of, format_rows, token_counts
+from svitt_ops.training.table import format_rows
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
 MARKER = "demo.json"
+TEXT_LENGTH = 16
 STAGES = ("demo-4f", "demo-8f")
 SHUFFLES = 10  # shuffled orders that the temporal-pair accuracy is averaged over
 
@@ -93,17 +95,18 @@ def evaluate_demo(folder: Path, output: Path) -> dict[str, Any]:
     numbers = torch.arange(len(entries)).view(-1, 2)  # both films of a scene follow each other
     frames = model.config.num_frames
     bar = tqdm(total=4, desc="evaluate", unit="part", dynamic_ncols=True)
-    found = retrieval(model, tokenizer, TestClips(gallery, frames), text_length=16)
+    found = retrieval(model, tokenizer, TestClips(gallery, frames), text_length=TEXT_LENGTH)
     bar.update()
     pairs = {
         order: pair_accuracy(
-            model, tokenizer, gallery, numbers, order=order, draws=draws, text_length=16
+            model, tokenizer, gallery, numbers, order=order, draws=draws, text_length=TEXT_LENGTH
         )
         for order, draws in (("normal", 1), ("shuffled", SHUFFLES))
     }
     bar.update()
     times = step_times(model, gallery, tokenizer)
     bar.update()
+    (row,) = sparsity_table(model.config, frames=[frames], text_length=TEXT_LENGTH)
     figure = _draw(model, tokenizer, gallery, output / "survivors.png")
     bar.update()
     bar.close()
@@ -111,8 +114,8 @@ def evaluate_demo(folder: Path, output: Path) -> dict[str, Any]:
         "frames": frames,
         "retrieval": found,
         "pair_accuracy": pairs,
-        "tokens": token_counts(model.config),
-        "edges": edges_of(model.config),
+        "tokens": {"visual": row.tokens, "multimodal": row.multimodal_tokens},
+        "edges": {"edges": row.edges.total, "dense": row.edges.dense},
         "seconds_per_step": times,
         "figure": str(figure),
     }
@@ -122,12 +125,9 @@ def step_times(
     model: SViTTForPreTraining, gallery: Gallery, tokenizer: Any, *, batch: int = 64, turns: int = 5
 ) -> dict[str, float]:
     """Seconds of one training step, sparse and dense, taken in turns; the medians."""
-    config = model.config
-    dense = copy.deepcopy(model)
-    dense.config.edge_sparsity = False
-    dense.config.keep_rate = 1.0
-    dense.config.multimodal_keep_rate = 1.0
-    dense = type(model)(dense.config)
+    config = copy.deepcopy(model.config)
+    config.edge_sparsity, config.keep_rate, config.multimodal_keep_rate = False, 1.0, 1.0
+    dense = type(model)(config)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(
         batch, config.num_frames, 3, config.image_size, config.image_size, generator=generator
@@ -214,6 +214,8 @@ def _draw(model: SViTTForPreTraining, tokenizer: Any, gallery: Gallery, path: Pa
         frames = clips[number].frames
         assert frames is not None
         samples.append(
-            find_survivors(model, tokenizer, frames[0], gallery.texts[number], text_length=16)
+            find_survivors(
+                model, tokenizer, frames[0], gallery.texts[number], text_length=TEXT_LENGTH
+            )
         )
     return draw_survivors(samples, path)

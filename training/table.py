@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import svitt_ops as so
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTConfig
+from typing import Any
 
 
 def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -24,16 +19,6 @@ def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def token_counts(config: SViTTConfig) -> dict[str, list[int]]:
-    """Visual patch tokens before and after each pruning, and the same of the fusion layers."""
-    grid = config.image_size // config.patch_size
-    visual = [config.num_frames * grid * grid]
-    visual += _kept(visual[0], config.keep_rate, len(config.prune_layers))
-    stages = len(config.multimodal_prune_layers)
-    multimodal = [visual[-1], *_kept(visual[-1], config.multimodal_keep_rate, stages)]
-    return {"visual": visual, "multimodal": multimodal}
 
 
 def render_retrieval(facts: dict[str, Any]) -> str:
@@ -60,9 +45,34 @@ def render_retrieval(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _kept(tokens: int, rate: float, stages: int) -> list[int]:
-    counts = []
-    for _ in range(stages if rate < 1 else 0):
-        tokens = so.keep_count(rate, tokens)
-        counts.append(tokens)
-    return counts
+def render_sparsity(frames: Sequence[int]) -> str:
+    """The paper's Table A1 for these numbers of frames."""
+    from svitt_ops.models import sparsity_table
+
+    rows: list[tuple[str, ...]] = [
+        (
+            "frames",
+            "q_v",
+            "edges, M",
+            "dense, M",
+            "sparsity S",
+            "MACs",
+            "visual tokens",
+            "multimodal",
+        )
+    ]
+    for row in sparsity_table(frames=frames):
+        rows.append(
+            (
+                str(row.num_frames),
+                f"{row.keep_rate:g}",
+                f"{row.edges.total / 1e6:.6f}",
+                f"{row.edges.dense / 1e6:.6f}",
+                f"{row.edges.sparsity:.6f}",
+                f"{row.macs / row.dense_macs:.1%}",
+                "/".join(map(str, row.tokens)),
+                "/".join(map(str, row.multimodal_tokens)),
+            )
+        )
+    note = "MACs: of the video tower, as a share of the dense one's."
+    return "\n".join([*format_rows(rows), note])
