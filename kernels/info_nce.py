@@ -217,6 +217,7 @@ def info_nce(
         )  # fmt: skip
         _loss_kernel[(1,)](
             rows, columns, temperature, loss, queries, keys, keys, label_smoothing,
-            BOTH=symmetric, TILE=min(512, next_pow2(max(queries, keys))), **launch_options(),
+            BOTH=symmetric, TILE=min(256, next_pow2(max(queries, keys))), maxnreg=255,
+            **launch_options(),
         )  # fmt: skip
     return loss, rows, columns

@@ -1,5 +1,6 @@
 """The benchmark: no time without its proof, one format, tables made from data."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -19,6 +20,7 @@ pytest.importorskip("tqdm")
 
 from bench import (  # noqa: E402
     __main__,
+    compare,
     environment,
     floors,
     harness,
@@ -29,7 +31,7 @@ from bench import (  # noqa: E402
 )
 from bench import block_sparse_attention as op  # noqa: E402
 
-SMALL = ["--quick", "--case", "small", "--provider", "gather", "--device", "cpu"]
+SMALL = ["--quick", "--op", op.OP, "--case", "small", "--provider", "gather", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -216,9 +218,32 @@ def test_report(small: ModuleType, tmp_path: Path) -> None:
     assert report.main([*arguments, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "python -m bench --case small" in text and "gather_sdpa" in text
+    assert f"python -m bench --op {op.OP} --case small" in text and "gather_sdpa" in text
     assert (folder / "result.png").stat().st_size > 0
     readme.write_text(text.replace("Medians", "Averages"))
     assert report.main([*arguments, "--check"]) == 1
     readme.write_text("no markers")
     assert report.main(arguments) == 1
+
+
+def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: Path) -> None:
+    _, document = run(tmp_path)
+    for row in rows(document, "svitt_ops"):
+        row |= {"ms": 1.0, "p20": 0.95, "p80": 1.06}
+    same, slow = copy.deepcopy(document), copy.deepcopy(document)
+    for row in rows(slow, "svitt_ops"):
+        row |= {"ms": 1.5, "p20": 1.45, "p80": 1.6}
+    assert {x.verdict for x in compare.compare(document, [same])} == {"same"}
+    assert {x.verdict for x in compare.compare(document, [slow])} == {"slower"}
+    assert {x.verdict for x in compare.compare(slow, [document])} == {"faster"}
+    text = compare.render(compare.compare(document, [slow]))
+    assert "slower, 1.000 -> 1.500 ms" in text and "0 of 2 rows: no change beyond noise" in text
+    slow["environment"]["hardware"] = "another"
+    with pytest.raises(ValueError, match="must be of one machine"):
+        compare.compare(document, [slow])
+
+
+def test_a_file_for_several_ops_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main(["--list", "--out", "some.json"])
+    assert "needs --op" in capsys.readouterr().err
