@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from svitt_ops.models.configuration import SViTTConfig
 from svitt_ops.models.expansion import frames_of_bias_table, resize_bias_table
 from svitt_ops.models.svitt import SViTTForPreTraining, SViTTModel
 from svitt_ops.models.unpickling import read_tensors
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,10 @@ BERT_DROPPED: Rules = (
     (r"embeddings\.(?:position|token_type)_ids", ""),
     (r"pooler\..+", ""),
     (r"cls\.seq_relationship\..+", ""),
-    (r"cls\.predictions\.decoder\.(?:weight|bias)", ""),  # tied, and the same as cls.predictions.bias
+    (
+        r"cls\.predictions\.decoder\.(?:weight|bias)",
+        "",
+    ),  # tied, and the same as cls.predictions.bias
 )
 
 
@@ -163,7 +165,9 @@ def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
 
         source = BeitModel.from_pretrained(source, local_files_only=True)
     prefixed = _below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
-    found = convert_into(model, _per_layer_bias(source, model), prefixed, parts=("video.", "pooler_"))
+    found = convert_into(
+        model, _per_layer_bias(source, model), prefixed, parts=("video.", "pooler_")
+    )
     found.report("BEiT")
     return found
 
@@ -221,7 +225,9 @@ def convert_into(
             unknown.append(name)
             continue
         if target in loaded:
-            raise ValueError(f"convert: {name} must be the only one for {target}, got {loaded[target]}")
+            raise ValueError(
+                f"convert: {name} must be the only one for {target}, got {loaded[target]}"
+            )
         if target.endswith("bias.table"):
             value = resize_bias_table(value, model.config.grid_size, model.config.num_frames)
         if value.shape != state[target].shape:

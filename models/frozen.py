@@ -9,12 +9,12 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import svitt_ops as so
 from svitt_ops.models.configuration import FrozenConfig
 from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
 from svitt_ops.models.svitt import TwoTowers
+from torch import Tensor, nn
+
+import svitt_ops as so
 
 
 class FrozenForRetrieval(TwoTowers):

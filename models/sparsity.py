@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svitt_ops import keep_count
 from svitt_ops.models.configuration import SViTTConfig, VideoConfig
+
+from svitt_ops import keep_count
 
 CURRICULUM = {4: 0.7, 8: 0.6, 16: 0.5}
 """Frames and keep rates of the paper's three stages of pretraining."""

@@ -10,10 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
 from svitt_ops.models.layers import Residual
 from svitt_ops.models.outputs import (
@@ -24,6 +20,10 @@ from svitt_ops.models.outputs import (
 )
 from svitt_ops.models.text import FusionEncoder, TextTower
 from svitt_ops.models.video import VideoTower
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import svitt_ops as so
 from svitt_ops.nn import RelativePositionBias3D
 
 IGNORED = -100

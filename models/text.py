@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal, cast
 
 import torch
+from svitt_ops.models.configuration import SViTTConfig
+from svitt_ops.models.layers import FeedForward
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
-from svitt_ops.models.configuration import SViTTConfig
-from svitt_ops.models.layers import FeedForward
 from svitt_ops.nn import CrossAttention
 
 
@@ -77,7 +77,9 @@ class TextEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         length, longest = input_ids.shape[1], self.position.num_embeddings
         if length > longest:
-            raise ValueError(f"TextTower: input_ids must have at most {longest} tokens, got {length}")
+            raise ValueError(
+                f"TextTower: input_ids must have at most {longest} tokens, got {length}"
+            )
         embedded = self.word(input_ids) + self.position.weight[:length]
         if self.token_type is not None:
             embedded = embedded + self.token_type.weight[0]

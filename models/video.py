@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 from svitt_ops.models.layers import FeedForward, Residual
 from svitt_ops.models.official import attend_over_padding, padded
 from svitt_ops.models.token_order import token_order
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import svitt_ops as so
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
 
 
@@ -200,4 +200,6 @@ def _noise(indices: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return torch.rand(indices.shape, device=indices.device)
     # Alike for all samples, so that a clip's encoding does not depend on its batch.
-    return torch.rand(1, indices.shape[1], generator=generator).to(indices.device).expand_as(indices)
+    return (
+        torch.rand(1, indices.shape[1], generator=generator).to(indices.device).expand_as(indices)
+    )
