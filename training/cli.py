@@ -32,7 +32,7 @@ skipped, counted and listed in the output folder. A run that was killed goes on 
 checkpoint was when the same command is given again.
 """
 RETRIEVAL = """\
-Find videos by text and texts by video, on the test corpora of a recipe:
+Find videos by text and texts by video, in annotation files like those of training:
 
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --root videos
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --probe
@@ -180,8 +180,8 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from svitt_ops.training.engine import load_trained
     from svitt_ops.training.gallery import TestClips, build_gallery
     from svitt_ops.training.probing import probe_retrieval
-    from svitt_ops.training.recipes import Corpus, Data, Evaluation
-    from svitt_ops.training.retrieval import retrieval
+    from svitt_ops.training.recipes import Corpus, Data
+    from svitt_ops.training.retrieval import Evaluation, retrieval
     from svitt_ops.training.table import render_retrieval
 
     model, tokenizer, _ = load_trained(arguments.model)

@@ -118,7 +118,9 @@ class PairDataset(Dataset[Clip]):
         self.positives = positives
         self.reader = FrameReader(spec)
         self._ids: dict[str, int] = {}
-        for item in self.items:
+        self._of_kind: dict[Kind, list[int]] = {}
+        for number, item in enumerate(self.items):
+            self._of_kind.setdefault(item.kind, []).append(number)
             for name in (item.path,) if positives == "video" else item.captions:
                 self._ids.setdefault(name, len(self._ids))
 
@@ -129,17 +131,15 @@ class PairDataset(Dataset[Clip]):
         number, epoch = key
         skipped: list[tuple[str, str]] = []
         rng = random.Random(f"{self.seed} {epoch} {number}")
-        kind = self.items[number].kind
+        others = self._of_kind[self.items[number].kind]
         for _ in range(MAX_REPLACEMENTS):
             item = self.items[number]
-            seed = rng.getrandbits(48)
-            if item.kind == kind:
-                try:
-                    return self._clip(item, seed, skipped)
-                except UnusableVideoError as error:
-                    skipped.append((item.path, str(error)))
-            number = rng.randrange(len(self.items))
-        raise RuntimeError(
+            try:
+                return self._clip(item, rng.getrandbits(48), skipped)
+            except UnusableVideoError as error:
+                skipped.append((item.path, str(error)))
+            number = rng.choice(others)
+        raise ValueError(
             f"{len(skipped)} files in a row could not be read; the last: {skipped[-1][1]}"
         )
 

@@ -71,9 +71,7 @@ def run_demo(
     for name in STAGES:
         start = time.perf_counter()
         places = [f"output={output / name.removeprefix('demo-')}", f"seed={seed}"]
-        for split in ("train", "test"):
-            annotations = output / "corpus" / f"{split}.json"
-            places.append(f"data.{split}.0.annotations={annotations}")
+        places.append(f"data.train.0.annotations={output / 'corpus' / 'train.json'}")
         if stages:
             places.append(f"init.checkpoint={stages[-1].folder}")
         recipe = load_recipe(name, [*places, *overrides])

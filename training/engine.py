@@ -158,6 +158,9 @@ def _arguments(
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("recipe: run.device is 'cuda', but torch sees no GPU here")
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
+    # What newer versions of transformers call it, and what older ones do.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    recompute = next(name for name in names if name in known)
     values: dict[str, Any] = {
         "output_dir": recipe.output,
         "per_device_train_batch_size": settings.batch_size // (world * settings.accumulation),
@@ -171,7 +174,7 @@ def _arguments(
         "ddp_backend": "gloo" if on_cpu and world > 1 else None,
         # A loss of weight 0 leaves its heads out of the graph.
         "ddp_find_unused_parameters": not all(model.config.loss_weights.values()),
-        "gradient_checkpointing": run.gradient_checkpointing,
+        recompute: run.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": run.save_steps,
         "logging_steps": run.log_steps,

@@ -9,8 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.gallery import Gallery, TestClips
-from svitt_ops.training.recipes import Evaluation
-from svitt_ops.training.retrieval import encode_gallery_texts, encode_gallery_videos, retrieval
+from svitt_ops.training.retrieval import (
+    Evaluation,
+    encode_gallery_texts,
+    encode_gallery_videos,
+    retrieval,
+)
 from svitt_ops.training.sampling import ORDERS
 
 if TYPE_CHECKING:

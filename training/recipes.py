@@ -53,7 +53,6 @@ class Data:
     """What is read, and how a clip is made."""
 
     train: list[Corpus] = field(default_factory=list)
-    test: list[Corpus] = field(default_factory=list)
     sampling: str = "rand"
     """Frames of a training clip: "rand", "middle" or "fpsX"."""
     official_sampling: bool = False
@@ -85,6 +84,8 @@ class Optimizer:
     """AdamW, linear warm-up, cosine decay that is clipped at a floor."""
 
     lr: float = 3e-5
+    bias_lr_scale: float = 1.0
+    """Learning rate of the relative position bias tables, in terms of `lr`."""
     min_lr_ratio: float = 0.01
     """Floor of the learning rate, as a share of `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -127,21 +128,6 @@ class Run:
 
 
 @dataclass
-class Evaluation:
-    """Retrieval on the test corpora."""
-
-    top_k: int = 128
-    """Candidates of the contrastive search that the match head ranks anew; 0: none."""
-    clips: int = 1
-    """Clips of each video."""
-    strided: bool = False
-    """Clips take every n-th frame instead of following each other."""
-    merge: str = "logsumexp"
-    """How match scores of the clips become one: "logsumexp", "mean" or "max"."""
-    batch_size: int = 32
-
-
-@dataclass
 class Recipe:
     """A whole run."""
 
@@ -155,7 +141,6 @@ class Recipe:
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     run: Run = field(default_factory=Run)
-    evaluation: Evaluation = field(default_factory=Evaluation)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -233,9 +218,8 @@ def _check_values(recipe: Recipe) -> None:
         ("run.precision", run.precision, ("bf16", "fp32")),
         ("data.pad_to", data.pad_to, ("longest", "max")),
         ("data.positives", data.positives, ("video", "caption")),
-        ("evaluation.merge", recipe.evaluation.merge, ("logsumexp", "mean", "max")),
     ]
-    for corpus in (*data.train, *data.test):
+    for corpus in data.train:
         choices.append(("data corpus kind", corpus.kind, ("video", "image")))
         choices.append(("data corpus captions", corpus.captions, ("each", "join")))
     for name, value, known in choices:
@@ -243,13 +227,13 @@ def _check_values(recipe: Recipe) -> None:
             raise ValueError(f"recipe: {name} must be one of {', '.join(known)}, got {value!r}")
     positive = {
         "optimizer.lr": optimizer.lr,
+        "optimizer.bias_lr_scale": optimizer.bias_lr_scale,
         "optimizer.epochs": optimizer.epochs,
         "optimizer.batch_size": optimizer.batch_size,
         "optimizer.accumulation": optimizer.accumulation,
         "data.text_length": data.text_length,
         "run.save_steps": run.save_steps,
         "run.log_steps": run.log_steps,
-        "evaluation.clips": recipe.evaluation.clips,
     }
     for name, number in positive.items():
         if number <= 0:

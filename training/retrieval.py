@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.collate import encode_texts
 from svitt_ops.training.datasets import SkipLog
 from svitt_ops.training.gallery import Gallery, TestClips, stack_clips
-from svitt_ops.training.recipes import Evaluation
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
@@ -26,6 +25,22 @@ log = logging.getLogger(__name__)
 Progress = Callable[..., Iterable[Any]]
 RECALLS = (1, 5, 10)
 BELOW = 1e4  # what candidates that were not re-ranked lie below those that were
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How to evaluate retrieval."""
+
+    top_k: int = 128
+    """Candidates of the contrastive search that the match head ranks anew; 0: none."""
+    clips: int = 1
+    """Clips of each video."""
+    strided: bool = False
+    """Clips take every n-th frame instead of following each other."""
+    merge: Literal["logsumexp", "mean", "max"] = "logsumexp"
+    """How match scores of the clips become one."""
+    batch_size: int = 32
+    """Clips that are encoded, and pairs that are matched, at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.checkpoints import (
     PARTIAL,
@@ -61,7 +62,7 @@ class PretrainTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
         self._folder: str | None = None
         self._sums: dict[str, Tensor] = {}
-        self._counts = 0
+        self._part = 0
 
     def train_from_last(self) -> int:
         """Train to the end, from the newest checkpoint if there is one; the step it began at."""
@@ -95,12 +96,17 @@ class PretrainTrainer(Trainer):
         if self.optimizer is None:
             whole = self.model if model is None else model
             assert whole is not None
+            settings = self.recipe.optimizer
+            tables = {m.table for m in whole.modules() if isinstance(m, RelativePositionBias3D)}
             wanted = [p for p in whole.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
-                {"params": [p for p in wanted if p.ndim > 1]},
+                {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
                 {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
+                {
+                    "params": [p for p in wanted if p in tables],
+                    "lr": settings.lr * settings.bias_lr_scale,
+                },
             ]
-            settings = self.recipe.optimizer
             self.optimizer = torch.optim.AdamW(
                 groups,
                 lr=settings.lr,
@@ -137,17 +143,17 @@ class PretrainTrainer(Trainer):
     ) -> Tensor:
         for reason in self.skipped.add(inputs.pop("skipped")):
             log.warning("skipped: %s", reason)
-        part = self._counts_in_step(inputs)
+        part = self._next_part()
         torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
         with torch.no_grad():
             self.accelerator.unwrap_model(model).clamp_temperature()
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _counts_in_step(self, inputs: dict[str, Any]) -> int:
+    def _next_part(self) -> int:
         """Which of a step's accumulated batches this is."""
-        number = self._counts
-        self._counts = (number + 1) % self.args.gradient_accumulation_steps
-        return number
+        part = self._part
+        self._part = (part + 1) % self.args.gradient_accumulation_steps
+        return part
 
     def compute_loss(
         self,
@@ -179,7 +185,7 @@ class PretrainTrainer(Trainer):
             self._sums = {}
             temperature = getattr(self.accelerator.unwrap_model(self.model), "temperature", None)
             if temperature is not None:
-                logs["temperature"] = float(temperature)
+                logs["temperature"] = temperature.item()
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)

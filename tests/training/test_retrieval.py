@@ -12,8 +12,13 @@ from svitt_ops.training.build import build_model
 from svitt_ops.training.figures import draw_survivors, find_survivors
 from svitt_ops.training.gallery import TestClips, build_gallery
 from svitt_ops.training.probing import pair_accuracy, pair_choices, probe_retrieval
-from svitt_ops.training.recipes import Evaluation
-from svitt_ops.training.retrieval import best_ranks, recall_table, recalls, retrieval
+from svitt_ops.training.retrieval import (
+    Evaluation,
+    best_ranks,
+    recall_table,
+    recalls,
+    retrieval,
+)
 from svitt_ops.training.sampling import ORDERS
 from svitt_ops.training.table import render_retrieval
 from svitt_ops.training.text import train_tokenizer

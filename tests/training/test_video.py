@@ -190,7 +190,7 @@ def test_training_replaces_broken_files_and_counts_them(tmp_path: Path) -> None:
 
 def test_a_corpus_without_a_usable_file_is_an_error(tmp_path: Path) -> None:
     dataset = PairDataset([entry(tmp_path / "no.mp4")], ClipSpec(num_frames=4))
-    with pytest.raises(RuntimeError, match=r"could not be read.*no\.mp4"):
+    with pytest.raises(ValueError, match=r"could not be read.*no\.mp4"):
         dataset[0, 0]
 
 
