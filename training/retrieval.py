@@ -90,7 +90,7 @@ def encode_gallery_videos(
     batch_size: int = 32,
     workers: int = 0,
     keep_states: bool = True,
-    progress: Progress = iter,
+    progress: Progress | None = None,
 ) -> tuple[EncodedVideos, list[int], SkipLog]:
     """Embeddings and states of a gallery's videos; the numbers of those that cannot be read."""
     device = next(model.parameters()).device
@@ -100,7 +100,8 @@ def encode_gallery_videos(
     loader = DataLoader(
         clips, batch_size=batch_size, num_workers=workers, collate_fn=stack_clips, shuffle=False
     )
-    for read, frames in progress(loader):
+    shown = loader if progress is None else progress(loader, desc="encode videos")
+    for read, frames in shown:
         for clip in read:
             if clip.frames is None:
                 unusable.append(clip.number)
@@ -132,7 +133,7 @@ def retrieval(
     rerank: bool | None = None,
     bf16: bool = False,
     workers: int = 0,
-    progress: Progress = iter,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate retrieval in both directions.
 
@@ -167,7 +168,7 @@ def retrieval(
                 batch_size=settings.batch_size,
                 workers=workers,
                 keep_states=rerank,
-                progress=lambda x: progress(x, desc="encode videos"),
+                progress=progress,
             )
             gallery = clips.gallery.without(unusable)
             texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length)
@@ -220,7 +221,7 @@ def _rerank(
     videos: EncodedVideos,
     settings: Evaluation,
     by_video: bool,
-    progress: Progress,
+    progress: Progress | None,
 ) -> Tensor:
     """Scores (texts, videos) in which each query's best candidates have their match score."""
     assert videos.states is not None
@@ -229,7 +230,8 @@ def _rerank(
     candidates = queries.topk(min(settings.top_k, queries.shape[1]), dim=1).indices
     chunk = max(1, settings.batch_size // videos.states.shape[1])
     what = "video to text" if by_video else "text to video"
-    for query, chosen in enumerate(progress(candidates, desc=f"re-rank {what}")):
+    shown = candidates if progress is None else progress(candidates, desc=f"re-rank {what}")
+    for query, chosen in enumerate(shown):
         for part in chosen.split(chunk):
             other = torch.full_like(part, query)
             text, video = (part, other) if by_video else (other, part)
