@@ -82,18 +82,12 @@ class VideoConfig(PreTrainedConfig):
         """Patches of a clip."""
         return self.num_frames * self.grid_size**2
 
-    @property
-    def head_dim(self) -> int:
-        """Width of a head of the video tower."""
-        return self.hidden_size // self.num_attention_heads
-
     def kept_tokens(self) -> list[int]:
-        """Patches that enter each layer of the video tower."""
-        counts, count = [], self.num_patches
+        """Patches that enter each layer of the video tower and, last, those that leave it."""
+        counts = [self.num_patches]
         for layer in range(self.num_hidden_layers):
-            counts.append(count)
-            if layer in self.prune_layers:
-                count = keep_count(self.keep_rate, count)
+            pruned = layer in self.prune_layers
+            counts.append(keep_count(self.keep_rate, counts[-1]) if pruned else counts[-1])
         return counts
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -104,10 +98,12 @@ class VideoConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
         self._check_positive("image_size", "patch_size", "num_frames", "hidden_size", "block_size")
-        self._check_positive("num_attention_heads", "intermediate_size")
+        self._check_positive("num_hidden_layers", "num_attention_heads", "intermediate_size")
         self._check_divides("patch_size", "image_size")
         self._check_divides("num_attention_heads", "hidden_size")
         self._check_rate("keep_rate")
+        if not 0 <= self.drop_path_rate < 1:
+            self._refuse("drop_path_rate", "at least 0 and less than 1", self.drop_path_rate)
         self._check_one_of("token_order", TOKEN_ORDERS)
         self._check_one_of("prune_by", ("saliency", "random"))
         self._check_one_of("video_pooling", ("mean", "cls"))

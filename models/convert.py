@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from svitt_ops.models.configuration import SViTTConfig
 from svitt_ops.models.expansion import frames_of_bias_table, resize_bias_table
 from svitt_ops.models.svitt import SViTTForPreTraining, SViTTModel
 from svitt_ops.models.unpickling import read_tensors
-from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Conversion:
 
 
 def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTForPreTraining:
-    """A model with the weights of a released SViTT or Singularity checkpoint.
+    """A model with the weights of a released SViTT or Singularity checkpoint, for evaluation.
 
     The file is read without running anything that it contains. Its number of frames is inferred
     from its relative position bias (a Singularity checkpoint has that of one frame) and replaces
@@ -150,7 +151,7 @@ def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTF
         )
     model = SViTTForPreTraining(type(config)(**{**config.to_dict(), "num_frames": frames}))
     convert_into(model, tensors, OFFICIAL_CHECKPOINT).report(path)
-    return model
+    return model.eval()
 
 
 def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:

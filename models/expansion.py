@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from svitt_ops.models.configuration import OFFICIAL
 from torch import Tensor, nn
 
 import svitt_ops as so
+from svitt_ops.models.configuration import OFFICIAL
 from svitt_ops.nn import RelativePositionBias3D
 
 if TYPE_CHECKING:

@@ -5,16 +5,13 @@ Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 import torch.nn.functional as F
-from svitt_ops.models.configuration import FrozenConfig
-from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
-from svitt_ops.models.svitt import TwoTowers
 from torch import Tensor, nn
 
 import svitt_ops as so
+from svitt_ops.models.configuration import FrozenConfig
+from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.svitt import TwoTowers
 
 
 class FrozenForRetrieval(TwoTowers):
@@ -55,18 +52,16 @@ class FrozenForRetrieval(TwoTowers):
         input_ids: Tensor,
         attention_mask: Tensor,
         pair_ids: Tensor | None = None,
-        **_: Any,
     ) -> SViTTPreTrainingOutput:
         """Contrastive loss of a batch of pairs; arguments as of `SViTTForPreTraining`."""
         video = self.encode_video(pixel_values)
         text = self.encode_text(input_ids, attention_mask)
-        shared = dist.is_available() and dist.is_initialized() and self.training
         loss = so.info_nce(
             video.embeds,
             text.embeds,
             self.config.temperature_init,
             ids=pair_ids,
-            group=dist.group.WORLD if shared else None,
+            group=self.group(),
         )
         return SViTTPreTrainingOutput(
             loss=loss, loss_vtc=loss, video_embeds=video.embeds, text_embeds=text.embeds

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svitt_ops.models.configuration import OFFICIAL, VideoConfig
+
 
 class FeedForward(nn.Module):
     """Two projections around a GELU."""
@@ -45,3 +47,19 @@ class Residual(nn.Module):
         if factor is None:
             return x + branch
         return torch.addcmul(x, branch.to(x.dtype), factor.to(x.dtype))  # one pass over memory
+
+
+def eval_generator(config: VideoConfig) -> torch.Generator | None:
+    """What draws outside training, on each call from the start; None is torch's own."""
+    if config.eval_pattern_seed is None or config.compat == OFFICIAL:
+        return None
+    return torch.Generator().manual_seed(config.eval_pattern_seed)
+
+
+def random_scores(tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Scores ``(batch, n)`` that drop tokens ``(batch, n, ...)`` at random."""
+    shape = tokens.shape[:2]
+    if generator is None:
+        return torch.rand(shape, device=tokens.device)
+    # Alike for all samples, so that what becomes of one does not depend on its batch.
+    return torch.rand(1, shape[1], generator=generator).to(tokens.device).expand(shape)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svitt_ops.models.configuration import SViTTConfig, VideoConfig
-
 from svitt_ops import keep_count
+from svitt_ops.models.configuration import SViTTConfig, VideoConfig
 
 CURRICULUM = {4: 0.7, 8: 0.6, 16: 0.5}
 """Frames and keep rates of the paper's three stages of pretraining."""
@@ -66,7 +65,7 @@ def edge_count(config: SViTTConfig, *, text_length: int = TEXT_LENGTH) -> EdgeCo
         config: of the model.
         text_length: tokens of the text.
     """
-    layers = config.kept_tokens()
+    layers = config.kept_tokens()[:-1]
     fused = fusion_tokens(config)
     patches = config.num_patches
     return EdgeCount(
@@ -114,10 +113,7 @@ def sparsity_table(
 
 def fusion_tokens(config: SViTTConfig) -> list[int]:
     """Patches that each fusion layer attends over."""
-    count = config.num_patches
-    for layer in config.prune_layers:
-        count = keep_count(config.keep_rate, count)
-    counts = []
+    counts, count = [], config.kept_tokens()[-1]
     for layer in range(config.num_fusion_layers):
         counts.append(count)
         if config.prunes_multimodally and layer in config.multimodal_prune_layers:
@@ -146,7 +142,7 @@ def video_macs(config: VideoConfig, *, dense: bool = False) -> int:
     width = config.hidden_size
     per_token = 4 * width**2 + 2 * width * config.intermediate_size
     macs = 0
-    for count in config.kept_tokens():
+    for count in config.kept_tokens()[:-1]:
         count = config.num_patches if dense else count
         keys = count if dense else keys_per_patch(config, count)
         macs += count * (per_token + 2 * width * keys)

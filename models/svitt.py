@@ -5,11 +5,13 @@ Source: SViTT (CVPR 2023); the losses are ALBEF's (NeurIPS 2021) without momentu
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
 from svitt_ops.models.layers import Residual
 from svitt_ops.models.outputs import (
@@ -20,10 +22,6 @@ from svitt_ops.models.outputs import (
 )
 from svitt_ops.models.text import FusionEncoder, TextTower
 from svitt_ops.models.video import VideoTower
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-import svitt_ops as so
 from svitt_ops.nn import RelativePositionBias3D
 
 IGNORED = -100
@@ -51,6 +49,11 @@ class TwoTowers(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the text's tokens."""
         return self.text.embeddings.word
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch while training: negatives come from all of them."""
+        shared = dist.is_available() and dist.is_initialized() and self.training
+        return dist.group.WORLD if shared and self.config.compat != OFFICIAL else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,7 +187,6 @@ class SViTTForPreTraining(SViTTModel):
         pair_ids: Tensor | None = None,
         mlm_input_ids: Tensor | None = None,
         mlm_labels: Tensor | None = None,
-        **_: Any,
     ) -> SViTTPreTrainingOutput:
         """Losses of a batch of pairs.
 
@@ -202,7 +204,7 @@ class SViTTForPreTraining(SViTTModel):
         losses: dict[str, Tensor] = {}
         if weight["vtc"]:
             losses["vtc"] = so.info_nce(
-                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self._group()
+                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
             )
         if weight["vtm"]:
             losses["vtm"] = self._match_loss(video, text, attention_mask, pair_ids)
@@ -246,11 +248,6 @@ class SViTTForPreTraining(SViTTModel):
         found = torch.cat([clip, other])
         labels = torch.cat([torch.ones_like(clip), torch.where(found < 0, IGNORED, 0)])
         return _cross_entropy(logits, labels)
-
-    def _group(self) -> dist.ProcessGroup | None:
-        """The processes that share a batch while training: negatives come from all of them."""
-        shared = dist.is_available() and dist.is_initialized() and self.training
-        return dist.group.WORLD if shared and self.config.compat != OFFICIAL else None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-import torch
-from svitt_ops.models.configuration import SViTTConfig
-from svitt_ops.models.layers import FeedForward
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
+from svitt_ops.models.configuration import SViTTConfig
+from svitt_ops.models.layers import FeedForward, eval_generator, random_scores
 from svitt_ops.nn import CrossAttention
 
 
@@ -135,6 +134,7 @@ class FusionEncoder(nn.Module):
         """
         config, ignored = self.config, attention_mask == 0
         check_mask(attention_mask, states)
+        generator = None if self.training else eval_generator(config)
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_multimodally and number in config.multimodal_prune_layers
             by_saliency = prunes and config.multimodal_prune_by != "random"
@@ -143,7 +143,7 @@ class FusionEncoder(nn.Module):
             if not prunes:
                 continue
             if scores is None:
-                scores = torch.rand(video.shape[:2], device=video.device)
+                scores = random_scores(video, generator)
             kept = so.prune_tokens(video, scores[:, 1:], keep_rate=config.multimodal_keep_rate)
             video = kept.tokens
             indices = kept.indices if indices is None else indices.gather(1, kept.indices)

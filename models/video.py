@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from svitt_ops.models.configuration import OFFICIAL, VideoConfig
-from svitt_ops.models.layers import FeedForward, Residual
-from svitt_ops.models.official import attend_over_padding, padded
-from svitt_ops.models.token_order import token_order
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
+from svitt_ops.models.configuration import OFFICIAL, VideoConfig
+from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
+from svitt_ops.models.official import attend_over_padding, padded
+from svitt_ops.models.token_order import token_order
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
+
+DENSE_BLOCK = 56
+"""Block size of dense attention, for which it has no meaning: the one the kernels are best at."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,7 @@ class VideoTower(nn.Module):
         tokens, order, codes = self._embed(pixel_values)
         table_codes = codes if config.position == "relative" else None
         indices = order.expand(tokens.shape[0], -1)
-        generator = None
-        if not (self.training or config.eval_pattern_seed is None or config.compat == OFFICIAL):
-            generator = torch.Generator().manual_seed(config.eval_pattern_seed)
+        generator = None if self.training else eval_generator(config)
         stages = []
         for number, layer in enumerate(self.layers):
             prunes = number in config.prune_layers and config.keep_rate < 1
@@ -128,7 +129,7 @@ class VideoTower(nn.Module):
             tokens, scores = layer(tokens, layout, table_codes, by_saliency)
             if prunes:
                 if scores is None:
-                    scores = _noise(indices, generator)
+                    scores = random_scores(indices, generator)
                 kept = so.prune_tokens(
                     tokens, scores, keep_rate=config.keep_rate, position_codes=table_codes
                 )
@@ -161,7 +162,8 @@ class VideoTower(nn.Module):
             cls = cls + self.cls_position
         if config.token_order != "standard":
             patches = patches[:, order]
-        tokens = torch.cat([cls.expand(batch, -1, -1).to(patches.dtype), patches], 1)
+        # Under autocast the stream stays fp32; what is computed from it is not.
+        tokens = torch.cat([cls.expand(batch, -1, -1), patches.to(cls.dtype)], 1)
         return tokens, order, codes
 
     def _positions(self, frames: int) -> tuple[Tensor, Tensor]:
@@ -189,17 +191,3 @@ class VideoTower(nn.Module):
             generator=generator,
             device=device,
         )
-
-
-DENSE_BLOCK = 56
-"""Block size of dense attention, for which it has no meaning: the one the kernels are best at."""
-
-
-def _noise(indices: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Scores ``(batch, n)`` of patches that are dropped at random."""
-    if generator is None:
-        return torch.rand(indices.shape, device=indices.device)
-    # Alike for all samples, so that a clip's encoding does not depend on its batch.
-    return (
-        torch.rand(1, indices.shape[1], generator=generator).to(indices.device).expand_as(indices)
-    )

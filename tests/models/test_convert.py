@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
 from svitt_ops.models.unpickling import Inert, read_tensors
-from torch import Tensor
 
 MakeConfig = Callable[..., SViTTConfig]
 
+BIAS = "relative_position_bias.relative_position_bias"
 NAMES = {
     "video.cls_token": "vision_encoder.embeddings.cls_token",
     "video.patches.": "vision_encoder.embeddings.patch_embeddings.projection.",
@@ -42,7 +44,7 @@ NAMES = {
     "text.layers.": "text_encoder.bert.encoder.layer.",
 }
 IN_VIDEO = {
-    "attention.bias.table": "attention.attention.relative_position_bias.relative_position_bias_table",
+    "attention.bias.table": "attention.attention." + BIAS + "_table",
     "attention.query": "attention.attention.query",
     "attention.key": "attention.attention.key",
     "attention.value": "attention.attention.value",

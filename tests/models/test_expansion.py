@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from svitt_ops.models import (
     FrozenConfig,
     FrozenForRetrieval,

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining
-from svitt_ops.models.official import attend_over_padding, padded
 from torch import Tensor
 
 import svitt_ops as so
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining
+from svitt_ops.models.official import attend_over_padding, padded
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D, merge_heads, split_heads
 
 GRID = (2, 3, 4)

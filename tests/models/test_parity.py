@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
 from transformers import BeitConfig, BeitModel, BertConfig, BertForPreTraining, BertModel
+
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
 
 MakeConfig = Callable[..., SViTTConfig]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, edge_count, sparsity_table
 
 import svitt_ops as so
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, edge_count, sparsity_table
 
 
 def test_table_of_the_paper() -> None:
@@ -43,12 +43,16 @@ def test_counted_edges_are_those_of_the_layout() -> None:
     assert edge_count(SViTTConfig(keep_rate=1.0)).video == 12 * 784 * 225
 
 
-def test_counted_tokens_are_those_that_survive(make_config: Callable[..., SViTTConfig]) -> None:
-    config = make_config()
+@pytest.mark.parametrize("layers", [[0, 1], [0, 2], [2, 0, 2], []])
+def test_counted_tokens_are_those_that_survive(
+    make_config: Callable[..., SViTTConfig], layers: list[int]
+) -> None:
+    config = make_config(prune_layers=layers)
     with torch.no_grad():
         found = SViTTForPreTraining(config).eval().encode_video(torch.randn(1, 4, 3, 32, 32))
     (row,) = sparsity_table(config, frames=[4])
     assert [64, *(stage.shape[1] for stage in found.indices_per_stage)] == list(row.tokens)
+    assert row.multimodal_tokens[0] == found.indices.shape[1]
 
 
 @pytest.mark.parametrize(("frames", "count"), [(4, 203394653), (8, 204234461), (16, 205914077)])

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, token_order
 from torch import Tensor
 
 import svitt_ops as so
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, token_order
 
 MakeConfig = Callable[..., SViTTConfig]
 
