@@ -48,7 +48,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer would number the inner letters of words by hashing, break ties between merges by
     # these numbers, and so give every process a vocabulary of its own: announce them in order.
-    inner = set()
+    inner: set[str] = set()
     for text in texts:
         for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text)):
             inner.update(word[1:])

@@ -209,7 +209,7 @@ def test_recipes_that_cannot_be(make_recipe: Any, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             pretrain(make_recipe(tmp_path / "run", *overrides))
     tokenizer = train_tokenizer(["a"], 50)
-    with pytest.raises(ValueError, match="model has no key 'widht'"):
-        build_model(make_recipe(tmp_path / "run", widht=3), tokenizer)
+    with pytest.raises(ValueError, match="model has no key 'wide'"):
+        build_model(make_recipe(tmp_path / "run", wide=3), tokenizer)
     with pytest.raises(ValueError, match=r"model\.vocab_size is the tokenizer's"):
         build_model(make_recipe(tmp_path / "run", vocab_size=3), tokenizer)
