@@ -91,8 +91,8 @@ def test_byte_order_mark_and_entries_that_stay_together(tmp_path: Path) -> None:
 
 
 def test_clean_caption() -> None:
-    assert clean_caption('  A <person>, that\'s it?  Black-and/white: ("yes")~ ') == (
-        "a person the dogs black and white yes"
+    assert clean_caption('  A <person>, dog\'s day?  Black-and/white: ("yes")~ ') == (
+        "a person dogs day black and white yes"
     )
     assert clean_caption("one two three", max_words=2) == "one two"
 
