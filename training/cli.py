@@ -178,7 +178,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
 
     from svitt_ops.training.build import read_corpora
     from svitt_ops.training.engine import load_trained
-    from svitt_ops.training.gallery import TestClips, build_gallery
+    from svitt_ops.training.gallery import GalleryClips, build_gallery
     from svitt_ops.training.probing import probe_retrieval
     from svitt_ops.training.recipes import Corpus, Data
     from svitt_ops.training.retrieval import Evaluation, retrieval
@@ -214,7 +214,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     if arguments.probe:
         facts = probe_retrieval(model, tokenizer, gallery, short_side=256, **options)
     else:
-        clips = TestClips(
+        clips = GalleryClips(
             gallery,
             model.config.num_frames,
             num_clips=settings.clips,

@@ -20,7 +20,7 @@ from svitt_ops.training.annotations import read_annotations
 from svitt_ops.training.corpus import CorpusSpec, Film, build_corpus
 from svitt_ops.training.engine import Trained, load_trained, pretrain
 from svitt_ops.training.figures import draw_survivors, find_survivors
-from svitt_ops.training.gallery import Gallery, TestClips, build_gallery
+from svitt_ops.training.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.probing import pair_accuracy
 from svitt_ops.training.recipes import load_recipe
 from svitt_ops.training.retrieval import retrieval
@@ -93,7 +93,7 @@ def evaluate_demo(folder: Path, output: Path) -> dict[str, Any]:
     numbers = torch.arange(len(entries)).view(-1, 2)  # both films of a scene follow each other
     frames = model.config.num_frames
     bar = tqdm(total=4, desc="evaluate", unit="part", dynamic_ncols=True)
-    found = retrieval(model, tokenizer, TestClips(gallery, frames), text_length=TEXT_LENGTH)
+    found = retrieval(model, tokenizer, GalleryClips(gallery, frames), text_length=TEXT_LENGTH)
     bar.update()
     pairs = {
         order: pair_accuracy(
@@ -206,7 +206,7 @@ def _prepare(output: Path, resume: bool) -> None:
 
 
 def _draw(model: SViTTForPreTraining, tokenizer: Any, gallery: Gallery, path: Path) -> Path:
-    clips = TestClips(gallery, model.config.num_frames)
+    clips = GalleryClips(gallery, model.config.num_frames)
     samples = []
     for number in (0, 1):
         frames = clips[number].frames

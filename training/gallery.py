@@ -67,7 +67,7 @@ def build_gallery(entries: Sequence[Entry]) -> Gallery:
 
 
 @dataclass
-class TestClip:
+class GalleryClip:
     """The clips of one video, or why there are none."""
 
     number: int
@@ -75,7 +75,7 @@ class TestClip:
     reason: str = ""
 
 
-class TestClips(Dataset[TestClip]):
+class GalleryClips(Dataset[GalleryClip]):
     """The clips of a gallery's videos, in its order."""
 
     def __init__(
@@ -111,7 +111,7 @@ class TestClips(Dataset[TestClip]):
     def __len__(self) -> int:
         return len(self.gallery.videos)
 
-    def __getitem__(self, number: int) -> TestClip:
+    def __getitem__(self, number: int) -> GalleryClip:
         kind = self.gallery.kinds[number]
         rng = random.Random(f"{self.seed} {number}")
 
@@ -126,13 +126,15 @@ class TestClips(Dataset[TestClip]):
         try:
             frames = self.reader.read(self.gallery.videos[number], kind, choose)
         except UnusableVideoError as error:
-            return TestClip(number, None, str(error))
+            return GalleryClip(number, None, str(error))
         if kind == "image":
-            return TestClip(number, frames[None])
-        return TestClip(number, frames.unflatten(0, (self.num_clips, self.num_frames)))
+            return GalleryClip(number, frames[None])
+        return GalleryClip(number, frames.unflatten(0, (self.num_clips, self.num_frames)))
 
 
-def stack_clips(clips: Sequence[TestClip]) -> tuple[list[TestClip], Tensor | list[Tensor] | None]:
+def stack_clips(
+    clips: Sequence[GalleryClip],
+) -> tuple[list[GalleryClip], Tensor | list[Tensor] | None]:
     """Clips as read, and all their frames: one tensor where sizes agree."""
     frames = [clip.frames for clip in clips if clip.frames is not None]
     if not frames:

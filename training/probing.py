@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from svitt_ops.training.gallery import Gallery, TestClips
+from svitt_ops.training.gallery import Gallery, GalleryClips
 from svitt_ops.training.retrieval import (
     Evaluation,
     encode_gallery_texts,
@@ -35,7 +35,7 @@ def probe_retrieval(
     settings = settings or Evaluation()
     found: dict[str, Any] = {}
     for order in ORDERS:
-        clips = TestClips(
+        clips = GalleryClips(
             gallery,
             model.config.num_frames,
             num_clips=settings.clips,
@@ -79,7 +79,7 @@ def pair_accuracy(
     texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length).embeds
     right = []
     for draw in range(draws):
-        clips = TestClips(
+        clips = GalleryClips(
             gallery, model.config.num_frames, order=order, seed=draw, short_side=short_side
         )
         encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.collate import encode_texts
 from svitt_ops.training.datasets import SkipLog
-from svitt_ops.training.gallery import Gallery, TestClips, stack_clips
+from svitt_ops.training.gallery import Gallery, GalleryClips, stack_clips
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
@@ -85,7 +85,7 @@ def encode_gallery_texts(
 @torch.inference_mode()
 def encode_gallery_videos(
     model: SViTTForPreTraining,
-    clips: TestClips,
+    clips: GalleryClips,
     *,
     batch_size: int = 32,
     workers: int = 0,
@@ -126,7 +126,7 @@ def encode_gallery_videos(
 def retrieval(
     model: SViTTForPreTraining,
     tokenizer: PreTrainedTokenizerBase,
-    clips: TestClips,
+    clips: GalleryClips,
     *,
     text_length: int = 32,
     settings: Evaluation | None = None,

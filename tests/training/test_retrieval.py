@@ -10,7 +10,7 @@ import torch
 from svitt_ops.training.annotations import Entry, read_annotations
 from svitt_ops.training.build import build_model
 from svitt_ops.training.figures import draw_survivors, find_survivors
-from svitt_ops.training.gallery import TestClips, build_gallery
+from svitt_ops.training.gallery import GalleryClips, build_gallery
 from svitt_ops.training.probing import pair_accuracy, pair_choices, probe_retrieval
 from svitt_ops.training.retrieval import (
     Evaluation,
@@ -77,7 +77,7 @@ def test_recalls_with_several_texts_per_video() -> None:
 
 def test_reranking_replaces_the_order_of_the_candidates(trained: Any) -> None:
     model, tokenizer, gallery = trained
-    clips = TestClips(gallery, 4)
+    clips = GalleryClips(gallery, 4)
     with torch.inference_mode():
         plain = retrieval(model, tokenizer, clips, rerank=False)
         assert plain["text_to_video"] == plain["contrastive"]["text_to_video"]
@@ -97,7 +97,7 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
         return torch.stack([score, score + video.float().mean((1, 2))], dim=1)
 
     monkeypatch.setattr(model, "match_logits", by_video)
-    found = retrieval(model, tokenizer, TestClips(gallery, 4), settings=Evaluation(top_k=8))
+    found = retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(top_k=8))
     # A score that ignores the text ranks the same video first for every text.
     assert found["text_to_video"]["R1"] == pytest.approx(100 / 8)
     assert found["video_to_text"]["R1"] == 0  # every text ties
@@ -107,7 +107,7 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
 def test_several_clips(trained: Any, merge: str) -> None:
     model, tokenizer, gallery = trained
     for strided in (False, True):
-        clips = TestClips(gallery, 4, num_clips=2, strided=strided)
+        clips = GalleryClips(gallery, 4, num_clips=2, strided=strided)
         assert clips[0].frames is not None
         assert clips[0].frames.shape[:2] == (2, 4)
         found = retrieval(
@@ -118,9 +118,9 @@ def test_several_clips(trained: Any, merge: str) -> None:
 
 def test_one_clip_twice_ranks_as_once(trained: Any, corpus: Path) -> None:
     model, tokenizer, gallery = trained
-    once = retrieval(model, tokenizer, TestClips(gallery, 4))
+    once = retrieval(model, tokenizer, GalleryClips(gallery, 4))
 
-    class Twice(TestClips):
+    class Twice(GalleryClips):
         def __getitem__(self, number: int) -> Any:
             clip = super().__getitem__(number)
             clip.frames = torch.cat([clip.frames, clip.frames])
@@ -143,26 +143,26 @@ def test_broken_videos_are_left_out_and_reported(
     entries.insert(3, {"video": str(tmp_path / "broken.mp4"), "caption": "a broken film"})
     (tmp_path / "test.json").write_text(json.dumps(entries))
     with_broken = build_gallery(read_annotations(tmp_path / "test.json").entries)
-    found = retrieval(model, tokenizer, TestClips(with_broken, 4))
+    found = retrieval(model, tokenizer, GalleryClips(with_broken, 4))
     assert found.pop("skipped").keys() == {str(tmp_path / "broken.mp4")}
-    without = retrieval(model, tokenizer, TestClips(gallery, 4))
+    without = retrieval(model, tokenizer, GalleryClips(gallery, 4))
     assert without.pop("skipped") == {}
     assert found == without
     alone = build_gallery([entry(str(tmp_path / "broken.mp4"), "x")])
     with pytest.raises(ValueError, match="no video could be read"):
-        retrieval(model, tokenizer, TestClips(alone, 4))
+        retrieval(model, tokenizer, GalleryClips(alone, 4))
 
 
 def test_frame_orders(corpus: Path) -> None:
     gallery = build_gallery(read_annotations(corpus / "test.json").entries)
-    clips = {order: TestClips(gallery, 4, order=order)[0].frames for order in ORDERS}
+    clips = {order: GalleryClips(gallery, 4, order=order)[0].frames for order in ORDERS}
     normal = clips["normal"]
     assert normal is not None
     assert torch.equal(clips["reversed"], normal.flip(1))
     assert torch.equal(clips["frozen"], normal[:, [1, 1, 1, 1]])
-    orders = [TestClips(gallery, 4, order="shuffled", seed=k)[0].frames for k in range(6)]
+    orders = [GalleryClips(gallery, 4, order="shuffled", seed=k)[0].frames for k in range(6)]
     assert len({tuple(o.flatten().tolist()) for o in orders}) > 2
-    assert torch.equal(orders[0], TestClips(gallery, 4, order="shuffled", seed=0)[0].frames)
+    assert torch.equal(orders[0], GalleryClips(gallery, 4, order="shuffled", seed=0)[0].frames)
 
 
 def test_probing(trained: Any) -> None:
@@ -191,7 +191,7 @@ def test_pairs_cannot_be_told_apart_by_frozen_frames(trained: Any) -> None:
 def test_figure(trained: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model, tokenizer, gallery = trained
-    frames = TestClips(gallery, 4)[0].frames
+    frames = GalleryClips(gallery, 4)[0].frames
     assert frames is not None
     found = find_survivors(model, tokenizer, frames[0], gallery.texts[0])
     assert [len(stage) for stage in found.visual] == [12]  # 70 % of 16
