@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -92,18 +93,21 @@ class VideoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.prune_layers = list(self.prune_layers)
+        for name in ("prune_layers", "multimodal_prune_layers"):
+            if isinstance(layers := getattr(self, name, None), Sequence):
+                setattr(self, name, list(layers))
         self.check()
 
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
-        self._check_positive("image_size", "patch_size", "num_frames", "hidden_size", "block_size")
-        self._check_positive("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self._check_counts("image_size", "patch_size", "num_frames", "hidden_size", "block_size")
+        self._check_counts("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self._check_counts("num_local", "num_random", least=0)
         self._check_divides("patch_size", "image_size")
         self._check_divides("num_attention_heads", "hidden_size")
         self._check_rate("keep_rate")
-        if not 0 <= self.drop_path_rate < 1:
-            self._refuse("drop_path_rate", "at least 0 and less than 1", self.drop_path_rate)
+        self._check_drop_rate("drop_path_rate")
+        self._check_one_of("edge_sparsity", (True, False))
         self._check_one_of("token_order", TOKEN_ORDERS)
         self._check_one_of("prune_by", ("saliency", "random"))
         self._check_one_of("video_pooling", ("mean", "cls"))
@@ -112,10 +116,11 @@ class VideoConfig(PreTrainedConfig):
         if self.compat == OFFICIAL and self.num_local > 1:
             self._refuse("num_local", f"0 or 1 with compat={OFFICIAL!r}", self.num_local)
 
-    def _check_positive(self, *names: str) -> None:
+    def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                self._refuse(name, "at least 1", getattr(self, name))
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                self._refuse(name, f"an integer of at least {least}", value)
 
     def _check_divides(self, name: str, whole: str) -> None:
         if getattr(self, whole) % getattr(self, name):
@@ -124,17 +129,23 @@ class VideoConfig(PreTrainedConfig):
             )
 
     def _check_rate(self, name: str) -> None:
-        if not 0 < getattr(self, name) <= 1:
-            self._refuse(name, "more than 0 and at most 1", getattr(self, name))
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            self._refuse(name, "more than 0 and at most 1", value)
 
-    def _check_one_of(self, name: str, choices: tuple[str | None, ...]) -> None:
+    def _check_drop_rate(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            self._refuse(name, "at least 0 and less than 1", value)
+
+    def _check_one_of(self, name: str, choices: tuple[object, ...]) -> None:
         if getattr(self, name) not in choices:
             self._refuse(name, f"one of {choices}", getattr(self, name))
 
     def _check_layers(self, name: str, count: int) -> None:
         layers = getattr(self, name)
-        if not all(isinstance(layer, int) and 0 <= layer < count for layer in layers):
-            self._refuse(name, f"layers 0 to {count - 1}", layers)
+        if not isinstance(layers, Sequence) or any(layer not in range(count) for layer in layers):
+            self._refuse(name, f"a list of layers 0 to {count - 1}", layers)
 
     def _refuse(self, name: str, wanted: str, value: object) -> None:
         raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {value!r}")
@@ -189,19 +200,18 @@ class SViTTConfig(VideoConfig):
     hard_negatives: bool = True
     """Whether the pairs that do not match are drawn by similarity; False: uniformly."""
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.multimodal_prune_layers = list(self.multimodal_prune_layers)
-        super().__post_init__(**kwargs)
-
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
         super().check()
-        self._check_positive("vocab_size", "text_hidden_size", "text_num_attention_heads")
-        self._check_positive("text_intermediate_size", "max_position_embeddings", "projection_dim")
+        self._check_counts("vocab_size", "text_hidden_size", "text_num_attention_heads")
+        self._check_counts("text_intermediate_size", "max_position_embeddings", "projection_dim")
+        self._check_counts("text_num_hidden_layers", "fusion_layer", "type_vocab_size", least=0)
         self._check_divides("text_num_attention_heads", "text_hidden_size")
         self._check_rate("multimodal_keep_rate")
+        self._check_drop_rate("text_dropout")
+        self._check_one_of("hard_negatives", (True, False))
         self._check_one_of("multimodal_prune_by", ("cls", "mean", "random"))
-        if not 0 <= self.fusion_layer <= self.text_num_hidden_layers:
+        if self.fusion_layer > self.text_num_hidden_layers:
             self._refuse("fusion_layer", f"0 to {self.text_num_hidden_layers}", self.fusion_layer)
         self._check_layers("multimodal_prune_layers", self.num_fusion_layers)
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,15 +183,16 @@ def load_bert(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
         model: changed in place.
         source: a transformers' BERT model, or the folder that holds one.
     """
-    absent: set[str] = set()
-    if not isinstance(source, nn.Module):
+    if isinstance(source, nn.Module):
+        tensors = source.state_dict()
+    else:
         from transformers import BertForPreTraining
 
-        source, info = BertForPreTraining.from_pretrained(
+        read: Any = BertForPreTraining.from_pretrained(
             source, local_files_only=True, output_loading_info=True
         )
-        absent = set(info["missing_keys"])
-    tensors = {name: value for name, value in source.state_dict().items() if name not in absent}
+        bert, absent = read[0], read[1]["missing_keys"]
+        tensors = {name: value for name, value in bert.state_dict().items() if name not in absent}
     prefixed = _below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
     found = convert_into(model, tensors, prefixed, parts=("text.", "fusion.", "token_head."))
     expected = tuple(name for name in found.missing if "cross_" not in name)
@@ -222,7 +224,7 @@ def convert_into(
         if target == "":
             dropped.append(name)
             continue
-        if target not in state:
+        if target is None or target not in state:
             unknown.append(name)
             continue
         if target in loaded:

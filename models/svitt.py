@@ -35,7 +35,7 @@ class TwoTowers(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("VideoLayer", "TextLayer")
+    _no_split_modules = ["VideoLayer", "TextLayer"]  # noqa: RUF012 (the base class has it so)
     config: SViTTConfig
 
     def __init__(self, config: SViTTConfig) -> None:

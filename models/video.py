@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
-from svitt_ops.models.official import attend_over_padding, padded
+from svitt_ops.models.official import PaddedSelfAttention, padded
 from svitt_ops.models.token_order import token_order
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
 
@@ -50,11 +50,10 @@ class VideoLayer(GradientCheckpointingLayer):
             grid = (config.num_frames, config.grid_size, config.grid_size)
             heads, std = config.num_attention_heads, config.bias_init_std
             bias = RelativePositionBias3D(grid, heads, std=std)
-        self.official = config.compat == OFFICIAL and config.edge_sparsity
+        official = config.compat == OFFICIAL and config.edge_sparsity
+        kind = PaddedSelfAttention if official else BlockSparseSelfAttention
         self.norm_before = nn.LayerNorm(dim, eps)
-        self.attention = BlockSparseSelfAttention(
-            dim, config.num_attention_heads, key_bias=config.key_bias, bias=bias
-        )
+        self.attention = kind(dim, config.num_attention_heads, key_bias=config.key_bias, bias=bias)
         self.add_attention = Residual(dim, config.layer_scale_init_value, drop_rate)
         self.norm_after = nn.LayerNorm(dim, eps)
         self.mlp = FeedForward(dim, config.intermediate_size)
@@ -63,13 +62,8 @@ class VideoLayer(GradientCheckpointingLayer):
     def forward(
         self, tokens: Tensor, layout: so.BlockLayout, codes: Tensor | None, with_saliency: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attend = attend_over_padding if self.official else BlockSparseSelfAttention.__call__
-        found = attend(
-            self.attention,
-            self.norm_before(tokens),
-            layout,
-            codes=codes,
-            return_saliency=with_saliency,
+        found = self.attention(
+            self.norm_before(tokens), layout, codes=codes, return_saliency=with_saliency
         )
         attended, saliency = found if with_saliency else (found, None)
         tokens = self.add_attention(tokens, attended)
@@ -156,7 +150,7 @@ class VideoTower(nn.Module):
             order, codes = (x.to(order.device) for x in self._positions(frames))
         patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
         patches = patches.reshape(batch, order.shape[0], -1)
-        cls = self.cls_token
+        cls: Tensor = self.cls_token
         if self.patch_positions is not None and self.cls_position is not None:
             patches = patches + self.patch_positions[:frames].flatten(0, 1)
             cls = cls + self.cls_position

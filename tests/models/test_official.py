@@ -9,14 +9,14 @@ from torch import Tensor
 
 import svitt_ops as so
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining
-from svitt_ops.models.official import attend_over_padding, padded
-from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D, merge_heads, split_heads
+from svitt_ops.models.official import PaddedSelfAttention, padded
+from svitt_ops.nn import RelativePositionBias3D, merge_heads, split_heads
 
 GRID = (2, 3, 4)
 
 
 def released(
-    module: BlockSparseSelfAttention, tokens: Tensor, layout: so.BlockLayout, codes: Tensor
+    module: PaddedSelfAttention, tokens: Tensor, layout: so.BlockLayout, codes: Tensor
 ) -> Tensor:
     """Zero keys behind the last token take part, with the bias of token -> [CLS]."""
     q, k, v = (split_heads(p(tokens), 2) for p in (module.query, module.key, module.value))
@@ -37,7 +37,7 @@ def released(
 @pytest.mark.parametrize("kept", [24, 16, 13])
 def test_padding_is_attended(kept: int) -> None:
     torch.manual_seed(0)
-    module = BlockSparseSelfAttention(
+    module = PaddedSelfAttention(
         16, 2, key_bias=False, bias=RelativePositionBias3D(GRID, 2, std=1.0)
     )
     tokens = torch.randn(3, 1 + kept, 16, requires_grad=True)
@@ -46,10 +46,10 @@ def test_padding_is_attended(kept: int) -> None:
         chosen = torch.stack([torch.randperm(24)[:kept].sort().values for _ in range(3)])
         codes = codes[chosen]
     layout = so.BlockLayout.local_random(padded(kept, 8), block_size=8, num_random=1)
-    out, saliency = attend_over_padding(module, tokens, layout, codes=codes, return_saliency=True)
+    out, saliency = module(tokens, layout, codes=codes, return_saliency=True)
     wanted = released(module, tokens, layout, codes)
     torch.testing.assert_close(out, wanted)
-    plain = attend_over_padding(module, tokens, layout, codes=codes)
+    plain = module(tokens, layout, codes=codes)
     assert torch.equal(plain, out)
     assert saliency.shape == (3, kept) and saliency.sum(1).max() < 1
     leaves = [tokens, module.bias.table, module.key.weight]

@@ -209,7 +209,7 @@ def test_temperature(model: SViTTForPreTraining) -> None:
         with torch.no_grad():
             model.temperature.fill_(value)
         model.clamp_temperature()
-        assert float(model.temperature) == pytest.approx(wanted)
+        assert model.temperature.item() == pytest.approx(wanted)
 
 
 def test_bf16_autocast(model: SViTTForPreTraining, batch: dict[str, Tensor]) -> None:
