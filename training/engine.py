@@ -62,8 +62,7 @@ def pretrain(
         callbacks: more callbacks of transformers.Trainer.
         label: of the progress bar.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    _quiet_transformers()
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
@@ -130,8 +129,15 @@ def load_trained(path: str | Path) -> tuple[SViTTForPreTraining, Any, Path]:
     """Model and tokenizer of a run's folder, or of a folder with weights."""
     from svitt_ops.models import SViTTForPreTraining
 
+    _quiet_transformers()
     folder = model_folder(path)
     return SViTTForPreTraining.from_pretrained(folder), load_tokenizer(str(folder)), folder
+
+
+def _quiet_transformers() -> None:
+    """Without its bars for loading, and its warning that it knows no `svitt` models."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:

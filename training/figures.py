@@ -83,42 +83,41 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows: list[tuple[str, list[Any]]] = []
-    captions: dict[int, str] = {}
-    for sample in samples:
-        captions[len(rows)] = sample.caption
-        total = sample.frames.shape[0] * sample.grid**2
-        rows.append((f"all\n{total}", [_picture(f) for f in sample.frames]))
-        for number, kept in enumerate(sample.visual):
-            name = "visual" if len(sample.visual) == 1 else f"visual {number + 1}"
-            rows.append((f"{name}\n{len(kept)}", _faded(sample, kept)))
-        if sample.multimodal is not None:
-            rows.append(
-                (f"multimodal\n{len(sample.multimodal)}", _faded(sample, sample.multimodal))
-            )
-    columns = max(len(pictures) for _, pictures in rows)
-    figure, axes = pyplot.subplots(
-        len(rows),
-        columns,
-        figsize=(1.1 * columns + 1.2, 1.2 * len(rows) + 0.25 * len(samples)),
-        squeeze=False,
-        facecolor="white",
+    parts = [_rows(sample) for sample in samples]
+    columns = max(sample.frames.shape[0] for sample in samples)
+    heights = [len(rows) + 0.35 for rows in parts]  # the caption takes some
+    figure = pyplot.figure(
+        figsize=(1.1 * columns + 1.2, 1.15 * sum(heights)), layout="constrained", facecolor="white"
     )
-    for number, (name, pictures) in enumerate(rows):
-        for axis in axes[number]:
+    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
+    subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for sample, rows, part in zip(samples, parts, subfigures, strict=True):
+        part.suptitle(f"“{sample.caption}”", fontsize=11)
+        axes = part.subplots(len(rows), columns, squeeze=False)
+        for axis in axes.flat:
             axis.set_axis_off()
-        for axis, picture in zip(axes[number], pictures, strict=False):
-            axis.imshow(picture, interpolation="nearest")
-        axes[number, 0].text(
-            -0.12, 0.5, name, ha="right", va="center", transform=axes[number, 0].transAxes
-        )
-        if number in captions:
-            axes[number, 0].set_title(f"“{captions[number]}”", loc="left", fontsize=10)
+        for row, (name, pictures) in zip(axes, rows, strict=True):
+            for axis, picture in zip(row, pictures, strict=False):
+                axis.imshow(picture, interpolation="nearest")
+            row[0].text(-0.1, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
+
+
+def _rows(sample: Survivors) -> list[tuple[str, list[Any]]]:
+    """The rows of a clip: what they are called, and their pictures."""
+    total = sample.frames.shape[0] * sample.grid**2
+    rows = [(f"all\n{total} patches", [_picture(f) for f in sample.frames])]
+    for number, kept in enumerate(sample.visual):
+        name = "visual" if len(sample.visual) == 1 else f"visual {number + 1}"
+        rows.append((f"{name}\n{len(kept)} left", _faded(sample, kept)))
+    if sample.multimodal is not None:
+        kept = sample.multimodal
+        rows.append((f"multimodal\n{len(kept)} left", _faded(sample, kept)))
+    return rows
 
 
 def _picture(frame: Tensor) -> Any:
