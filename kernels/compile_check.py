@@ -41,6 +41,7 @@ from . import (
     cross_attention_backward,
     info_nce,
     info_nce_backward,
+    queue_info_nce,
     retrieval_ranks,
     sample_hard_negatives,
     token_pruning,
@@ -206,6 +207,10 @@ def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
     uniform = torch.empty(rows, dtype=torch.float64, device="meta")
     sample_hard_negatives.sample_hard_negatives(*inputs[:5], uniform)
     retrieval_ranks.retrieval_ranks(query, key, numbers, numbers)
+    queue = torch.empty(65536, dim, dtype=dtype, device="meta")
+    of_queue = torch.empty(65536, dtype=torch.int64, device="meta") if ids else None
+    given = (query, key, queue, scalar, query if ids else None, 0.4, numbers, numbers, of_queue)
+    queue_info_nce.queue_info_nce(*given, True)
 
 
 def contrast_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -264,6 +269,7 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
             cross_attention_backward,
             info_nce,
             info_nce_backward,
+            queue_info_nce,
             retrieval_ranks,
             sample_hard_negatives,
         )

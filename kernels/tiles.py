@@ -189,7 +189,11 @@ class ContrastTile:
 
 
 def contrast_tile(
-    which: Literal["forward", "backward"], dim: int, rows: int, dtype: torch.dtype, arch: int
+    which: Literal["forward", "backward", "queue"],
+    dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    arch: int,
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side.
 
@@ -209,6 +213,18 @@ def contrast_tile(
             rows=16, columns=16, chunk=16, slice=min(width, 64), num_warps=4, num_stages=1
         )
     aligned = dim % 8 == 0
+    if which == "queue":
+        # As many dims as registers hold: the candidates are read once for each slice.
+        return ContrastTile(
+            rows=64 if aligned else 16, columns=32, chunk=min(width, 64 if aligned else 32),
+            slice=min(width, 256 if aligned and arch >= 90 else 128),
+            num_warps=8 if aligned else 4, num_stages=2,
+        )  # fmt: skip
+    if which == "combine":
+        return ContrastTile(
+            rows=16, columns=32, chunk=min(width, 32), slice=min(width, 64), num_warps=8,
+            num_stages=2,
+        )  # fmt: skip
     # Eight warps where tiles are large: the logits' companions take several times their registers.
     num_warps = 8 if many else 4
     chunk = min(width, 64 if aligned else 32)

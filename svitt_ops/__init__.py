@@ -6,6 +6,7 @@ from svitt_ops.block_sparse_attention import block_sparse_attention, position_co
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.info_nce import info_nce
 from svitt_ops.layout import BlockLayout
+from svitt_ops.queue_info_nce import queue_info_nce
 from svitt_ops.retrieval_ranks import retrieval_ranks
 from svitt_ops.sample_hard_negatives import sample_hard_negatives
 from svitt_ops.token_pruning import PrunedTokens, keep_count, prune_tokens, select_tokens
@@ -15,6 +16,7 @@ OPS = (
     "cross_attention",
     "token_pruning",
     "info_nce",
+    "queue_info_nce",
     "sample_hard_negatives",
     "retrieval_ranks",
 )
@@ -32,6 +34,7 @@ __all__ = [
     "nn",
     "position_codes",
     "prune_tokens",
+    "queue_info_nce",
     "reference",
     "retrieval_ranks",
     "sample_hard_negatives",

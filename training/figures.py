@@ -89,7 +89,7 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     figure = pyplot.figure(
         figsize=(1.1 * columns + 1.2, 1.15 * sum(heights)), layout="constrained", facecolor="white"
     )
-    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.02, hspace=0, wspace=0)
+    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05, hspace=0, wspace=0)
     subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for sample, rows, part in zip(samples, parts, subfigures, strict=True):
         part.suptitle(f"“{sample.caption}”", fontsize=11)

@@ -67,6 +67,36 @@ struct ContrastSearch : Contrast {
   int64_t* found;         // (queries)
 };
 
+/// Sums over the negatives of one distribution: exp(logit - most), and that times the similarity.
+/// Logits and similarities are taken from those of the query's own pair.
+struct SoftSum {
+  double most;
+  float sum, moment;
+};
+struct QueueTally {
+  SoftSum student, teacher;
+};
+
+struct ContrastQueue : Contrast {
+  const void* queue;
+  int64_t queue_rows, queue_step;
+  const int32_t* queue_ids;  // or null: no positives
+  const float* teacher;      // queries of the other distribution, fp32; or null
+  int64_t teacher_step;
+  double alpha;
+  bool gradients;
+  int64_t splits;  // of the candidates
+
+  float *centres, *teacher_centres;  // (queries), similarity of the own pair
+  QueueTally* tallies;               // (splits, queries)
+  float* sums;                       // (splits, distributions, queries, padded dim)
+  float* grad;                       // (queries, dim)
+  double *losses, *moments;          // (queries)
+
+  int64_t all_tiles() const { return tiles() + (queue_rows + kKeyTile - 1) / kKeyTile; }
+  int distributions() const { return teacher == nullptr ? 1 : 2; }
+};
+
 // Every function works on independent items: any split over threads gives the same bits.
 #define SVITT_DECLARE(ISA) \
   namespace ISA { \
@@ -80,6 +110,9 @@ struct ContrastSearch : Contrast {
   void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end); \
   void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end); \
   void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end); \
+  void contrast_queue_centres(const ContrastQueue& p, int64_t begin, int64_t end); \
+  void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end); \
+  void contrast_queue_finish(const ContrastQueue& p, int64_t begin, int64_t end); \
   }
 SVITT_DECLARE(generic)
 SVITT_DECLARE(avx2)

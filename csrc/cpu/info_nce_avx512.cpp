@@ -20,6 +20,8 @@ namespace svitt::avx512 {
 #include "info_nce_backward.h"
 
 #include "info_nce_search.h"
+
+#include "info_nce_queue.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

@@ -18,4 +18,6 @@ namespace svitt::generic {
 #include "info_nce_backward.h"
 
 #include "info_nce_search.h"
+
+#include "info_nce_queue.h"
 }  // namespace svitt::generic

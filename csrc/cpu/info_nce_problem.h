@@ -26,13 +26,18 @@ struct ContrastKernels {
   decltype(&generic::contrast_write_keys) write_keys;
   decltype(&generic::contrast_sample) sample;
   decltype(&generic::contrast_rank) rank;
+  decltype(&generic::contrast_queue_centres) queue_centres;
+  decltype(&generic::contrast_queue) queue;
+  decltype(&generic::contrast_queue_finish) queue_finish;
 };
 
 #define SVITT_KERNELS(ISA) \
   {ISA::contrast_pack_queries,     ISA::contrast_pack_keys, \
    ISA::contrast_forward,          ISA::contrast_backward_keys, \
    ISA::contrast_backward_queries, ISA::contrast_write_keys, \
-   ISA::contrast_sample,           ISA::contrast_rank}
+   ISA::contrast_sample,           ISA::contrast_rank, \
+   ISA::contrast_queue_centres,    ISA::contrast_queue, \
+   ISA::contrast_queue_finish}
 inline ContrastKernels contrast_kernels() {
   const Isa best = isa();
 #if defined(__x86_64__)

@@ -6,6 +6,7 @@ They are the oracle of the tests and what a CPU runs where no compiler was found
 from svitt_ops.reference.block_sparse_attention import block_sparse_attention
 from svitt_ops.reference.cross_attention import cross_attention
 from svitt_ops.reference.info_nce import info_nce
+from svitt_ops.reference.queue_info_nce import queue_info_nce
 from svitt_ops.reference.retrieval_ranks import retrieval_ranks
 from svitt_ops.reference.sample_hard_negatives import sample_hard_negatives
 from svitt_ops.reference.token_pruning import prune_tokens, select_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "cross_attention",
     "info_nce",
     "prune_tokens",
+    "queue_info_nce",
     "retrieval_ranks",
     "sample_hard_negatives",
     "select_tokens",

@@ -1,0 +1,462 @@
+"""InfoNCE against a batch and a queue: one sweep that sums candidates as attention sums values.
+
+Tiling. A program owns `ROWS` queries and one of the splits of the candidates, which it walks in
+tiles of `COLUMNS`: the batch's, then the queue's. It follows the softmax sums of the negatives, of
+student and teacher, and with them the sums of the candidates that they weigh, `SLICE` dims of
+them; where D is larger, the third axis of the grid is the slice. A second kernel puts the splits
+together, adds the positives, of which there are few, and writes the gradient; a third, one program,
+the loss and the temperature's gradient. Three launches at every size.
+
+Work and traffic, U = 2 B (B + Q) D: 2 U, twice that with a teacher, for D of one slice. Candidates
+are read once per tile of queries, the queue of a small batch once; partial sums are written and
+read once, `splits` times the size of the gradient.
+
+Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32). Logits are taken from that of
+the query's own pair, which is then exactly 0, so that a converged row loses no digits; 1 /
+temperature multiplies afterwards. Positives are summed apart from the negatives and get their
+weight from the negatives' share. Log-sum-exps are fp64. No atomics: a rerun is bitwise identical.
+
+Source: ALBEF (Li et al., 2021), section 3.2; FlashAttention (Dao et al., 2022) for the sweep.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .info_nce import _dots, _log1p
+from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+
+_SIZES = ["rows", "queue_rows", "splits", "each"]
+
+
+@triton.jit
+def _own(
+    a_ptr, key_ptr, a, rows, a_step, key_step, dim, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Dot products of rows of a with the keys of the same number."""
+    x = tl.zeros([ROWS], tl.float32)
+    for start in range(0, dim, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        here = (a < rows)[:, None] & (d < dim)[None, :]
+        left = tl.load(a_ptr + a.to(tl.int64)[:, None] * a_step + d[None, :], mask=here, other=0.0)
+        right = tl.load(
+            key_ptr + a.to(tl.int64)[:, None] * key_step + d[None, :], mask=here, other=0.0
+        )
+        x += tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
+    return x
+
+
+@triton.jit
+def _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued):
+    """Which candidates b of the batch or of the queue are positives of which a."""
+    exists = (a < rows)[:, None] & (b < count)[None, :]
+    if query_ids_ptr is None:
+        same = (a[:, None] == b[None, :]) & (queued == 0)
+    else:
+        a_ids = tl.load(query_ids_ptr + a, mask=a < rows, other=0)
+        if queue_ids_ptr is None:
+            b_ids = tl.load(key_ids_ptr + b, mask=b < tl.where(queued, 0, count), other=0)
+            same = (a_ids[:, None] == b_ids[None, :]) & (queued == 0)
+        else:
+            ids_ptr = tl.where(queued, queue_ids_ptr, key_ids_ptr)
+            b_ids = tl.load(ids_ptr + b, mask=b < count, other=0)
+            same = a_ids[:, None] == b_ids[None, :]
+    return exists & same
+
+
+@triton.jit
+def _candidates(
+    key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: whether it is the queue's, pointer and step of that matrix, its rows, its size."""
+    of_keys = tl.cdiv(rows, COLUMNS)
+    queued = tile >= of_keys
+    b = tl.where(queued, tile - of_keys, tile) * COLUMNS + tl.arange(0, COLUMNS)
+    b_ptr = tl.where(queued, queue_ptr, key_ptr)
+    b_step = tl.where(queued, queue_step, key_step)
+    return queued, b_ptr, b_step, b, tl.where(queued, queue_rows, rows)
+
+
+@triton.jit
+def _logits(x, centre, scale):
+    """Logits less that of the own pair, taken as two floats: one is too few where it is large."""
+    own = centre.to(tl.float64) * scale.to(tl.float64)
+    high = own.to(tl.float32)
+    low = (own - high.to(tl.float64)).to(tl.float32)
+    return x * scale - high[:, None] - low[:, None]
+
+
+@triton.jit
+def _weigh(most, total, moment, logits, similarity):
+    """Logits of a tile join a softmax's sums; also their weights, and what older sums shrink by."""
+    now = tl.maximum(most, tl.max(logits, axis=1))
+    offset = tl.where(now == -float("inf"), 0.0, now)
+    shrink = tl.exp(most - offset)
+    weights = tl.exp(logits - offset[:, None])
+    total = total * shrink + tl.sum(weights, axis=1)
+    moment = moment * shrink + tl.sum(weights * similarity, axis=1)
+    return now, total, moment, weights, shrink
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sweep_kernel(
+    query_ptr, key_ptr, queue_ptr, teacher_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr,
+    queue_ids_ptr, sums_ptr, stats_ptr, rows, queue_rows, splits, each,
+    query_step, key_step, queue_step, teacher_step, dim,
+    GRADIENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """Softmax sums of some queries over the negatives of one split."""
+    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    scale = 1.0 / tl.load(temperature_ptr)
+    infinity = float("inf")
+    centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
+    most = tl.full([ROWS], -infinity, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    moment = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, SLICE], tl.float32)
+    if teacher_ptr is not None:
+        taught_centre = _own(
+            teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, CHUNK
+        )
+        taught_most = tl.full([ROWS], -infinity, tl.float32)
+        taught_total = tl.zeros([ROWS], tl.float32)
+        taught_moment = tl.zeros([ROWS], tl.float32)
+        taught_sums = tl.zeros([ROWS, SLICE], tl.float32)
+    tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
+    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
+        queued, b_ptr, b_step, b, count = _candidates(
+            key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
+        )
+        x = _dots(
+            query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim, ROWS, COLUMNS, CHUNK
+        )
+        same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
+        negative = (b < count)[None, :] & (same == 0)
+        similarity = tl.where(negative, x - centre[:, None], 0.0)
+        most, total, moment, weights, shrink = _weigh(
+            most,
+            total,
+            moment,
+            tl.where(negative, _logits(x, centre, scale), -infinity),
+            similarity,
+        )
+        if GRADIENTS:
+            values = tl.load(
+                b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
+                mask=(b < count)[:, None] & (d < dim)[None, :],
+                other=0.0,
+            )
+            sums = sums * shrink[:, None]
+            sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        if teacher_ptr is not None:
+            y = _dots(
+                teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                ROWS, COLUMNS, CHUNK,
+            )  # fmt: skip
+            logits = tl.where(negative, _logits(y, taught_centre, scale), -infinity)
+            taught_most, taught_total, taught_moment, weights, shrink = _weigh(
+                taught_most, taught_total, taught_moment, logits, similarity
+            )
+            if GRADIENTS:
+                taught_sums = taught_sums * shrink[:, None]
+                taught_sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    exists = a < rows
+    kinds: tl.constexpr = 1 if teacher_ptr is None else 2
+    part = split * kinds * rows.to(tl.int64)
+    if tl.program_id(2) == 0:
+        tl.store(stats_ptr + 3 * part + a, most, mask=exists)
+        tl.store(stats_ptr + 3 * part + rows + a, total, mask=exists)
+        tl.store(stats_ptr + 3 * part + 2 * rows + a, moment, mask=exists)
+        if teacher_ptr is not None:
+            other = 3 * (part + rows)
+            tl.store(stats_ptr + other + a, taught_most, mask=exists)
+            tl.store(stats_ptr + other + rows + a, taught_total, mask=exists)
+            tl.store(stats_ptr + other + 2 * rows + a, taught_moment, mask=exists)
+    if GRADIENTS:
+        to = (part + a)[:, None] * dim + d[None, :]
+        here = exists[:, None] & (d < dim)[None, :]
+        tl.store(sums_ptr + to, sums, mask=here)
+        if teacher_ptr is not None:
+            tl.store(sums_ptr + to + rows.to(tl.int64) * dim, taught_sums, mask=here)
+
+
+@triton.jit
+def _merge(stats_ptr, a, rows, splits, KIND: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr):
+    """Maximum, sum and mean similarity of the negatives, from all splits."""
+    most = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    moment = tl.zeros([ROWS], tl.float32)
+    for split in range(0, splits):
+        part = stats_ptr + 3 * (split * KINDS + KIND) * rows.to(tl.int64) + a
+        here = tl.load(part, mask=a < rows, other=-float("inf"))
+        now = tl.maximum(most, here)
+        offset = tl.where(now == -float("inf"), 0.0, now)
+        before, after = tl.exp(most - offset), tl.exp(here - offset)
+        total = total * before + after * tl.load(part + rows, mask=a < rows, other=0.0)
+        moment = moment * before + after * tl.load(part + 2 * rows, mask=a < rows, other=0.0)
+        most = now
+    return most, total, moment / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def _shares(most, total, positive_most, positive_total):
+    """Of all: log-sum-exp in fp64, share of the negatives; log-sum-exp of the positives."""
+    negative = most.to(tl.float64) + tl.log(tl.where(total == 0, 1.0, total)).to(tl.float64)
+    positive = positive_most.to(tl.float64)
+    positive += tl.log(tl.where(positive_total == 0, 1.0, positive_total)).to(tl.float64)
+    # One of them may be -inf, and both in rows that do not exist.
+    gap = tl.where(negative == positive, 0.0, negative - positive).to(tl.float32)
+    rest = _log1p(tl.exp(-tl.abs(gap)))
+    lse = tl.maximum(negative, positive) + rest.to(tl.float64)
+    lost = tl.exp(tl.minimum(gap, 0.0) - rest)
+    return lse, lost, positive
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _combine_kernel(
+    query_ptr, key_ptr, queue_ptr, teacher_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr,
+    queue_ids_ptr, sums_ptr, stats_ptr, grad_ptr, losses_ptr, moments_ptr, alpha,
+    rows, queue_rows, splits, each, query_step, key_step, queue_step, teacher_step, dim,
+    GRADIENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """Loss, temperature moment and one slice of the gradient of some queries."""
+    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    scale = 1.0 / tl.load(temperature_ptr)
+    infinity = float("inf")
+    kinds: tl.constexpr = 1 if teacher_ptr is None else 2
+    exists = a < rows
+    tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
+
+    # The positives: without ids the own pair, of logit and similarity 0.
+    pairs = tl.full([ROWS], 1.0, tl.float32)
+    same_sum = tl.zeros([ROWS], tl.float32)
+    positive_most = tl.zeros([ROWS], tl.float32)
+    positive_total = tl.full([ROWS], 1.0, tl.float32)
+    taught_positive_most = tl.zeros([ROWS], tl.float32)
+    taught_positive_total = tl.full([ROWS], 1.0, tl.float32)
+    taught_positive_moment = tl.zeros([ROWS], tl.float32)
+    if query_ids_ptr is not None:
+        centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
+        if teacher_ptr is not None:
+            taught_centre = _own(
+                teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, CHUNK
+            )
+        pairs = tl.zeros([ROWS], tl.float32)
+        positive_most = tl.full([ROWS], -infinity, tl.float32)
+        positive_total = tl.zeros([ROWS], tl.float32)
+        positive_moment = tl.zeros([ROWS], tl.float32)
+        taught_positive_most = tl.full([ROWS], -infinity, tl.float32)
+        taught_positive_total = tl.zeros([ROWS], tl.float32)
+        for tile in range(0, tiles):
+            queued, b_ptr, b_step, b, count = _candidates(
+                key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
+            )
+            same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
+            if tl.max(same.to(tl.int32)) != 0:
+                x = _dots(
+                    query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                    ROWS, COLUMNS, CHUNK,
+                )  # fmt: skip
+                other = (a[:, None] != b[None, :]) | queued
+                similarity = tl.where(same & other, x - centre[:, None], 0.0)
+                pairs += tl.sum(same.to(tl.float32), axis=1)
+                same_sum += tl.sum(similarity, axis=1)
+                positive_most, positive_total, positive_moment, _, _ = _weigh(
+                    positive_most, positive_total, positive_moment,
+                    tl.where(same, tl.where(other, _logits(x, centre, scale), 0.0), -infinity),
+                    similarity,
+                )  # fmt: skip
+                if teacher_ptr is not None:
+                    y = _dots(
+                        teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                        ROWS, COLUMNS, CHUNK,
+                    )  # fmt: skip
+                    logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
+                    taught_positive_most, taught_positive_total, taught_positive_moment, _, _ = (
+                        _weigh(
+                            taught_positive_most,
+                            taught_positive_total,
+                            taught_positive_moment,
+                            tl.where(same, logits, -infinity),
+                            similarity,
+                        )
+                    )
+
+    most, total, mean = _merge(stats_ptr, a, rows, splits, 0, kinds, ROWS)
+    lse, lost, positive = _shares(most, total, positive_most, positive_total)
+    hard = tl.where(pairs > 0, 1.0 - alpha, 0.0)
+    every = hard + alpha
+    mean_same = same_sum / tl.where(pairs == 0, 1.0, pairs)
+    # fp64: what is subtracted may be large where its difference is not.
+    loss = every.to(tl.float64) * lse - (hard * scale).to(tl.float64) * mean_same.to(tl.float64)
+    moment = every * lost * mean
+    if teacher_ptr is not None:
+        taught_most, taught_total, taught_mean = _merge(stats_ptr, a, rows, splits, 1, kinds, ROWS)
+        _, taught_lost, taught_positive = _shares(
+            taught_most, taught_total, taught_positive_most, taught_positive_total
+        )
+        positive_mean = taught_positive_moment / tl.where(
+            taught_positive_total == 0, 1.0, taught_positive_total
+        )
+        expected = taught_lost * taught_mean + (1.0 - taught_lost) * positive_mean
+        loss -= (alpha * scale).to(tl.float64) * expected.to(tl.float64)
+        moment -= alpha * taught_lost * taught_mean
+
+    if GRADIENTS:
+        here = exists[:, None] & (d < dim)[None, :]
+        grad = tl.zeros([ROWS, SLICE], tl.float32)
+        size = rows.to(tl.int64)
+        for split in range(0, splits):
+            part = split * kinds * size
+            own = tl.load(stats_ptr + 3 * part + a, mask=exists, other=-infinity)
+            weight = every * lost * tl.exp(own - tl.where(most == -infinity, 0.0, most))
+            weight /= tl.where(total == 0, 1.0, total)
+            to = (part + a)[:, None] * dim + d[None, :]
+            grad += weight[:, None] * tl.load(sums_ptr + to, mask=here, other=0.0)
+            if teacher_ptr is not None:
+                own = tl.load(stats_ptr + 3 * (part + size) + a, mask=exists, other=-infinity)
+                weight = tl.exp(own - tl.where(taught_most == -infinity, 0.0, taught_most))
+                weight *= alpha * taught_lost / tl.where(taught_total == 0, 1.0, taught_total)
+                grad -= weight[:, None] * tl.load(sums_ptr + to + size * dim, mask=here, other=0.0)
+        if query_ids_ptr is None:
+            weight = -lost
+            if teacher_ptr is not None:
+                weight += alpha * taught_lost
+            own = tl.load(
+                key_ptr + a.to(tl.int64)[:, None] * key_step + d[None, :], mask=here, other=0.0
+            )
+            grad += weight[:, None] * own.to(tl.float32)
+        else:
+            for tile in range(0, tiles):
+                queued, b_ptr, b_step, b, count = _candidates(
+                    key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
+                )
+                same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
+                if tl.max(same.to(tl.int32)) != 0:
+                    x = _dots(
+                        query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                        ROWS, COLUMNS, CHUNK,
+                    )  # fmt: skip
+                    other = (a[:, None] != b[None, :]) | queued
+                    similarity = tl.where(other, x - centre[:, None], 0.0)
+                    one = (pairs == 1.0)[:, None]
+                    high = positive.to(tl.float32)
+                    low = (positive - high.to(tl.float64)).to(tl.float32)
+                    logits = tl.where(other, _logits(x, centre, scale), 0.0)
+                    among = tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
+                    among = tl.where(one, 1.0, among)
+                    kept = among - (hard / tl.where(pairs == 0, 1.0, pairs))[:, None]
+                    weight = -lost[:, None] * among
+                    if teacher_ptr is not None:
+                        y = _dots(
+                            teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                            ROWS, COLUMNS, CHUNK,
+                        )  # fmt: skip
+                        logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
+                        high = taught_positive.to(tl.float32)
+                        low = (taught_positive - high.to(tl.float64)).to(tl.float32)
+                        among = tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
+                        among = tl.where(one, 1.0, among)
+                        kept -= alpha * among
+                        weight += alpha * taught_lost[:, None] * among
+                    weight = tl.where(same, weight + tl.where(one, 0.0, kept), 0.0)
+                    moment += tl.sum(weight * similarity, axis=1)
+                    values = tl.load(
+                        b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
+                        mask=(b < count)[:, None] & (d < dim)[None, :],
+                        other=0.0,
+                    )
+                    grad += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        to = a.to(tl.int64)[:, None] * dim + d[None, :]
+        tl.store(grad_ptr + to, grad * (scale / rows), mask=here)
+    if tl.program_id(1) == 0:
+        tl.store(losses_ptr + a, loss.to(tl.float32), mask=exists)
+        tl.store(moments_ptr + a, moment, mask=exists)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _mean_kernel(
+    losses_ptr, moments_ptr, temperature_ptr, loss_ptr, grad_ptr, rows, TILE: tl.constexpr
+):  # fmt: skip
+    """Mean loss and the temperature's gradient, by one program."""
+    loss = tl.zeros([TILE], tl.float32)
+    moment = tl.zeros([TILE], tl.float32)
+    for start in range(0, rows, TILE):
+        i = start + tl.arange(0, TILE)
+        loss += tl.load(losses_ptr + i, mask=i < rows, other=0.0)
+        moment += tl.load(moments_ptr + i, mask=i < rows, other=0.0)
+    scale = 1.0 / tl.load(temperature_ptr)
+    tl.store(loss_ptr, tl.sum(loss, axis=0) / rows)
+    tl.store(grad_ptr, -scale * scale * tl.sum(moment, axis=0) / rows)
+
+
+def queue_info_nce(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    queue: torch.Tensor,
+    temperature: torch.Tensor,
+    teacher_query: torch.Tensor | None,
+    alpha: float,
+    query_ids: torch.Tensor | None,
+    key_ids: torch.Tensor | None,
+    queue_ids: torch.Tensor | None,
+    gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the three kernels; see the schema in `svitt_ops.queue_info_nce`."""
+    rows, dim = query.shape
+    arch = device_arch(query.device)
+    tile = contrast_tile("queue", dim, rows, query.dtype, arch)
+    slices = cdiv(dim, tile.slice) if gradients else 1
+    tiles = cdiv(rows, tile.columns) + cdiv(queue.shape[0], tile.columns)
+    # Two programs for each of an H100's multiprocessors.
+    wanted = 3 if arch == 0 else cdiv(264, cdiv(rows, tile.rows) * slices)
+    each = cdiv(tiles, min(wanted, tiles))
+    splits = cdiv(tiles, each)
+    kinds = 1 if teacher_query is None else 2
+    new = dict(dtype=torch.float32)
+    stats = query.new_empty(splits, kinds, 3, rows, **new)
+    sums = query.new_empty(splits if gradients else 0, kinds, rows, dim, **new)
+    losses, moments = query.new_empty(2, rows, **new)
+    loss, grad_temperature = query.new_empty((), **new), query.new_empty((), **new)
+    grad = query.new_empty(rows if gradients else 0, dim, **new)
+    inputs = (
+        query, key, queue, teacher_query, temperature, query_ids, key_ids, queue_ids, sums, stats
+    )  # fmt: skip
+    sizes = (
+        rows, queue.shape[0], splits, each, query.stride(0), key.stride(0), queue.stride(0),
+        0 if teacher_query is None else teacher_query.stride(0), dim,
+    )  # fmt: skip
+    combine = contrast_tile("combine", dim, rows, query.dtype, arch)
+    parts = cdiv(dim, combine.slice) if gradients else 1
+    with on_device(query):
+        _sweep_kernel[(cdiv(rows, tile.rows), splits, slices)](
+            *inputs, *sizes, GRADIENTS=gradients, ROWS=tile.rows, COLUMNS=tile.columns,
+            CHUNK=tile.chunk, SLICE=tile.slice, **tile.options,
+        )  # fmt: skip
+        _combine_kernel[(cdiv(rows, combine.rows), parts)](
+            *inputs, grad, losses, moments, alpha, *sizes, GRADIENTS=gradients, ROWS=combine.rows,
+            COLUMNS=combine.columns, CHUNK=combine.chunk, SLICE=combine.slice, **combine.options,
+        )  # fmt: skip
+        _mean_kernel[(1,)](
+            losses, moments, temperature, loss, grad_temperature, rows,
+            TILE=min(256, next_pow2(rows)), **launch_options(),
+        )  # fmt: skip
+    return loss, grad, grad_temperature
+
+
+def queue_info_nce_backward(
+    grad_loss: torch.Tensor,
+    query: torch.Tensor,
+    grad_query: torch.Tensor,
+    grad_temperature: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients were computed with the loss: what comes from above multiplies them."""
+    return (grad_query * grad_loss).to(query.dtype), grad_temperature * grad_loss

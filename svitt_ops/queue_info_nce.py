@@ -1,0 +1,219 @@
+"""`queue_info_nce`: schema, validation, autograd, FLOPs and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svitt_ops import _flops, _library
+from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
+from svitt_ops.reference.queue_info_nce import among_candidates
+from svitt_ops.reference.queue_info_nce import gradients as _gradients
+from svitt_ops.reference.queue_info_nce import queue_info_nce as _reference
+
+_OP = "queue_info_nce"
+
+
+def queue_info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor,
+    *,
+    teacher_query: Tensor | None = None,
+    alpha: float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+) -> Tensor:
+    """Contrastive loss of queries against a batch of keys and a queue of older ones.
+
+    With the candidates ``c = [key; queue]`` and ``p_i = softmax_j(query_i . c_j / temperature)``,
+    ``loss = -1/B sum_i sum_j target_ij log p_ij``, where ``target = alpha softmax_j(teacher_query_i
+    . c_j / temperature) + (1 - alpha) y`` and y spreads evenly over the positives. One sweep over
+    the candidates gives loss and gradients, as attention whose keys are its values; similarities
+    are never stored. Positives are summed apart from the negatives, and maxima are followed, so
+    that converged pairs and temperatures down to 0.001 keep their digits. Nothing is read on the
+    host. The result is bitwise the same on every run.
+
+    Keys and queue come from a momentum encoder: they, and the teacher, receive no gradient.
+
+    Args:
+        query: L2-normalised embeddings ``(B, D)``, fp32, fp16 or bf16; normalisation is not
+            checked. Under autocast all embeddings take the autocast dtype.
+        key: like ``query``; row i belongs to row i of ``query``.
+        queue: ``(Q, D)``, at least one row.
+        temperature: a positive float, or a tensor of one element that receives its gradient.
+        teacher_query: ``(B, D)``, the momentum encoder's embeddings of what ``query`` embeds.
+        alpha: share of the teacher in the targets, in [0, 1].
+        query_ids: int64 or int32 ``(B,)``. Candidates of the same id are positives; by default
+            row i of ``key`` alone. A query without positives has the teacher's part of the loss.
+        key_ids: ``(B,)``, only with ``query_ids``, which they are by default.
+        queue_ids: ``(Q,)``, only with ``query_ids``; by default the queue has no positives.
+
+    Returns:
+        The loss, a fp32 scalar.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Complexity:
+        ``4 B (B + Q) D`` FLOP, twice that with a teacher, all of it forward; memory
+        ``O((B + Q) D)``.
+
+    Source:
+        ALBEF (NeurIPS 2021), equations 1, 2 and 6; SIMLA (ECCV 2022); MoCo (CVPR 2020), the queue.
+    """
+    device = query.device.type if isinstance(query, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        query, key, queue = (
+            x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, queue)
+        )
+        if isinstance(teacher_query, Tensor):
+            teacher_query = teacher_query.to(cast)
+    check_embeddings(_OP, "query", query)
+    check_embeddings(_OP, "key", key, query)
+    check_embeddings(_OP, "queue", queue, query)
+    if key.shape != query.shape:
+        raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
+    for name, x in (("query", query), ("queue", queue)):
+        if x.shape[0] == 0:
+            raise ValueError(f"{_OP}: {name} must have at least one row, got {tuple(x.shape)}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{_OP}: alpha must be in [0, 1], got {alpha}")
+    if teacher_query is not None:
+        check_embeddings(_OP, "teacher_query", teacher_query, query)
+        if teacher_query.shape != query.shape:
+            raise ValueError(
+                f"{_OP}: teacher_query must have shape {tuple(query.shape)}, "
+                f"got {tuple(teacher_query.shape)}"
+            )
+    elif alpha > 0:
+        raise ValueError(f"{_OP}: teacher_query must be given where alpha > 0, got None")
+    if alpha == 0:
+        teacher_query = None
+    temperature = check_temperature(_OP, temperature, query)
+    if query_ids is not None:
+        query_ids = check_ids(_OP, "query_ids", query_ids, query.shape[0], query.device)
+        key_ids = query_ids if key_ids is None else key_ids
+        key_ids = check_ids(_OP, "key_ids", key_ids, query.shape[0], query.device)
+        if queue_ids is not None:
+            queue_ids = check_ids(_OP, "queue_ids", queue_ids, queue.shape[0], query.device)
+    elif key_ids is not None or queue_ids is not None:
+        raise ValueError(f"{_OP}: query_ids must be given with key_ids or queue_ids, got None")
+    gradients = torch.is_grad_enabled() and (query.requires_grad or temperature.requires_grad)
+    query, key, queue = (
+        x if x.stride(1) == 1 else x.contiguous() for x in (query, key.detach(), queue.detach())
+    )
+    if teacher_query is not None:
+        x = teacher_query.detach()
+        teacher_query = x if x.stride(1) == 1 else x.contiguous()
+    loss, _, _ = torch.ops.svitt_ops.queue_info_nce(
+        query, key, queue, temperature, teacher_query, alpha, query_ids, key_ids, queue_ids,
+        gradients,
+    )  # fmt: skip
+    return loss
+
+
+def _outputs(query: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = tuple(query.shape) if gradients else (0, query.shape[1])
+    return (
+        query.new_empty((), dtype=torch.float32),
+        query.new_empty(shape, dtype=torch.float32),
+        query.new_empty((), dtype=torch.float32),
+    )
+
+
+def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(query, args[-1])
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Tensor,
+    teacher_query: Tensor | None,
+    alpha: float,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op from the reference."""
+    results = _outputs(query, gradients)
+    query, key, queue, temperature = (x.double() for x in (query, key, queue, temperature))
+    teacher = None if teacher_query is None else teacher_query.double()
+    exact = _reference(
+        query, key, queue, temperature, teacher_query=teacher, alpha=alpha,
+        query_ids=query_ids, key_ids=key_ids, queue_ids=queue_ids,
+    )  # fmt: skip
+    found = [exact]
+    if gradients:
+        same = among_candidates(query, key, queue, query_ids, key_ids, queue_ids)
+        candidates = torch.cat([key, queue])
+        found += _gradients(query, candidates, temperature, teacher, alpha, same)
+    for to, x in zip(results, found, strict=False):
+        to.copy_(x)
+    return results
+
+
+def _backward_fake(
+    grad_loss: Tensor, query: Tensor, grad_query: Tensor, grad_temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    return grad_query.new_empty(grad_query.shape, dtype=query.dtype), torch.empty_like(grad_loss)
+
+
+def _backward_cpu(
+    grad_loss: Tensor, query: Tensor, grad_query: Tensor, grad_temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    return (grad_query * grad_loss).to(query.dtype), grad_temperature * grad_loss
+
+
+_library.define(
+    f"{_OP}(Tensor query, Tensor key, Tensor queue, Tensor temperature, Tensor? teacher_query, "
+    "float alpha, Tensor? query_ids, Tensor? key_ids, Tensor? queue_ids, bool gradients) -> "
+    "(Tensor loss, Tensor grad_query, Tensor grad_temperature)",
+    fake=_fake,
+    cpu=_cpu,
+    cuda_module=_OP,
+)
+_library.define(
+    f"{_OP}_backward(Tensor grad_loss, Tensor query, Tensor grad_query, Tensor grad_temperature) "
+    "-> (Tensor, Tensor)",
+    fake=_backward_fake,
+    cpu=_backward_cpu,
+    cuda_module=_OP,
+    compiled=False,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad_query, grad_temperature = output
+    ctx.mark_non_differentiable(grad_query, grad_temperature)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], grad_query, grad_temperature)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 10
+    grads = torch.ops.svitt_ops.queue_info_nce_backward(grad_loss, *ctx.saved_tensors)
+    return grads[0], None, None, grads[1], *(None,) * 6
+
+
+_library.differentiate(_OP, _backward, _setup_context)
+
+
+def _count_flops(*args: Any) -> int:
+    query, queue, teacher, gradients = args[0], args[2], args[4], args[9]
+    products = (1 if teacher is None else 2) * (2 if gradients else 1)
+    rows, dim = query.shape
+    return products * 2 * rows * (rows + queue.shape[0]) * dim
+
+
+_flops.register(_OP, _count_flops)
+_flops.register(f"{_OP}_backward", lambda *args: 0)
