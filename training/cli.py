@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         " alone, pretrain a tiny SViTT on it through 4 and 8 frames, evaluate it on scenes it has"
         " never seen, and draw which patches survive. A few minutes on two CPU cores.",
     )
-    demo.add_argument("--output", default="runs/demo", help="folder (default: %(default)s)")
+    demo.add_argument(
+        "--output", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     demo.add_argument("--motion", action="store_true", help="the harder corpus of moving shapes")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
@@ -85,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = commands.add_parser(
         "pretrain", help="train from a recipe", description=PRETRAIN, formatter_class=raw
     )
-    pretrain.add_argument("--config", required=True, metavar="RECIPE", help="YAML file or name")
+    pretrain.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="a YAML file, or one of pretrain-4f, pretrain-8f, pretrain-16f, demo-4f, demo-8f",
+    )
     pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
     _add_overrides(pretrain)
     pretrain.set_defaults(run=_pretrain)
@@ -96,40 +103,73 @@ def _parser() -> argparse.ArgumentParser:
         "retrieval", help="R@1/5/10 both ways", description=RETRIEVAL, formatter_class=raw
     )
     found.add_argument("model", help="folder of a run or of a model")
-    found.add_argument("--annotations", required=True, nargs="+", metavar="JSON")
+    found.add_argument(
+        "--annotations",
+        required=True,
+        nargs="+",
+        metavar="JSON",
+        help='lists of {"video": path, "caption": text, or a list of texts}',
+    )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
-    found.add_argument("--kind", choices=("video", "image"), default="video")
+    found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
     found.add_argument("--paragraph", action="store_true", help="join a video's captions to one")
     found.add_argument("--clips", type=int, default=1, help="clips of each video (default: 1)")
     found.add_argument("--strided", action="store_true", help="clips take every n-th frame")
-    found.add_argument("--merge", choices=("logsumexp", "mean", "max"), default="logsumexp")
-    found.add_argument("--top-k", type=int, default=128, help="candidates to re-rank; 0: none")
-    found.add_argument("--text-length", type=int, default=32, help="tokens (default: 32)")
-    found.add_argument("--probe", action="store_true", help="also shuffled, reversed, frozen")
+    found.add_argument(
+        "--merge",
+        choices=("logsumexp", "mean", "max"),
+        default="logsumexp",
+        help="how match scores of a video's clips become one (default: logsumexp)",
+    )
+    found.add_argument(
+        "--top-k",
+        type=int,
+        default=128,
+        metavar="K",
+        help="best candidates that the match head ranks anew; 0: none (default: 128)",
+    )
+    found.add_argument(
+        "--text-length", type=int, default=32, help="tokens; longer texts are cut (default: 32)"
+    )
+    found.add_argument(
+        "--probe",
+        action="store_true",
+        help="also with frames shuffled, reversed and frozen: does the model use time?",
+    )
     found.add_argument("--bf16", action="store_true", help="compute in bf16")
     found.add_argument("--cpu", action="store_true", help="leave the GPU alone")
-    found.add_argument("--batch-size", type=int, default=32)
-    found.add_argument("--workers", type=int, default=2, help="processes that decode")
+    found.add_argument("--batch-size", type=int, default=32, help="clips at a time (default: 32)")
+    found.add_argument(
+        "--workers", type=int, default=2, help="processes that decode; 0: none (default: 2)"
+    )
     found.add_argument("--json", metavar="FILE", help="also write the numbers here")
     found.set_defaults(run=_retrieval)
 
     visualize = commands.add_parser(
         "visualize",
         help="draw which patches of a video survive pruning",
-        description="Draw the patches of a video that survive visual and multimodal pruning.",
+        description="Draw the frames of videos with the patches that survive: after visual pruning,"
+        " and after multimodal pruning, which looks for what the caption says.",
     )
     visualize.add_argument("model", help="folder of a run or of a model")
     visualize.add_argument("video", nargs="+", help="video files")
-    visualize.add_argument("--caption", nargs="+", required=True, help="a text for each video")
-    visualize.add_argument("--output", default="survivors.png", help="(default: %(default)s)")
+    visualize.add_argument(
+        "--caption", nargs="+", required=True, metavar="TEXT", help="one for each video"
+    )
+    visualize.add_argument(
+        "--output", default="survivors.png", metavar="PNG", help="figure (default: %(default)s)"
+    )
     visualize.set_defaults(run=_visualize)
 
     sparsity = commands.add_parser(
         "sparsity",
         help="edges and tokens of the full-size model, the paper's Table A1",
-        description="Edges, sparsity and tokens per stage of the full-size model.",
+        description="How sparse the full-size model is: attention edges against dense attention,"
+        " multiplications (MACs), and the tokens left after each pruning.",
     )
-    sparsity.add_argument("--frames", type=int, nargs="+", default=[4, 8, 16])
+    sparsity.add_argument(
+        "--frames", type=int, nargs="+", default=[4, 8, 16], metavar="T", help="(default: 4 8 16)"
+    )
     sparsity.set_defaults(run=_sparsity)
 
     info = commands.add_parser("info", help="versions, devices, what was built, what will run")
