@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         required=True,
         metavar="RECIPE",
-        help="a YAML file, or one of pretrain-4f, pretrain-8f, pretrain-16f, demo-4f, demo-8f",
+        help="a YAML file, or the name of a recipe of the package, such as pretrain-4f",
     )
     pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
     _add_overrides(pretrain)
