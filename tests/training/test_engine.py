@@ -193,6 +193,23 @@ def test_broken_files_are_counted_not_fatal(
     assert "entry 5: has no field 'caption'" in caplog.text
 
 
+def test_bias_tables_have_a_rate_of_their_own(make_recipe: Any, tmp_path: Path) -> None:
+    groups: list[dict[str, Any]] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            groups.extend(optimizer.param_groups)
+
+    options = ("optimizer.steps=1", "optimizer.bias_lr_scale=20", "optimizer.weight_decay=0.1")
+    trained = pretrain(make_recipe(tmp_path / "run", *options), callbacks=[Watch()])
+    rates = {p: (g["initial_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert rates.keys() == set(trained.model.parameters())
+    for name, parameter in trained.model.named_parameters():
+        rate = 0.02 if name.endswith("bias.table") else 0.001
+        decay = 0.1 if parameter.ndim > 1 else 0.0
+        assert rates[parameter] == (pytest.approx(rate), decay), name
+
+
 def test_next_stage_starts_from_the_last_and_sees_more_frames(
     make_recipe: Any, tmp_path: Path
 ) -> None:
