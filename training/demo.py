@@ -169,7 +169,10 @@ def render_demo(facts: dict[str, Any]) -> str:
         ("temporal pairs told apart", f"{pairs['normal']:.1f} %"),
         ("  with shuffled frames", f"{pairs['shuffled']:.1f} %   (chance 50 %)"),
         ("visual tokens", " -> ".join(map(str, tokens["visual"]))),
-        ("multimodal tokens", " -> ".join(map(str, tokens["multimodal"]))),
+        (
+            "multimodal tokens",
+            " -> ".join(map(str, tokens["multimodal"])) + "   (these layers are not trained here)",
+        ),
         (
             "attention edges per clip",
             f"{edges['edges']:,} of {edges['dense']:,} dense"

@@ -30,6 +30,7 @@ class Survivors:
     grid: int
     visual: tuple[Tensor, ...]  # int64 (tokens,), original patch numbers, after each stage
     multimodal: Tensor | None
+    fusion_trained: bool
 
 
 @torch.inference_mode()
@@ -69,6 +70,7 @@ def find_survivors(
         grid=config.image_size // config.patch_size,
         visual=tuple(stage[0].cpu() for stage in stages),
         multimodal=None if left is None else left[0].cpu(),
+        fusion_trained=any(config.loss_weights.get(name, 1) for name in ("vtm", "mlm")),
     )
 
 
@@ -116,7 +118,8 @@ def _rows(sample: Survivors) -> list[tuple[str, list[Any]]]:
         rows.append((f"{name}\n{len(kept)} left", _faded(sample, kept)))
     if sample.multimodal is not None:
         kept = sample.multimodal
-        rows.append((f"multimodal\n{len(kept)} left", _faded(sample, kept)))
+        note = "" if sample.fusion_trained else "\n(not trained)"
+        rows.append((f"multimodal\n{len(kept)} left{note}", _faded(sample, kept)))
     return rows
 
 
