@@ -80,18 +80,17 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     The first row of each clip shows all of it, the next ones what is left after each visual
     pruning, and the last what is left after multimodal pruning.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     parts = [_rows(sample) for sample in samples]
     columns = max(sample.frames.shape[0] for sample in samples)
     heights = [len(rows) + 0.35 for rows in parts]  # the caption takes some
-    figure = pyplot.figure(
-        figsize=(1.1 * columns + 1.2, 1.15 * sum(heights)), layout="constrained", facecolor="white"
+    figure = Figure(
+        figsize=(1.1 * columns + 1.2, 1.15 * sum(heights)),
+        layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05, hspace=0, wspace=0),
+        facecolor="white",
     )
-    figure.get_layout_engine().set(h_pad=0.05, w_pad=0.05, hspace=0, wspace=0)
     subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for sample, rows, part in zip(samples, parts, subfigures, strict=True):
         part.suptitle(f"“{sample.caption}”", fontsize=11)
@@ -105,7 +104,6 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 
