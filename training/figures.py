@@ -94,13 +94,10 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     for sample, rows, part in zip(samples, parts, subfigures, strict=True):
         part.suptitle(f"“{sample.caption}”", fontsize=11)
-        axes = part.subplots(len(rows), columns, squeeze=False)
-        for axis in axes.flat:
+        for axis, (name, pictures) in zip(part.subplots(len(rows)), rows, strict=True):
+            axis.imshow(_strip(pictures), interpolation="nearest")
             axis.set_axis_off()
-        for row, (name, pictures) in zip(axes, rows, strict=True):
-            for axis, picture in zip(row, pictures, strict=False):
-                axis.imshow(picture, interpolation="nearest")
-            row[0].text(-0.1, 0.5, name, ha="right", va="center", transform=row[0].transAxes)
+            axis.text(-0.01, 0.5, name, ha="right", va="center", transform=axis.transAxes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -119,6 +116,13 @@ def _rows(sample: Survivors) -> list[tuple[str, list[Any]]]:
         note = "" if sample.fusion_trained else "\n(not trained)"
         rows.append((f"multimodal\n{len(kept)} left{note}", _faded(sample, kept)))
     return rows
+
+
+def _strip(pictures: Sequence[Any]) -> Any:
+    """Pictures beside each other, with white between them."""
+    height, width, _ = pictures[0].shape
+    gap = np.full((height, max(1, width // 16), 3), 255, dtype=np.uint8)
+    return np.concatenate([part for picture in pictures for part in (gap, picture)], axis=1)
 
 
 def _picture(frame: Tensor) -> Any:

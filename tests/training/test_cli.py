@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def test_sparsity_is_the_paper_s_table(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_splits_share_no_scene_and_pairs_share_their_frames(tmp_path: Path) -> None:
     for motion in (False, True):
-        films = plan(CorpusSpec(motion=motion))
+        films = plan(demo.demo_corpus(motion))
         scenes = {
             split: {f.events for f in films if f.split == split}
             for split in ("train", "validation", "test")
         }
-        assert len(scenes["test"]) == 50
+        assert len(scenes["test"]) == (20 if motion else 50)
         assert not scenes["train"] & scenes["test"]
         assert not scenes["train"] & scenes["validation"]
         assert not scenes["validation"] & scenes["test"]
@@ -85,7 +86,7 @@ def test_splits_share_no_scene_and_pairs_share_their_frames(tmp_path: Path) -> N
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A corpus of few scenes."""
+    """A corpus of few scenes, and few steps timed."""
     everything = plan
 
     def few(spec: CorpusSpec) -> list[Any]:
@@ -97,6 +98,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     monkeypatch.setattr("svitt_ops.training.corpus.plan", few)
+    monkeypatch.setattr(demo, "step_times", partial(demo.step_times, batch=4, turns=1))
 
 
 @pytest.mark.usefixtures("small")
