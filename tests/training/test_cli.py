@@ -93,11 +93,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         films = everything(spec)
         return [
             film
-            for split, count in (("train", 32), ("validation", 2), ("test", 10))
+            for split, count in (("train", 12), ("validation", 1), ("test", 4))
             for film in [film for film in films if film.split == split][:count]
         ]
 
     monkeypatch.setattr("svitt_ops.training.corpus.plan", few)
+    monkeypatch.setattr(demo, "SHUFFLES", 2)
     monkeypatch.setattr(demo, "step_times", partial(demo.step_times, batch=4, turns=1))
 
 
@@ -107,7 +108,7 @@ def test_corpus_files_are_h264(tmp_path: Path) -> None:
 
     paths = build_corpus(tmp_path, CorpusSpec(train_films=1))
     entries = json.loads(paths["test"].read_text())
-    assert len(entries) == 20
+    assert len(entries) == 8
     assert set(entries[0]) == {"video", "caption", "scene"}
     with av.open(str(tmp_path / entries[0]["video"])) as container:
         assert container.streams.video[0].codec_context.name == "h264"
@@ -117,7 +118,7 @@ def test_corpus_files_are_h264(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
-    overrides = ["optimizer.steps=3", "optimizer.batch_size=16", "run.tensorboard=false"]
+    overrides = ["optimizer.steps=2", "optimizer.batch_size=8", "run.tensorboard=false"]
     assert cli.main(["demo", "--output", str(folder), "--seed", "1", *overrides]) == 0
     out, err = capsys.readouterr()
     for words in ("R@1", "temporal pairs", "visual tokens", "multimodal tokens", "edges", "dense"):
@@ -129,7 +130,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads((folder / "demo.json").read_text())
     assert facts["frames"] == 8
     assert facts["seed"] == 1
-    assert facts["retrieval"]["videos"] == 20
+    assert facts["retrieval"]["videos"] == 8
     assert demo.render_demo(facts) in out
     videos = sorted(str(path) for path in (folder / "corpus" / "videos").glob("test-*.mp4"))[:2]
     table = ["--annotations", str(folder / "corpus" / "test.json"), "--workers", "0"]
