@@ -161,7 +161,7 @@ def test_bf16_checkpointing_accumulation_workers(make_recipe: Any, tmp_path: Pat
     plain = losses(pretrain(make_recipe(tmp_path / "plain", "optimizer.steps=2")))
     options = {
         "checkpointing": ("run.gradient_checkpointing=true",),
-        "workers": ("data.workers=2",),
+        "workers": ("data.workers=1",),
         "bf16": ("run.precision=bf16",),
         "accumulated": ("optimizer.accumulation=2",),
     }
