@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import svitt_ops
-from bench import environment, results
+from bench import demo, environment, results
 
 Document = dict[str, Any]
 END = "<!-- /bench -->"
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for op, documents in by_op.items():
             readme = replace_section(readme, op, "\n\n".join(map(render_short, documents)))
+        if demos := demo.load(arguments.results / "demo"):
+            readme = replace_section(readme, "demo", demo.render(demos))
     except ValueError as error:
         print(f"{arguments.readme.name}: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,7 @@ from bench import (  # noqa: E402
     __main__,
     compare,
     cross_attention,
+    demo,
     environment,
     floors,
     harness,
@@ -361,6 +362,29 @@ def test_report(small: ModuleType, tmp_path: Path) -> None:
     assert report.main([*arguments, "--check"]) == 0
     readme.write_text("no markers")
     assert report.main(arguments) == 1
+
+
+def test_table_of_demos(tmp_path: Path) -> None:
+    found = {"R1": 41.0, "R5": 99.0}
+    facts = {
+        "seed": 1,
+        "frames": 8,
+        "retrieval": {"text_to_video": found, "video_to_text": found, "videos": 100},
+        "pair_accuracy": {"normal": 94.25, "shuffled": 47.5},
+        "tokens": {"visual": [128, 77]},
+        "edges": {"edges": 1000, "dense": 4000},
+        "figure": "/of/somebody/survivors.png",
+    }
+    path, folder = tmp_path / "demo.json", tmp_path / "results" / "demo"
+    path.write_text(json.dumps(facts))
+    with pytest.raises(SystemExit):
+        demo.main([str(path), "--out", str(folder)])  # it did not end
+    path.write_text(json.dumps(facts | {"seconds": {"total": 300.0}}))
+    assert demo.main([str(path), "--out", str(folder)]) == 0
+    assert "somebody" not in (folder / "seed-1.json").read_text()
+    text = demo.render(demo.load(folder))
+    for row in ("R@1, text to video | 41 %", "told apart | 94.2 %", "minutes in all | 5.0"):
+        assert f"{row} |" in text
 
 
 def test_figure(small: ModuleType, tmp_path: Path) -> None:
