@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6,<=3.9.0
 OLD_TRITON := 3.6.0
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(CURDIR)/.venv/bin
@@ -31,11 +32,11 @@ setup: .venv/installed
 
 .venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
 	$(PIP) install -q -c constraints.txt --no-build-isolation \
-	  "$(TRITON); sys_platform == 'linux'" -e '.[dev,bench]'
+	  "$(TRITON); sys_platform == 'linux'" -e '.[dev,bench,train]'
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python examples/demo.py
+	$(BIN)/svitt demo $(DEMO_ARGS)
 
 test: .venv/installed
 	$(BIN)/pytest $(PYTEST_ARGS)

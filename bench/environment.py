@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import svitt_ops
-from svitt_ops.__main__ import collect
+from svitt_ops.info import collect
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"

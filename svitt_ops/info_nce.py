@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -316,13 +317,18 @@ class _RankLoss(torch.autograd.Function):
             columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
             means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
         ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
-        ctx.strip, ctx.label_smoothing, ctx.group = (rank, ranks, local), label_smoothing, group
+        ctx.strip, ctx.label_smoothing = (rank, ranks, local), label_smoothing
+        # A loss that outlives its group must not keep it: gloo's threads abort a process at exit.
+        ctx.group = weakref.ref(group)
         return means.float()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
         rank, ranks, local = ctx.strip
+        group = ctx.group()
+        if group is None:
+            raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
         grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
             grad_loss,
             query,
@@ -336,8 +342,8 @@ class _RankLoss(torch.autograd.Function):
             ctx.label_smoothing,
             True,
         )
-        torch.distributed.all_reduce(grad_keys, group=ctx.group)
-        torch.distributed.all_reduce(grad_temperature, group=ctx.group)
+        torch.distributed.all_reduce(grad_keys, group=group)
+        torch.distributed.all_reduce(grad_temperature, group=group)
         grad_key = grad_keys[rank * local : (rank + 1) * local]
         dtype = query.dtype
         grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import svitt_ops
-from svitt_ops import __main__, _extension
+from svitt_ops import __main__, _extension, info
 
 
 def run_info(folder: Path, *flags: str, package: Path | None = None) -> str:
@@ -80,12 +80,12 @@ def test_with_an_extension_that_does_not_load(tmp_path: Path) -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(__main__, "_installed", lambda package: None)
-    facts = __main__.collect()
+    monkeypatch.setattr(info, "_installed", lambda package: None)
+    facts = info.collect()
     assert facts["versions"]["triton"] is None
     for choices in facts["ops"].values():
         assert choices["cuda"] == {"implementation": None, "reason": "triton is not installed"}
-    assert "triton is not installed" in __main__.render(facts)
+    assert "triton is not installed" in info.render(facts)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ void forward_block_amx(const Forward& p, RowBlock& block, TileScratch& s) {
         }
       for (int r = 0; r < rows; ++r) {
         float* x = s.logits + r * kTileColumns;
+        prefetch_neighbours<bf16>(p, block, r0 + r);
+        prefetch_head<bf16>(p, block, r0 + r);
         const float most = finish_logits(p, block, chunk, *s.bias, table, block.row + r0 + r, x);
         if (r0 + r == 0) keep_saliency(p, block, chunk, x);
         const float keep = advance(most, first, s.most + r0 + r, out + r * dims, dims);

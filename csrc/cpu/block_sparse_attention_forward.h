@@ -1,6 +1,7 @@
 // Forward: the keys of a head are staged once, then each row block sweeps its tiles, flash-style.
 // Tried without gain: packing the half vectors of 56-key tiles side by side (an eighth less of
-// Q K^T, 2 % of the time); prefetching V while K is staged.
+// Q K^T, 2 % of the time); prefetching V while K is staged; prefetching the tiles of the next
+// block; prefetching the next head in fp32, which leaves no room for it in the L2 cache.
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 
 constexpr int kLogitStride =
@@ -108,6 +109,15 @@ SVITT_INLINE void prefetch_neighbours(const Forward& p, const RowBlock& block, i
   if (row + p.block_size < p.tokens)
     prefetch_row<false>(base<T>(p.query, block.b, block.h) + (row + p.block_size) * p.query.token,
                         p.head_dim);
+}
+
+/// And what the next head is staged from.
+template <class T>
+SVITT_INLINE void prefetch_head(const Forward& p, const RowBlock& block, int r) {
+  if (block.h + 1 >= p.heads) return;
+  const int64_t row = block.row + r;
+  prefetch_row<false>(base<T>(p.key, block.b, block.h + 1) + row * p.key.token, p.head_dim);
+  prefetch_row<false>(base<T>(p.value, block.b, block.h + 1) + row * p.value.token, p.head_dim);
 }
 
 template <class T>

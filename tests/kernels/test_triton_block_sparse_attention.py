@@ -21,7 +21,6 @@ from svitt_ops.kernels import (  # noqa: E402
     block_sparse_attention,
     block_sparse_attention_backward,
 )
-
 from svitt_ops.layout import BlockLayout  # noqa: E402
 from svitt_ops.reference.block_sparse_attention import attend  # noqa: E402
 

@@ -14,7 +14,6 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from svitt_ops.kernels import cross_attention, cross_attention_backward  # noqa: E402
-
 from svitt_ops.reference.cross_attention import attend, attend_backward  # noqa: E402
 
 

@@ -128,7 +128,7 @@ for ids in (None, torch.randint(7, (24,), generator=generator)):
         s = torch.tensor(0.1, requires_grad=True)
         some = None if ids is None else ids[part]
         loss = so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
-        found = torch.autograd.grad(loss, (a, b, s))
+        found = torch.autograd.grad(loss, (a, b, s), retain_graph=True)
         torch.testing.assert_close(loss, wanted.detach())
         torch.testing.assert_close(found[0] / ranks, exact[0][part])
         torch.testing.assert_close(found[1] / ranks, exact[1][part])
@@ -141,6 +141,12 @@ except ValueError as error:
 else:
     raise AssertionError("ranks of unequal size")
 dist.destroy_process_group()
+try:
+    loss.backward()
+except RuntimeError as error:
+    assert "group must exist until the backward" in str(error), error
+else:
+    raise AssertionError("a destroyed group")
 """
 
 

@@ -1,0 +1,91 @@
+"""What the authors' released code does where the paper means something else.
+
+`compat="svitt-official"` reproduces numbers of released checkpoints:
+- the last block is filled up with zero keys that are not masked: their logit is the bias of
+  token -> [CLS], their value 0, so they take weight from the others (`PaddedSelfAttention`);
+- random blocks are drawn anew outside training too (`eval_pattern_seed` is not read);
+- fusion layers never prune;
+- negatives of the contrastive loss are those of the own process;
+- `expand_frames` takes the nearest offset rounded down.
+Windows of several local blocks mix up two neighbours' keys there, which no published model uses and
+`SViTTConfig` refuses.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import svitt_ops as so
+from svitt_ops.nn import BlockSparseSelfAttention, merge_heads, split_heads
+
+
+def padded(num_tokens: int, block_size: int) -> int:
+    """Tokens of whole blocks."""
+    return -(-num_tokens // block_size) * block_size
+
+
+class PaddedSelfAttention(BlockSparseSelfAttention):
+    """Attention with zero keys after the tokens that are attended like tokens.
+
+    Only the patches' rows see the padding. [CLS] attends the true tokens, so its row, and with it
+    the saliency, comes from a second call. The layout is over the padded tokens.
+    """
+
+    def forward(
+        self,
+        tokens: Tensor,
+        layout: so.BlockLayout,
+        *,
+        codes: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        return_saliency: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        assert self.bias is not None and codes is not None and key_lengths is None
+        count = tokens.shape[1] - 1
+        missing = layout.num_tokens - count
+        query, key, value = (
+            split_heads(project(tokens), self.num_heads)
+            for project in (self.query, self.key, self.value)
+        )
+        table: Tensor = self.bias.table
+        # Patches see nothing but [CLS] here; only the row of [CLS] is used.
+        globals_only = so.BlockLayout.local_random(
+            count, block_size=layout.block_size, num_local=0, num_random=0, device=tokens.device
+        )
+        of_cls = so.block_sparse_attention(
+            query,
+            key,
+            value,
+            globals_only,
+            bias_table=table,
+            position_codes=codes,
+            return_saliency=return_saliency,
+        )
+        saliency = None
+        if isinstance(of_cls, tuple):
+            of_cls, saliency = of_cls
+        if missing:
+            table, codes = _with_padding_code(table, codes, missing)
+            query, key, value = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
+        out = so.block_sparse_attention(
+            query, key, value, layout, bias_table=table, position_codes=codes
+        )
+        assert isinstance(out, Tensor)
+        out = torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2)
+        merged: Tensor = self.out(merge_heads(out))
+        return merged if saliency is None else (merged, saliency)
+
+
+def _with_padding_code(table: Tensor, codes: Tensor, missing: int) -> tuple[Tensor, Tensor]:
+    """A wider table, and codes for the padding that lead from every token to token -> [CLS].
+
+    Tokens' codes are 0 to c, so their offsets are -c to c. The padding's code is -1 - c, so a
+    token's offset to it is c + 1 to 2 c + 1, where every row of the wider table is that bias.
+    """
+    reach = (table.shape[0] - 4) // 2
+    constant = table[-2].expand(reach + 1, -1)
+    wide = torch.cat([constant, table[:-3], constant, table[-3:]])
+    codes = F.pad(codes, (0, missing), value=-1 - reach)
+    return wide, codes

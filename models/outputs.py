@@ -1,0 +1,72 @@
+"""What the models return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class VideoOutput(ModelOutput):
+    """Encoded clips.
+
+    Attributes:
+        embeds: ``(batch, projection_dim)``, L2-normalised.
+        states: ``(batch, 1 + n, hidden_size)``, [CLS] and the n patches that survive.
+        indices: int64 ``(batch, n)``, numbers of these patches in (frame, row, column) order.
+        indices_per_stage: the same after each pruning.
+    """
+
+    embeds: Tensor | None = None
+    states: Tensor | None = None
+    indices: Tensor | None = None
+    indices_per_stage: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TextOutput(ModelOutput):
+    """Encoded texts.
+
+    Attributes:
+        embeds: ``(batch, projection_dim)``, L2-normalised.
+        states: ``(batch, tokens, text_hidden_size)``.
+    """
+
+    embeds: Tensor | None = None
+    states: Tensor | None = None
+
+
+@dataclass
+class FusionOutput(ModelOutput):
+    """Texts that have attended to their clips.
+
+    Attributes:
+        states: ``(batch, tokens, text_hidden_size)``.
+        video_indices: int64 ``(batch, m)``, the patches that multimodal pruning left.
+    """
+
+    states: Tensor | None = None
+    video_indices: Tensor | None = None
+
+
+@dataclass
+class SViTTPreTrainingOutput(ModelOutput):
+    """Losses of a batch, and the embeddings they come from; a loss of weight 0 is None.
+
+    Attributes:
+        loss: weighted sum of the others.
+        loss_vtc: contrastive loss of clips and texts.
+        loss_vtm: matching loss of pairs that match and pairs that do not.
+        loss_mlm: loss of the masked tokens.
+        video_embeds: ``(batch, projection_dim)``.
+        text_embeds: ``(batch, projection_dim)``.
+    """
+
+    loss: Tensor | None = None
+    loss_vtc: Tensor | None = None
+    loss_vtm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    video_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None

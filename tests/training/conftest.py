@@ -1,0 +1,92 @@
+"""A small corpus of real mp4 files and a recipe for a tiny model, shared by these tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("av")
+
+from svitt_ops.training.corpus import CorpusSpec, plan, write_video
+from svitt_ops.training.recipes import Recipe, load_recipe
+
+MODEL = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "drop_path_rate": 0.0,
+    "bias_init_std": 0.5,
+    "block_size": 2,
+    "num_random": 1,
+    "keep_rate": 0.7,
+    "prune_layers": [0],
+    "multimodal_keep_rate": 0.5,
+    "multimodal_prune_layers": [0],
+    "text_hidden_size": 16,
+    "text_num_hidden_layers": 3,
+    "fusion_layer": 1,
+    "text_num_attention_heads": 2,
+    "text_intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "projection_dim": 8,
+}
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.json (16 clips) and test.json (8 clips), both orders of each scene."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "videos").mkdir()
+    spec = CorpusSpec(size=16, frames=8, train_films=1)
+    films = plan(spec)
+    for split, count in (("train", 8), ("test", 4)):
+        entries = []
+        for film in [film for film in films if film.split == split][:count]:
+            for order, pictures in film.shoot(spec).items():
+                name = f"videos/{film.name}-{order[0]}{order[1]}.mp4"
+                write_video(folder / name, pictures)
+                caption = film.caption(order)
+                entries.append({"video": name, "caption": caption, "scene": film.name})
+        (folder / f"{split}.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_recipe(corpus: Path) -> MakeRecipe:
+    """`make_recipe(output, "key=value", ..., **model)`: a recipe that trains in a second."""
+
+    def make(output: Path, *overrides: str, **model: Any) -> Recipe:
+        recipe = load_recipe(
+            None,
+            [
+                f"output={output}",
+                "tokenizer.train_vocab_size=100",
+                "data.short_side=null",
+                "data.text_length=12",
+                "data.keep_together=scene",
+                "data.positives=caption",
+                "data.workers=0",
+                "optimizer.lr=1e-3",
+                "optimizer.batch_size=8",
+                "optimizer.steps=6",
+                "optimizer.warmup_steps=2",
+                "run.precision=fp32",
+                "run.log_steps=1",
+                "run.save_steps=100",
+                "run.tensorboard=false",
+                "run.device=cpu",
+                f"data.train=[{{annotations: {corpus / 'train.json'}}}]",
+                *overrides,
+            ],
+        )
+        recipe.model = {**MODEL, **model}
+        return recipe
+
+    return make

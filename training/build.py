@@ -1,0 +1,141 @@
+"""From a recipe to its parts: entries, tokenizer, dataset, model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from svitt_ops.training.annotations import Entry, read_annotations
+from svitt_ops.training.augment import Augmentation
+from svitt_ops.training.checkpoints import model_folder
+from svitt_ops.training.collate import Collator
+from svitt_ops.training.datasets import ClipSpec, PairDataset
+from svitt_ops.training.recipes import Corpus, Data, Recipe
+from svitt_ops.training.text import load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from svitt_ops.models import SViTTConfig, SViTTForPreTraining
+
+log = logging.getLogger(__name__)
+SHOWN_PROBLEMS = 5
+# Of the shape of the weights, or of the tokenizer: not to be changed for loaded weights.
+OWN_KEYS = ("vocab_size", "pad_token_id")
+
+
+def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry]:
+    """The entries of all corpora; unusable ones are counted and reported."""
+    if not corpora:
+        raise ValueError(f"recipe: data.{name} must list at least one corpus")
+    entries: list[Entry] = []
+    for corpus in corpora:
+        read = read_annotations(
+            corpus.annotations,
+            root=corpus.root,
+            kind="image" if corpus.kind == "image" else "video",
+            captions="join" if corpus.captions == "join" else "each",
+            keep_together=data.keep_together,
+            max_words=data.max_words,
+        )
+        entries += read.entries
+        for problem in read.problems[:SHOWN_PROBLEMS]:
+            log.warning("left out: %s", problem)
+        if read.problems:
+            log.warning(
+                "%s: %d of %d entries left out",
+                corpus.annotations,
+                len(read.problems),
+                len(read.problems) + len(read.entries),
+            )
+    return entries
+
+
+def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer, train it, or take that of the weights it starts from."""
+    wanted = recipe.tokenizer
+    if wanted.train_vocab_size:
+        captions = [caption for entry in entries for caption in entry.captions]
+        return train_tokenizer(captions, wanted.train_vocab_size)
+    if wanted.name:
+        return load_tokenizer(wanted.name)
+    start = recipe.init.checkpoint
+    if start and Path(start).is_dir():
+        return load_tokenizer(str(model_folder(start)))
+    if recipe.init.bert:
+        return load_tokenizer(recipe.init.bert)
+    raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
+
+
+def build_dataset(recipe: Recipe, entries: Sequence[Entry], num_frames: int) -> PairDataset:
+    """The training pairs."""
+    data = recipe.data
+    spec = ClipSpec(
+        num_frames=num_frames,
+        mode=data.sampling,
+        official=data.official_sampling,
+        short_side=data.short_side,
+        cache=data.cache,
+    )
+    return PairDataset(entries, spec, seed=recipe.seed, positives=data.positives)
+
+
+def build_collator(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SViTTConfig
+) -> Collator:
+    """The collator; it prepares masked texts only for a model that learns from them."""
+    data = recipe.data
+    low, high = data.crop_scale
+    masked = config.loss_weights.get("mlm", 1) > 0
+    return Collator(
+        tokenizer=tokenizer,
+        text_length=data.text_length,
+        pad_to=data.pad_to,
+        augmentation=Augmentation(crop_scale=(low, high), flip=data.flip),
+        mask_probability=recipe.optimizer.mask_probability if masked else 0.0,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForPreTraining:
+    """The model, from the weights that the recipe starts from.
+
+    Frames of an earlier stage are expanded to those of this one.
+    """
+    from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
+
+    changes = dict(recipe.model)
+    known = set(SViTTConfig().to_dict())
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"recipe: model has no key {unknown[0]!r}; known: {sorted(known)}")
+    for key in OWN_KEYS:
+        if key in changes:
+            raise ValueError(f"recipe: model.{key} is the tokenizer's, and not to be set")
+    text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    start = recipe.init.checkpoint
+    if start is None:
+        model = SViTTForPreTraining(SViTTConfig(**changes, **text))
+        if recipe.init.beit:
+            convert.load_beit(model, recipe.init.beit)
+        if recipe.init.bert:
+            convert.load_bert(model, recipe.init.bert)
+        return model
+    num_frames = changes.pop("num_frames", None)
+    if Path(start).is_file():
+        model = convert.load_official(start, SViTTConfig(**changes, **text))
+    else:
+        folder = model_folder(start)
+        config = SViTTConfig.from_pretrained(folder)
+        if config.vocab_size != len(tokenizer):
+            raise ValueError(
+                f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
+                f" init.checkpoint, got {len(tokenizer)}"
+            )
+        for key, value in changes.items():
+            setattr(config, key, value)
+        model = SViTTForPreTraining.from_pretrained(folder, config=config)
+    if num_frames is not None and num_frames != model.config.num_frames:
+        model = expand_frames(model, num_frames)
+    return model

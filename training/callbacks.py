@@ -1,0 +1,74 @@
+"""What a run shows while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all clips of the run, with clips/s and the parts of the loss."""
+
+    def __init__(self, batch_size: int, label: str = "pretrain") -> None:
+        self.batch_size = batch_size
+        self.label = label
+        self.bar: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps * self.batch_size,
+                initial=state.global_step * self.batch_size,
+                desc=self.label,
+                unit="clip",
+                unit_scale=True,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.batch_size)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is None or not logs:
+            return
+        shown = {
+            name.removeprefix("loss_"): f"{value:.3f}"
+            for name, value in logs.items()
+            if name.startswith("loss")
+        }
+        if shown:
+            self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

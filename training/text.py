@@ -1,0 +1,65 @@
+"""Captions as text: cleaning, and the tokenizer by folder, by name, or trained on the corpus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def clean_caption(caption: str, max_words: int | None = None) -> str:
+    """Lower-case a caption and drop its punctuation, as Singularity, SViTT and ALBEF do.
+
+    `,.'!?"()*#:;~` are deleted, `-` and `/` become spaces, `<person>` becomes person.
+    """
+    text = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
+    text = re.sub(r"[-/]", " ", text).replace("<person>", "person")
+    words = text.split()
+    return " ".join(words if max_words is None else words[:max_words])
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """A Hugging Face tokenizer: a folder on this machine, or the name of a downloaded one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer.name: must be a folder or a downloaded Hugging Face tokenizer, got"
+            f" {name_or_path!r} ({str(error).splitlines()[0]})"
+        ) from error
+    for token in ("pad_token", "cls_token", "sep_token", "mask_token"):
+        if getattr(tokenizer, token) is None:
+            raise ValueError(f"tokenizer.name: must have a {token}, {name_or_path!r} has none")
+    return tokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a WordPiece tokenizer, lower-case and with BERT's special tokens, on captions."""
+    # Imported here: a run with a ready tokenizer has no use for the trainer.
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    texts = sorted(set(captions))
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer would number the inner letters of words by hashing, break ties between merges by
+    # these numbers, and so give every process a vocabulary of its own: announce them in order.
+    inner: set[str] = set()
+    for text in texts:
+        for word, _ in pieces.pre_tokenizer.pre_tokenize_str(pieces.normalizer.normalize_str(text)):
+            inner.update(word[1:])
+    letters = [f"##{letter}" for letter in sorted(inner)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS + letters, show_progress=False
+    )
+    pieces.train_from_iterator(texts, trainer)
+    return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=True)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that `load_tokenizer(folder)` reads it."""
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,229 @@
+"""transformers.Trainer with this library's data order, losses, schedule and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from svitt_ops.nn import RelativePositionBias3D
+from svitt_ops.training.augment import to_pixel_values
+from svitt_ops.training.checkpoints import (
+    PARTIAL,
+    keep_last,
+    last_checkpoint,
+    publish,
+    remove_partial,
+)
+from svitt_ops.training.collate import Collator
+from svitt_ops.training.datasets import GlobalBatches, PairDataset, SkipLog
+from svitt_ops.training.recipes import Recipe
+from svitt_ops.training.schedule import learning_rate_factor
+
+log = logging.getLogger(__name__)
+LOSSES = ("loss_vtc", "loss_vtm", "loss_mlm")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
+
+
+class PretrainTrainer(Trainer):
+    """The engine.
+
+    Everything random in a step (sparse patterns, drop path, hard negatives) is drawn from a seed
+    that is made of the run's seed and the step, and everything random in a clip from the clip's
+    own. So a run that was killed goes on exactly as it would have, from any checkpoint, and
+    processes that share a batch draw the same patterns.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: Recipe,
+        dataset: PairDataset,
+        batches: GlobalBatches,
+        collator: Collator,
+        warmup_steps: int,
+    ) -> None:
+        super().__init__(model=model, args=args, data_collator=collator, train_dataset=dataset)
+        self.recipe = recipe
+        self.dataset = dataset
+        self.output = Path(recipe.output)
+        self._size = int(model.config.image_size)
+        self.batches = batches
+        self.warmup_steps = warmup_steps
+        self.skipped = SkipLog()
+        self.loss_is_scaled_for_ga = False  # the losses are means over a batch
+        self._folder: str | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._part = 0
+
+    def train_from_last(self) -> int:
+        """Train to the end, from the newest checkpoint if there is one; the step it began at."""
+        output = self.output
+        if self.is_world_process_zero():
+            remove_partial(output)
+        _wait()
+        last = last_checkpoint(output)
+        step = 0 if last is None else last[0]
+        if last is not None and step >= self.args.max_steps:
+            self._load_from_checkpoint(str(last[1]))
+            return step
+        self.batches.start = step * self.args.gradient_accumulation_steps
+        self.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        return step
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not prepared by accelerate: the sampler knows its process, and where to start.
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
+        if self.optimizer is None:
+            whole = self.model if model is None else model
+            assert whole is not None
+            settings = self.recipe.optimizer
+            tables = {m.table for m in whole.modules() if isinstance(m, RelativePositionBias3D)}
+            wanted = [p for p in whole.parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
+                {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
+                {
+                    "params": [p for p in wanted if p in tables],
+                    "lr": settings.lr * settings.bias_lr_scale,
+                },
+            ]
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                # One pass over all parameters, where the kernel exists: CPU and CUDA.
+                fused=self.args.device.type in ("cpu", "cuda"),
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            floor = self.recipe.optimizer.min_lr_ratio
+
+            def factor(step: int) -> float:
+                return learning_rate_factor(
+                    step, total=num_training_steps, warmup=self.warmup_steps, floor=floor
+                )
+
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        for reason in self.skipped.add(inputs.pop("skipped")):
+            log.warning("skipped: %s", reason)
+        part = self._next_part()
+        torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
+        with torch.no_grad():
+            self.accelerator.unwrap_model(model).clamp_temperature()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _next_part(self) -> int:
+        """Which of a step's accumulated batches this is."""
+        part = self._part
+        self._part = (part + 1) % self.args.gradient_accumulation_steps
+        return part
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        pixels = to_pixel_values(inputs["clips"], self._size, inputs["boxes"], inputs["flips"])
+        tensors = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
+        outputs = model(pixel_values=pixels, **tensors)
+        for name in LOSSES:
+            value = getattr(outputs, name)
+            if value is not None:
+                total = self._sums.get(name)
+                self._sums[name] = value.detach() + (0 if total is None else total)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, the temperature and the true epoch."""
+        if "loss" in logs and self._sums:
+            sums = torch.stack([self._sums[name].float() for name in self._sums])
+            steps = self.state.global_step - getattr(self, "_last_parts", self._initial_global_step)
+            self._last_parts = self.state.global_step
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            parts = sums / (self.args.world_size * steps * self.args.gradient_accumulation_steps)
+            logs |= dict(zip(self._sums, parts.tolist(), strict=True))
+            self._sums = {}
+            temperature = getattr(self.accelerator.unwrap_model(self.model), "temperature", None)
+            if temperature is not None:
+                logs["temperature"] = temperature.item()
+        batches = self.state.global_step * self.args.gradient_accumulation_steps
+        self.state.epoch = batches / self.batches.batches_per_epoch
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """Write beside the checkpoints, and rename when everything is on the disk."""
+        output = self.output
+        name = f"checkpoint-{self.state.global_step}"
+        partial = output / f"{PARTIAL}{name}"
+        if self.is_world_process_zero() and partial.exists():
+            shutil.rmtree(partial)
+        _wait()
+        self._folder = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._folder = None
+        _wait()
+        if self.is_world_process_zero():
+            publish(partial / name, output / name)
+            partial.rmdir()
+            keep_last(output, self.recipe.run.keep_checkpoints)
+        _wait()
+
+
+def hash_seed(*numbers: int) -> int:
+    """A seed from several numbers, without the collisions of their sum."""
+    seed = 0x9E3779B97F4A7C15
+    for number in numbers:  # splitmix64, one round per number
+        seed = (seed ^ number) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        seed = (seed ^ seed >> 31) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        seed ^= seed >> 29
+    return seed & 0x7FFFFFFFFFFFFFFF
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
