@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import svitt_ops
 from bench import compare, environment, floors, memory, results
-from bench.harness import DIRECTIONS, DTYPES, Case, CaseRun
+from bench.harness import DTYPES, Case, CaseRun, Direction
 from bench.timing import Effort
 
 DESCRIPTION = """\
@@ -26,6 +26,8 @@ computes the same here. Nothing is timed before its results agree with the fp64 
   %(prog)s --op cross_attention --dtype bf16        one op in one dtype
   %(prog)s --op info_nce --compare bench/results/info_nce-....json
 """
+MORE = ("svitt_step", "scaling")
+"""What is measured besides the ops, each by the module of that name."""
 HEADER = (
     f"{'case':<22} {'provider':<20} {'ms':>9} {'p20':>9} {'p80':>9} {'x best':>7} "
     f"{'GFLOP/s':>8} {'of gemm':>8} {'of floor':>8} {'+MiB':>8}"
@@ -72,8 +74,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
 
 
 def ops() -> list[str]:
-    """Ops that have a benchmark."""
-    return [op for op in svitt_ops.OPS if (Path(__file__).parent / f"{op}.py").exists()]
+    """Ops that have a benchmark, and what else is measured."""
+    names = [*svitt_ops.OPS, *MORE]
+    return [name for name in names if (Path(__file__).parent / f"{name}.py").exists()]
 
 
 def run(
@@ -120,6 +123,8 @@ def run(
             document["results"].append(result)
             _record(_path(document, arguments), document)
             bar.write(render(result))
+            if hasattr(module, "summary"):
+                bar.write(module.summary(result))
             bar.update()
     return document
 
@@ -202,7 +207,7 @@ def _chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
         if arguments.case in case.name
         and arguments.dtype in ("", case.dtype)
         and arguments.direction in ("", *case.directions)
-        and (case.quick or not arguments.quick or arguments.case)
+        and (arguments.case or (case.quick if arguments.quick else not case.named))
     ]
 
 
@@ -243,8 +248,9 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--provider", default="", metavar="TEXT", help="ours, and peers whose name contains this")
     dtypes = f"one of {', '.join(DTYPES)}"
     add("--dtype", default="", choices=[*DTYPES], metavar="DTYPE", help=dtypes)
-    which = f"one of {', '.join(DIRECTIONS)}"
-    add("--direction", default="", choices=DIRECTIONS, metavar="DIRECTION", help=which)
+    directions = get_args(Direction)
+    which = f"one of {', '.join(directions)}"
+    add("--direction", default="", choices=directions, metavar="DIRECTION", help=which)
     add("--quick", action="store_true", help="few cases, rough times, no memory")
     add("--list", action="store_true", help="name the cases and run nothing")
     add = parser.add_argument_group("how").add_argument
