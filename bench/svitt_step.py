@@ -74,7 +74,7 @@ def _case(
 ) -> Case:
     fields = {"size": size, "part": part, "frames": frames, "batch": batch}
     fields |= {"keep_rate": CURRICULUM[frames], "text_length": TEXT_LENGTH}
-    name = f"{'' if size == 'base' else f'{size}-'}{part}-t{frames}-b{batch}-{dtype}"
+    name = f"{part if size == 'base' else size}-t{frames}-b{batch}-{dtype}"
     return Case(name=name, dtype=dtype, device=device, fields=fields, directions=("step",), **given)
 
 
