@@ -197,7 +197,8 @@ def _draw_frames(figure: Any, theme: Theme, document: Document) -> None:
         axis.minorticks_off()
     axes[0].set(title="Time", ylabel="ms")
     axes[1].set(title="Peak memory", ylabel="MiB")
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     _caption(figure, document, f"forward + backward, {dtype}, one clip")
 
 
