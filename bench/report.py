@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import svitt_ops
-from bench import environment, results
+from bench import environment, figures, results, step_report
 
 Document = dict[str, Any]
 END = "<!-- /bench -->"
-TITLES = {"forward": "Forward", "forward_backward": "Forward + backward"}
+TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "step": "Training step"}
+FIGURES = "bench/results/figures"
 INTRODUCTION = """\
 # Benchmarks
 
@@ -58,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_op.setdefault(document["op"], []).append(document)
         if not (arguments.check or arguments.no_figures) and _sizes(document) > 1:
             draw(document, path.with_suffix(".png"))
+    if not (arguments.check or arguments.no_figures):
+        for documents in by_machine(by_op).values():
+            figures.draw(documents, arguments.results / "figures")
     readme = arguments.readme.read_text()
     try:
-        for op, documents in by_op.items():
-            readme = replace_section(readme, op, "\n\n".join(map(render_short, documents)))
+        for op in by_op:
+            readme = replace_section(readme, op, _section(op, by_op))
     except ValueError as error:
         print(f"{arguments.readme.name}: {error}", file=sys.stderr)
         return 1
@@ -90,11 +94,47 @@ def replace_section(text: str, op: str, section: str) -> str:
     return f"{head}{start}\n{section}\n{END}{tail}"
 
 
+def by_machine(by_op: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """All results of each machine, in the order of the ops."""
+    found: dict[str, list[Document]] = {}
+    for op in [*svitt_ops.OPS, *sorted(set(by_op) - set(svitt_ops.OPS))]:
+        for document in by_op.get(op, []):
+            found.setdefault(environment.slug("", document["environment"]), []).append(document)
+    return found
+
+
+def _section(op: str, by_op: dict[str, list[Document]]) -> str:
+    """What README says of an op."""
+    parts = []
+    for document in by_op[op]:
+        if op == "svitt_step":
+            parts.append(f"{_source(document)}\n\n{step_report.render_short(document)}")
+        elif op == "scaling":
+            parts.append(_pictures(document, by_op, FIGURES))
+        else:
+            parts.append(render_short(document))
+    return "\n\n".join(parts)
+
+
+def _pictures(document: Document, by_op: dict[str, list[Document]], folder: str) -> str:
+    """The figures of a result's machine."""
+    machine = environment.slug("", document["environment"])
+    drawn = figures.names(by_machine(by_op)[machine])
+    pictures = [figures.markdown(name, words, folder) for name, words in drawn.items()]
+    return "\n\n".join([_source(document), *pictures])
+
+
 def render_docs(by_op: dict[str, list[Document]]) -> str:
     """Markdown of all results of all ops."""
     parts = [INTRODUCTION, METHOD]
     for op in [op for op in svitt_ops.OPS if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
+    for document in by_op.get("svitt_step", []):
+        text = f"{_source(document)}\n\n{step_report.NOTE}\n\n{step_report.render(document)}"
+        parts += ["## The training step\n", f"{text}\n\n{_footnotes(document)}\n"]
+    for document in by_op.get("scaling", []):
+        parts += ["## Scaling\n", _pictures(document, by_op, f"../{FIGURES}") + "\n"]
+        parts.append(_render_one(document) + "\n")
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
     if missing:
         parts.append(f"No results are committed yet of {', '.join(missing)}.\n")

@@ -36,6 +36,8 @@ PROOF_TOLERANCE = 1e-4
 """How far fp32 losses and embeddings may be from those of SDPA: rounding, amplified by 1 / 0.07."""
 PROOF_BATCH = 2
 LOSSES = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
+DENSE = ("dense", "dense_sdpa")
+"""Providers of the dense model; `dense_plain` has no position bias."""
 TINY = {
     "image_size": 32,
     "patch_size": 8,
@@ -322,7 +324,7 @@ def rates(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     products = result["ceilings"]["products"].items()
     product = max(rate for name, rate in products if f"_{result['dtype']}_" in name)
     rows = {row["provider"]: row for row in result["providers"] if row["status"] == "ok"}
-    dense = [rows[name]["ms"] for name in ("dense", "dense_sdpa") if name in rows]
+    dense = [rows[name]["ms"] for name in DENSE if name in rows]
     found = {}
     for name, row in rows.items():
         seconds = row["ms"] / 1e3
