@@ -77,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted)
+    if arguments.check and "scaling" in by_op:
+        drawn = [x for found in by_machine(by_op).values() for x in figures.names(found)]
+        paths = [f"{name}-{theme.name}.png" for name in drawn for theme in figures.THEMES]
+        folder = arguments.results / "figures"
+        stale += [f"figures/{name}" for name in paths if not (folder / name).is_file()]
     if stale and arguments.check:
         names = " and ".join(stale)
         print(f"{names} not as bench/results has it: run python -m bench.report", file=sys.stderr)
