@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
     failures, ran, documents = 0, 0, []
     native = {} if arguments.list else floors.machine(torch.device(device))
     for op in [arguments.op] if arguments.op else ops():
-        module = importlib.import_module(f"bench.{op}")
+        module = load(op)
+        if module is None:
+            continue
         cases = _chosen(module.cases(device), arguments)
         ran += len(cases)
         if arguments.list:
@@ -77,6 +79,17 @@ def ops() -> list[str]:
     """Ops that have a benchmark, and what else is measured."""
     names = [*svitt_ops.OPS, *MORE]
     return [name for name in names if (Path(__file__).parent / f"{name}.py").exists()]
+
+
+def load(op: str) -> ModuleType | None:
+    """The benchmark of that name; None, said aloud, where a package that it needs is missing."""
+    try:
+        return importlib.import_module(f"bench.{op}")
+    except ModuleNotFoundError as error:
+        if op in svitt_ops.OPS:
+            raise
+        print(f"{op} left out: {error}; `make setup` installs what it needs", file=sys.stderr)
+        return None
 
 
 def run(

@@ -110,23 +110,29 @@ def by_machine(by_op: dict[str, list[Document]]) -> dict[str, list[Document]]:
 
 def _section(op: str, by_op: dict[str, list[Document]]) -> str:
     """What README says of an op."""
+    if op == "scaling":
+        return _pictures(by_op, FIGURES)
     parts = []
     for document in by_op[op]:
+        text = render_short(document)
         if op == "svitt_step":
-            parts.append(f"{_source(document)}\n\n{step_report.render_short(document)}")
-        elif op == "scaling":
-            parts.append(_pictures(document, by_op, FIGURES))
-        else:
-            parts.append(render_short(document))
+            text = f"{_source(document)}\n\n{step_report.render_short(document)}"
+        parts.append(text)
+    if op == "svitt_step":
+        parts.append(step_report.NOTE)
     return "\n\n".join(parts)
 
 
-def _pictures(document: Document, by_op: dict[str, list[Document]], folder: str) -> str:
-    """The figures of a result's machine."""
-    machine = environment.slug("", document["environment"])
-    drawn = figures.names(by_machine(by_op)[machine])
-    pictures = [figures.markdown(name, words, folder) for name, words in drawn.items()]
-    return "\n\n".join([_source(document), *pictures])
+def _pictures(by_op: dict[str, list[Document]], folder: str) -> str:
+    """The figures of every machine whose scaling was measured."""
+    parts = []
+    for documents in by_machine(by_op).values():
+        sources = [_source(x) for x in documents if x["op"] == "scaling"]
+        if sources:
+            drawn = figures.names(documents).items()
+            pictures = [figures.markdown(name, words, folder) for name, words in drawn]
+            parts += ["\\\n".join(sources), *pictures]
+    return "\n\n".join(parts)
 
 
 def render_docs(by_op: dict[str, list[Document]]) -> str:
@@ -134,12 +140,14 @@ def render_docs(by_op: dict[str, list[Document]]) -> str:
     parts = [INTRODUCTION, METHOD]
     for op in [op for op in svitt_ops.OPS if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
+    if "svitt_step" in by_op:
+        parts.append(f"## The training step\n\n{step_report.NOTE}\n")
     for document in by_op.get("svitt_step", []):
-        text = f"{_source(document)}\n\n{step_report.NOTE}\n\n{step_report.render(document)}"
-        parts += ["## The training step\n", f"{text}\n\n{_footnotes(document)}\n"]
-    for document in by_op.get("scaling", []):
-        parts += ["## Scaling\n", _pictures(document, by_op, f"../{FIGURES}") + "\n"]
-        parts.append(_render_one(document) + "\n")
+        table = step_report.render(document)
+        parts.append(f"{_source(document)}\n\n{table}\n\n{_footnotes(document)}\n")
+    if "scaling" in by_op:
+        parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
+    parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
     if missing:
         parts.append(f"No results are committed yet of {', '.join(missing)}.\n")

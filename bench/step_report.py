@@ -1,13 +1,14 @@
-"""Tables of `svitt_step`: what a training step costs, sparse and dense."""
+"""What the times of `svitt_step` mean, and its tables; needs no model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bench import results
-from bench.svitt_step import DENSE, rates
 
 Document = dict[str, Any]
+DENSE = ("dense", "dense_sdpa")
+"""Providers of the dense model; `dense_plain` has no position bias."""
 GIB = 2.0**30
 NOTE = """\
 Time and memory of the hybrid step beside the fastest dense one that has the relative position bias;
@@ -15,11 +16,53 @@ Time and memory of the hybrid step beside the fastest dense one that has the rel
 (in brackets without them). MFU: FLOP/s over those of a large matrix product of the same dtype."""
 
 
+def rates(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What a step's times mean, of each provider that has one.
+
+    Returns:
+        Provider -> `clips_s`, `tokens_s`, `mfu` (its own FLOP/s over those of a large product of
+        the case's dtype in the same rounds), `time_ratio` (over the fastest dense step that has
+        the bias) and `memory_bytes` (peak, with weights and optimizer state), where known.
+    """
+    facts, fields = result["facts"], result["fields"]
+    products = result["ceilings"]["products"].items()
+    product = max(rate for name, rate in products if f"_{result['dtype']}_" in name)
+    rows = {row["provider"]: row for row in result["providers"] if row["status"] == "ok"}
+    dense = [rows[name]["ms"] for name in DENSE if name in rows]
+    found = {}
+    for name, row in rows.items():
+        seconds = row["ms"] / 1e3
+        found[name] = {
+            "clips_s": fields["batch"] / seconds,
+            "tokens_s": facts["tokens"] / seconds,
+            "mfu": row["gflops"] / product,
+        }
+        if dense:
+            found[name]["time_ratio"] = row["ms"] / min(dense)
+        if row.get("extra_bytes") is not None:
+            found[name]["memory_bytes"] = facts["state_bytes"] + row["extra_bytes"]
+    return found
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Lines below the live table's rows."""
+    lines = [f"{'':<22} {'provider':<20} {'clips/s':>9} {'tokens/s':>9} {'MFU':>7} {'of dense':>9}"]
+    for name, rate in rates(result).items():
+        ratio = f"{rate['time_ratio']:.1%}" if "time_ratio" in rate else "-"
+        lines.append(
+            f"{'':<22} {name:<20} {rate['clips_s']:>9.3f} {rate['tokens_s']:>9.0f} "
+            f"{rate['mfu']:>7.1%} {ratio:>9}"
+        )
+    mac_ratio = result["facts"]["mac_ratio"]
+    lines.append(f"{'':<22} multiplications of the video tower, hybrid of dense: {mac_ratio:.1%}")
+    return "\n".join(lines)
+
+
 def render_short(document: Document) -> str:
     """A line for each case: hybrid against dense."""
     columns = ["case", "hybrid, ms", "dense, ms", "of dense", "MACs", "clips/s", "MFU"]
     columns += ["memory, GiB", "dense"]
-    lines = [NOTE, "", *_head(columns)]
+    lines = _head(columns)
     for result in document["results"]:
         hybrid = results.row_of(result, "hybrid")
         if hybrid is None or hybrid["status"] != "ok":

@@ -26,18 +26,19 @@ from torch.utils.flop_counter import (
 
 from bench.dense_attention import DenseSelfAttention
 from bench.harness import Case, Expected, Problem, Provider
+from bench.step_report import summary
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining
 from svitt_ops.models.sparsity import CURRICULUM, TEXT_LENGTH, video_macs
 
-STEPS_BYTES = 40.0
+__all__ = ["cases", "problem", "shrunk", "summary"]
+
+STEP_BYTES = 40.0
 """Bytes per weight: read by both passes, its gradient written, AdamW reads four and writes three
 numbers of four bytes."""
 PROOF_TOLERANCE = 1e-4
 """How far fp32 losses and embeddings may be from those of SDPA: rounding, amplified by 1 / 0.07."""
 PROOF_BATCH = 2
 LOSSES = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
-DENSE = ("dense", "dense_sdpa")
-"""Providers of the dense model; `dense_plain` has no position bias."""
 TINY = {
     "image_size": 32,
     "patch_size": 8,
@@ -99,7 +100,7 @@ def problem(case: Case) -> Problem:
         oracles={"op": trial.expected},
         providers=list(_providers(trial)),
         flops={"step": 6.0 * batch * macs},
-        bytes={"step": STEPS_BYTES * trial.num_weights},
+        bytes={"step": STEP_BYTES * trial.num_weights},
         facts={
             "tokens": batch * (patches + 1 + case.fields["text_length"] * (trial.part == "step")),
             "patches": patches,
@@ -166,7 +167,7 @@ class Trial:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW as `svitt pretrain` has it, at a rate that leaves the weights about as they are."""
+        """AdamW, fused as in `svitt pretrain`, at a rate that hardly moves the weights."""
         weights = _trained(self.model, self.part).parameters()
         return torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.02, fused=True)
 
@@ -310,45 +311,3 @@ _CPU_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_on_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_on_cpu_backward,
 }
-
-
-def rates(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What a step's times mean, of each provider that has one.
-
-    Returns:
-        Provider -> `clips_s`, `tokens_s`, `mfu` (its own FLOP/s over those of a large product of
-        the case's dtype in the same rounds), `time_ratio` (over the fastest dense step that has
-        the bias) and `memory_bytes` (peak, with weights and optimizer state), where known.
-    """
-    facts, fields = result["facts"], result["fields"]
-    products = result["ceilings"]["products"].items()
-    product = max(rate for name, rate in products if f"_{result['dtype']}_" in name)
-    rows = {row["provider"]: row for row in result["providers"] if row["status"] == "ok"}
-    dense = [rows[name]["ms"] for name in DENSE if name in rows]
-    found = {}
-    for name, row in rows.items():
-        seconds = row["ms"] / 1e3
-        found[name] = {
-            "clips_s": fields["batch"] / seconds,
-            "tokens_s": facts["tokens"] / seconds,
-            "mfu": row["gflops"] / product,
-        }
-        if dense:
-            found[name]["time_ratio"] = row["ms"] / min(dense)
-        if row.get("extra_bytes") is not None:
-            found[name]["memory_bytes"] = facts["state_bytes"] + row["extra_bytes"]
-    return found
-
-
-def summary(result: dict[str, Any]) -> str:
-    """Lines below the live table's rows."""
-    lines = [f"{'':<22} {'provider':<20} {'clips/s':>9} {'tokens/s':>9} {'MFU':>7} {'of dense':>9}"]
-    for name, rate in rates(result).items():
-        ratio = f"{rate['time_ratio']:.1%}" if "time_ratio" in rate else "-"
-        lines.append(
-            f"{'':<22} {name:<20} {rate['clips_s']:>9.3f} {rate['tokens_s']:>9.0f} "
-            f"{rate['mfu']:>7.1%} {ratio:>9}"
-        )
-    mac_ratio = result["facts"]["mac_ratio"]
-    lines.append(f"{'':<22} multiplications of the video tower, hybrid of dense: {mac_ratio:.1%}")
-    return "\n".join(lines)

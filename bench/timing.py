@@ -27,7 +27,7 @@ class Effort:
     min_samples: int = 7
     """Samples of a provider, unless its calls are slow."""
     slow_samples: int = 3
-    """Samples of a provider however slow it is."""
+    """Samples of a provider however slow it is, at least 2."""
     max_samples: int = 200
     """Samples of a provider however fast it is."""
     cold: bool = False
@@ -58,6 +58,7 @@ class Stopwatch(Protocol):
     """Times one call on one kind of device."""
 
     samples: Samples
+    slow: bool
 
     def sample(self) -> float:
         """Take one sample; the seconds that it cost."""
@@ -89,12 +90,12 @@ def interleave(
     watches: dict[str, Stopwatch] = {name: make(call, effort) for name, call in calls.items()}
     wanted = {}
     for name, watch in watches.items():
-        if (spent := watch.sample()) * 1e3 < SLOW_MS:
-            spent = min(spent, watch.sample())
-        slow = min(watch.samples.ms) > SLOW_MS
-        least = min(effort.slow_samples, effort.min_samples) if slow else effort.min_samples
+        if watch.slow:  # what was timed already counts
+            wanted[name] = max(int(effort.budget_s / watch.sample()) - 2, effort.slow_samples - 2)
+            continue
+        spent = min(watch.sample() for _ in range(2))
         count = int(effort.budget_s / max(spent, 1e-9))
-        wanted[name] = min(max(count, least), effort.max_samples)
+        wanted[name] = min(max(count, effort.min_samples), effort.max_samples)
         watch.samples.ms.clear()
         watch.samples.call_ms.clear()
     rounds, names = max(wanted.values(), default=0), list(watches)
@@ -113,7 +114,9 @@ class _CpuStopwatch:
         once = self._time(1)
         if once * 1e3 < SLOW_MS:
             once = min(self._time(1) for _ in range(2))
-        self.slow = once * 1e3 > SLOW_MS
+        if (slow := once * 1e3 > SLOW_MS):
+            self.samples.ms.append(once * 1e3)
+        self.slow = slow
         # Emptied caches are warm again at the second repetition.
         self.repeats = 1 if effort.cold else max(1, math.ceil(SHORT_MS / (once * 1e3)))
 
@@ -144,6 +147,7 @@ class _CudaStopwatch:
         self.call, self.samples = call, Samples(method="events")
         self.flush = torch.empty(cache_bytes(), dtype=torch.uint8, device="cuda")
         self.run: Call = call
+        self.slow = False
         for _ in range(3):
             call()
         if min(self._events() for _ in range(3)) < SHORT_MS:

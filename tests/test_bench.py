@@ -317,6 +317,18 @@ def test_slow_calls_take_part_in_fewer_rounds() -> None:
     assert len(samples["fast"].ms) >= len(samples["slow"].ms)
 
 
+def test_very_slow_calls_are_timed_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SLOW_MS", 5.0)
+    calls = []
+
+    def slow() -> None:
+        calls.append(time.sleep(0.01))
+
+    samples = timing.interleave({"slow": slow}, torch.device("cpu"), timing.Effort(budget_s=0.001))
+    assert len(calls) == len(samples["slow"].ms) == 3
+    assert min(samples["slow"].ms) >= 10
+
+
 def test_floor() -> None:
     rates = {"copy_gbs": 10.0, "peak_gflops": 100.0}
     assert floors.floor_ms(1e9, 1e6, rates) == (pytest.approx(10.0), "compute")

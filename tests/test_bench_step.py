@@ -98,7 +98,7 @@ def test_a_quick_run_is_recorded(
     assert __main__.main(arguments) == 0
     document = results.load(path)
     (result,) = document["results"]
-    rates = svitt_step.rates(result)
+    rates = step_report.rates(result)
     assert tuple(rates) == PROVIDERS
     flops = {row["provider"]: row["flops"] for row in result["providers"]}
     assert flops["hybrid"] < min(flops["edge"], flops["node"]) < flops["dense"]
@@ -107,7 +107,7 @@ def test_a_quick_run_is_recorded(
         assert rate["clips_s"] == pytest.approx(2e3 / row["ms"])
         assert rate["tokens_s"] == pytest.approx(rate["clips_s"] * (64 + 1 + 32), rel=1e-3)
         assert 0 < rate["mfu"] < 1
-    assert min(rates[name]["time_ratio"] for name in svitt_step.DENSE) == 1
+    assert min(rates[name]["time_ratio"] for name in step_report.DENSE) == 1
     text = capsys.readouterr().out
     assert "clips/s" in text and "hybrid of dense: 81.4%" in text
     check_tables(document)
@@ -162,3 +162,14 @@ def test_flop_of_sdpa_on_cpus_are_counted() -> None:
     with counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     assert math.isclose(counter.get_total_flops(), 7 * 2 * 2 * 16 * 16 * 8)
+
+
+def test_without_transformers_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "bench.svitt_step")
+    monkeypatch.setitem(sys.modules, "svitt_ops.models", None)
+    assert __main__.main(["--list", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert "n785-fp32" in shown.out and "svitt_step left out: " in shown.err
+    assert __main__.main(["--list", "--device", "cpu", "--op", "svitt_step"]) == 2
