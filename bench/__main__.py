@@ -1,4 +1,4 @@
-"""`python -m bench`: gate, time and record."""
+"""`svitt bench`, or `python -m bench`: gate, time and record."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import svitt_ops
 from bench import compare, environment, floors, memory, results
-from bench.harness import DIRECTIONS, DTYPES, Case, CaseRun
+from bench.harness import DTYPES, Case, CaseRun, Direction
 from bench.timing import Effort
 
+DESCRIPTION = """\
+Measure the ops, the training step and how both scale on this machine, against everything that
+computes the same here. Nothing is timed before its results agree with the fp64 reference.
+
+  %(prog)s --quick                                  a few cases of everything, in two minutes
+  %(prog)s --list                                   names of all cases and providers
+  %(prog)s --op cross_attention --dtype bf16        one op in one dtype
+  %(prog)s --op info_nce --compare bench/results/info_nce-....json
+"""
+MORE = ("svitt_step", "scaling")
+"""What is measured besides the ops, each by the module of that name."""
 HEADER = (
     f"{'case':<22} {'provider':<20} {'ms':>9} {'p20':>9} {'p80':>9} {'x best':>7} "
     f"{'GFLOP/s':>8} {'of gemm':>8} {'of floor':>8} {'+MiB':>8}"
@@ -28,9 +39,9 @@ of floor  max(bytes / copy bandwidth, FLOP / product rate) over this time
 +MiB      peak memory beyond the inputs, results included"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") -> int:
     """Run benchmarks; 0, or 1 if a gate of ours is red."""
-    arguments = _parse(argv)
+    arguments = _parse(argv, prog)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures, ran, documents = 0, 0, []
     native = {} if arguments.list else floors.machine(torch.device(device))
     for op in [arguments.op] if arguments.op else ops():
-        module = importlib.import_module(f"bench.{op}")
+        module = load(op)
+        if module is None:
+            continue
         cases = _chosen(module.cases(device), arguments)
         ran += len(cases)
         if arguments.list:
@@ -53,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures += _conclude(document, arguments)
             documents.append(document)
     if not ran:
-        print("no case fits these options; see `python -m bench --list`", file=sys.stderr)
+        print(f"no case fits these options; see `{prog} --list`", file=sys.stderr)
         return 2
     if old is not None:
         changes = compare.compare(old, documents)
@@ -63,8 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ops() -> list[str]:
-    """Ops that have a benchmark."""
-    return [op for op in svitt_ops.OPS if (Path(__file__).parent / f"{op}.py").exists()]
+    """Ops that have a benchmark, and what else is measured."""
+    names = [*svitt_ops.OPS, *MORE]
+    return [name for name in names if (Path(__file__).parent / f"{name}.py").exists()]
+
+
+def load(op: str) -> ModuleType | None:
+    """The benchmark of that name; None, said aloud, where a package that it needs is missing."""
+    try:
+        return importlib.import_module(f"bench.{op}")
+    except ModuleNotFoundError as error:
+        if op in svitt_ops.OPS:
+            raise
+        print(f"{op} left out: {error}; `make setup` installs what it needs", file=sys.stderr)
+        return None
 
 
 def run(
@@ -111,6 +136,8 @@ def run(
             document["results"].append(result)
             _record(_path(document, arguments), document)
             bar.write(render(result))
+            if hasattr(module, "summary"):
+                bar.write(module.summary(result))
             bar.update()
     return document
 
@@ -193,7 +220,7 @@ def _chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
         if arguments.case in case.name
         and arguments.dtype in ("", case.dtype)
         and arguments.direction in ("", *case.directions)
-        and (case.quick or not arguments.quick or arguments.case)
+        and (arguments.case or (case.quick if arguments.quick else not case.named))
     ]
 
 
@@ -224,23 +251,33 @@ def _command(arguments: argparse.Namespace) -> str:
     return " ".join(words)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--op", default="", choices=["", *ops()], help="one op; all by default")
-    parser.add_argument("--case", default="", help="cases whose name contains this")
-    parser.add_argument("--provider", default="", help="ours, and peers whose name contains this")
-    parser.add_argument("--dtype", default="", choices=["", *DTYPES])
-    parser.add_argument("--direction", default="", choices=["", *DIRECTIONS])
-    parser.add_argument("--device", default="", choices=["", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; torch's by default")
-    parser.add_argument("--budget", type=float, default=Effort.budget_s, help="seconds a number")
-    parser.add_argument("--cold", action="store_true", help="empty a CPU's caches before each call")
-    parser.add_argument("--quick", action="store_true", help="few cases, rough times, no memory")
-    parser.add_argument("--list", action="store_true", help="name the cases and run nothing")
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=raw)
+    chosen = parser.add_argument_group("what is measured (all by default)")
+    add = chosen.add_argument
+    add("--op", default="", choices=ops(), metavar="OP", help=f"one of {', '.join(ops())}")
+    add("--case", default="", metavar="TEXT", help="cases whose name contains this")
+    add("--provider", default="", metavar="TEXT", help="ours, and peers whose name contains this")
+    dtypes = f"one of {', '.join(DTYPES)}"
+    add("--dtype", default="", choices=[*DTYPES], metavar="DTYPE", help=dtypes)
+    directions = get_args(Direction)
+    which = f"one of {', '.join(directions)}"
+    add("--direction", default="", choices=directions, metavar="DIRECTION", help=which)
+    add("--quick", action="store_true", help="few cases, rough times, no memory")
+    add("--list", action="store_true", help="name the cases and run nothing")
+    add = parser.add_argument_group("how").add_argument
+    gpu = "cpu or cuda (default: cuda where there is one)"
+    add("--device", default="", choices=("cpu", "cuda"), metavar="DEVICE", help=gpu)
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU (default: torch's)")
+    budget = "for the samples of one number (default: %(default)g)"
+    add("--budget", type=float, default=Effort.budget_s, metavar="SECONDS", help=budget)
+    add("--cold", action="store_true", help="empty a CPU's caches before each call")
+    add = parser.add_argument_group("results").add_argument
     where = "folder of <op>-<hardware>-<torch>.json; bench/results, or build/bench if incomplete"
-    parser.add_argument("--out", type=Path, help=f"{where}; FILE.json for a single op")
+    add("--out", type=Path, metavar="PATH", help=f"{where}; FILE.json for a single op")
     what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help=what)
+    add("--compare", type=Path, metavar="OLD.json", help=what)
     arguments = parser.parse_args(argv)
     if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops()) > 1:
         parser.error("--out FILE.json needs --op: every op writes a file of its own")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import svitt_ops as so
 from bench import attention_peers as peers
+from bench import sampled_check
 from bench.harness import DTYPES, Case, Expected, Function, Problem, Provider
 from svitt_ops.reference.block_sparse_attention import attend
 
@@ -100,6 +101,8 @@ def problem(case: Case) -> Problem:
     flops = 4.0 * dim * edges * batch * heads
 
     def oracle(layout: so.BlockLayout, bias: bool, saliency: bool) -> Callable[[], Expected]:
+        if f.get("sampled"):
+            return lambda: sampled_check.expected(inputs, upstream, layout)
         return lambda: _expected(inputs, upstream, layout, codes if bias else None, saliency)
 
     return Problem(

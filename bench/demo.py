@@ -51,7 +51,6 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         ("R@1, video to text", "{:.0f} %", [x["retrieval"]["video_to_text"]["R1"] for x in demos]),
         ("temporal pairs told apart", "{:.1f} %", [x["pair_accuracy"]["normal"] for x in demos]),
         ("with shuffled frames", "{:.1f} %", [x["pair_accuracy"]["shuffled"] for x in demos]),
-        ("minutes in all", "{:.1f}", [x["seconds"]["total"] / 60 for x in demos]),
     ]
     lines = [
         f"**{hardware}**, torch {where['versions']['torch']}, commit {where['commit'][:10]}: "

@@ -38,7 +38,7 @@ step bench "${BENCH_LIMIT:-900}" \
 
 echo "== summary, in $OUT"
 grep -hE '^=+ .*(passed|failed|error|skipped|deselected)|^[0-9]+ (passed|failed|skipped|deselected)' "$OUT/tests.log" | tail -n 1
-grep -hE '^[nb][0-9]+.* svitt_ops |^FAILED|red:' "$OUT/bench.log"
+grep -hE '^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:' "$OUT/bench.log"
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "${failed[@]}"
   exit 1

@@ -22,10 +22,14 @@ from bench import floors
 from bench.timing import Effort, interleave
 from svitt_ops.testing import FLOOR_ULPS
 
-Direction = Literal["forward", "forward_backward"]
+Direction = Literal["forward", "forward_backward", "step"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward_backward")
+"""Of an op; a "step" is a call that takes its own gradients and uses them."""
 Function = Callable[..., tuple[Tensor, ...]]
-"""From the problem's inputs, in order, to its outputs; the first of them has a gradient."""
+"""From the problem's inputs, in order, to its outputs; the first of them has a gradient.
+
+One that does other work than the problem's counts its FLOP itself, in an attribute `flops`.
+"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +46,9 @@ class Case:
     """Whether `--quick` runs it."""
     directions: tuple[Direction, ...] = DIRECTIONS
     """What is measured: forward alone where the op has no gradient."""
+    named: bool = False
+    """Whether only `--case` runs it, and `--quick` where it is a quick one: it takes long, or says
+    little."""
 
 
 class Unavailable(Exception):
@@ -61,7 +68,7 @@ class Provider:
     """Which of the problem's oracles it must agree with."""
     note: str = ""
     compiled: bool = False
-    """Whether the first call of a shape compiles, which takes memory of its own."""
+    """Whether the first call takes memory of its own: it compiles, or makes what stays."""
     backward: str = ""
     """Why there is no backward; empty where there is."""
     same: bool | None = None
@@ -111,6 +118,8 @@ def results(function: Function, problem: Problem, direction: Direction) -> dict[
         with torch.no_grad():
             outputs = function(*problem.inputs.values())
         return dict(zip(problem.outputs, outputs, strict=False))
+    if direction == "step":
+        return dict(zip(problem.outputs, function(*problem.inputs.values()), strict=True))
     leaves = [x.detach().requires_grad_() for x in problem.inputs.values()]
     outputs = function(*leaves)
     grads = torch.autograd.grad(outputs[0], leaves, problem.upstream, allow_unused=True)
@@ -153,6 +162,8 @@ def runner(function: Function, problem: Problem, direction: Direction) -> Callab
                 return function(*inputs)
 
         return forward
+    if direction == "step":
+        return lambda: function(*problem.inputs.values())
     leaves = tuple(x.detach().requires_grad_() for x in problem.inputs.values())
 
     def forward_backward() -> Any:
@@ -202,20 +213,25 @@ class CaseRun:
         rates = floors.rates(limits, times, self.native)
         flops, moved = self.problem.flops[direction], self.problem.bytes[direction]
         floor, bound = floors.floor_ms(flops, moved, rates)
+        done = {name: getattr(self.functions[name], "flops", flops) for name in calls}
         best = {x.name: found[x.name]["min"] for x in limits}
-        least = floors.least_ms(flops, limits, best, self.native)
-        if any(found[name]["min"] < least for name in calls):
+
+        def least(name: str) -> float:
+            return floors.least_ms(done[name], limits, best, self.native)
+
+        if any(found[name]["min"] < least(name) for name in calls):
             best = floors.timed_again(limits, best, self.effort)
-            least = floors.least_ms(flops, limits, best, self.native)
         for name in calls:
-            if refusal := self._refusal(name, direction, found[name]["min"], least):
+            if refusal := self._refusal(name, direction, found[name]["min"], least(name)):
                 rows[name] |= {"status": "failed", "reason": refusal}
                 continue
-            gflops = flops / found[name]["ms"] / 1e6
+            gflops = done[name] / found[name]["ms"] / 1e6
+            own_floor, _ = floors.floor_ms(done[name], moved, rates)
             rows[name] |= found[name] | {
+                "flops": done[name],
                 "gflops": gflops,
                 "gemm_ratio": gflops / rates["gemm_gflops"],
-                "floor_ratio": found[name]["ms"] / floor,
+                "floor_ratio": found[name]["ms"] / own_floor,
                 "extra_bytes": None,
             }
         return {

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import svitt_ops
-from bench import demo, environment, results
+from bench import demo, environment, figures, results, step_report
 
 Document = dict[str, Any]
 END = "<!-- /bench -->"
-TITLES = {"forward": "Forward", "forward_backward": "Forward + backward"}
+TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "step": "Training step"}
+FIGURES = "bench/results/figures"
 INTRODUCTION = """\
 # Benchmarks
 
@@ -58,10 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_op.setdefault(document["op"], []).append(document)
         if not (arguments.check or arguments.no_figures) and _sizes(document) > 1:
             draw(document, path.with_suffix(".png"))
+    if not (arguments.check or arguments.no_figures):
+        for documents in by_machine(by_op).values():
+            figures.draw(documents, arguments.results / "figures")
     readme = arguments.readme.read_text()
     try:
-        for op, documents in by_op.items():
-            readme = replace_section(readme, op, "\n\n".join(map(render_short, documents)))
+        for op in by_op:
+            readme = replace_section(readme, op, _section(op, by_op))
         if demos := demo.load(arguments.results / "demo"):
             readme = replace_section(readme, "demo", demo.render(demos))
     except ValueError as error:
@@ -75,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted)
+    if arguments.check and "scaling" in by_op:
+        drawn = [x for found in by_machine(by_op).values() for x in figures.names(found)]
+        paths = [f"{name}-{theme.name}.png" for name in drawn for theme in figures.THEMES]
+        folder = arguments.results / "figures"
+        stale += [f"figures/{name}" for name in paths if not (folder / name).is_file()]
     if stale and arguments.check:
         names = " and ".join(stale)
         print(f"{names} not as bench/results has it: run python -m bench.report", file=sys.stderr)
@@ -92,11 +101,55 @@ def replace_section(text: str, op: str, section: str) -> str:
     return f"{head}{start}\n{section}\n{END}{tail}"
 
 
+def by_machine(by_op: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """All results of each machine, in the order of the ops."""
+    found: dict[str, list[Document]] = {}
+    for op in [*svitt_ops.OPS, *sorted(set(by_op) - set(svitt_ops.OPS))]:
+        for document in by_op.get(op, []):
+            found.setdefault(environment.slug("", document["environment"]), []).append(document)
+    return found
+
+
+def _section(op: str, by_op: dict[str, list[Document]]) -> str:
+    """What README says of an op."""
+    if op == "scaling":
+        return _pictures(by_op, FIGURES)
+    parts = []
+    for document in by_op[op]:
+        text = render_short(document)
+        if op == "svitt_step":
+            text = f"{_source(document)}\n\n{step_report.render_short(document)}"
+        parts.append(text)
+    if op == "svitt_step":
+        parts.append(step_report.NOTE)
+    return "\n\n".join(parts)
+
+
+def _pictures(by_op: dict[str, list[Document]], folder: str) -> str:
+    """The figures of every machine whose scaling was measured."""
+    parts = []
+    for documents in by_machine(by_op).values():
+        sources = [_source(x) for x in documents if x["op"] == "scaling"]
+        if sources:
+            drawn = figures.names(documents).items()
+            pictures = [figures.markdown(name, words, folder) for name, words in drawn]
+            parts += ["\\\n".join(sources), *pictures]
+    return "\n\n".join(parts)
+
+
 def render_docs(by_op: dict[str, list[Document]]) -> str:
     """Markdown of all results of all ops."""
     parts = [INTRODUCTION, METHOD]
     for op in [op for op in svitt_ops.OPS if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
+    if "svitt_step" in by_op:
+        parts.append(f"## The training step\n\n{step_report.NOTE}\n")
+    for document in by_op.get("svitt_step", []):
+        table = step_report.render(document)
+        parts.append(f"{_source(document)}\n\n{table}\n\n{_footnotes(document)}\n")
+    if "scaling" in by_op:
+        parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
+    parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
     if missing:
         parts.append(f"No results are committed yet of {', '.join(missing)}.\n")

@@ -18,7 +18,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
 pytest.importorskip("pytest_benchmark")
 
-from bench.__main__ import ops
+from bench.__main__ import load, ops
 from bench.harness import Case, CaseRun, Direction, runner
 from bench.timing import Effort
 
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.timeout(600)  # a first call may compile
 
 def parameters() -> Iterator[Any]:
     for op in ops():
-        module = importlib.import_module(f"bench.{op}")
+        module = load(op)
+        if module is None:
+            continue
         for case in (x for x in module.cases(DEVICE) if x.quick):
             smallest = module.problem(module.shrunk(case))
             for direction in case.directions:

@@ -14,6 +14,9 @@ Call = Callable[[], Any]
 
 SHORT_MS = 2.0  # calls shorter than this are repeated on a CPU, and captured in a graph on a GPU
 
+SLOW_MS = 1000.0
+"""Calls longer than this are timed a few times only, and need no untimed one before each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
@@ -22,7 +25,9 @@ class Effort:
     budget_s: float = 1.0
     """Time for the samples of one provider."""
     min_samples: int = 7
-    """Samples of a provider however slow it is."""
+    """Samples of a provider, unless its calls are slow."""
+    slow_samples: int = 3
+    """Samples of a provider however slow it is, at least 2."""
     max_samples: int = 200
     """Samples of a provider however fast it is."""
     cold: bool = False
@@ -53,6 +58,7 @@ class Stopwatch(Protocol):
     """Times one call on one kind of device."""
 
     samples: Samples
+    slow: bool
 
     def sample(self) -> float:
         """Take one sample; the seconds that it cost."""
@@ -84,6 +90,9 @@ def interleave(
     watches: dict[str, Stopwatch] = {name: make(call, effort) for name, call in calls.items()}
     wanted = {}
     for name, watch in watches.items():
+        if watch.slow:  # what was timed already counts
+            wanted[name] = max(int(effort.budget_s / watch.sample()) - 2, effort.slow_samples - 2)
+            continue
         spent = min(watch.sample() for _ in range(2))
         count = int(effort.budget_s / max(spent, 1e-9))
         wanted[name] = min(max(count, effort.min_samples), effort.max_samples)
@@ -102,8 +111,12 @@ class _CpuStopwatch:
     def __init__(self, call: Call, effort: Effort) -> None:
         self.call, self.samples = call, Samples(method="wall")
         self.flush = torch.empty(cache_bytes(), dtype=torch.uint8) if effort.cold else None
-        call()
-        once = min(self._time(1) for _ in range(2))
+        once = self._time(1)
+        if once * 1e3 < SLOW_MS:
+            once = min(self._time(1) for _ in range(2))
+        if (slow := once * 1e3 > SLOW_MS):
+            self.samples.ms.append(once * 1e3)
+        self.slow = slow
         # Emptied caches are warm again at the second repetition.
         self.repeats = 1 if effort.cold else max(1, math.ceil(SHORT_MS / (once * 1e3)))
 
@@ -111,7 +124,7 @@ class _CpuStopwatch:
         start = time.perf_counter()
         if self.flush is not None:
             self.flush.add_(1)
-        else:
+        elif not self.slow:
             self.call()  # else caches and clock are as the neighbour in the round left them
         self.samples.ms.append(self._time(self.repeats) * 1e3)
         return time.perf_counter() - start
@@ -134,6 +147,7 @@ class _CudaStopwatch:
         self.call, self.samples = call, Samples(method="events")
         self.flush = torch.empty(cache_bytes(), dtype=torch.uint8, device="cuda")
         self.run: Call = call
+        self.slow = False
         for _ in range(3):
             call()
         if min(self._events() for _ in range(3)) < SHORT_MS:

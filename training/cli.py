@@ -19,6 +19,7 @@ svitt-ops: sparse video-text transformers, from kernels to trained models.
   svitt demo                                  see all of it work, in minutes, without a GPU
   svitt pretrain --config my-recipe.yaml      train on your videos
   svitt evaluate retrieval runs/my-model ...  find videos by text and texts by video
+  svitt bench --quick                         how fast the kernels are on your machine
 """
 PRETRAIN = """\
 Train a model from a recipe: a YAML file, or the name of one that comes with the package.
@@ -37,11 +38,24 @@ Find videos by text and texts by video, in annotation files like those of traini
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --root videos
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --probe
 """
+NO_BENCH = """\
+svitt bench: runs from a checkout of svitt-ops, whose bench/ folder is not part of an installation:
+
+  cd svitt-ops      # a clone, or the unpacked source archive
+  make bench BENCH_ARGS=--quick
+
+or, there, `svitt bench` of this environment.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `svitt` command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "bench":
+        arguments.rest = rest  # the benchmark has a parser of its own
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
@@ -49,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("svitt_ops", "torch"):
             raise
+        extra = "bench" if arguments.command == "bench" else "train"
         print(
-            f"svitt {arguments.command}: needs {error.name}, of the extra `train`:"
-            " pip install 'svitt-ops[train]'",
+            f"svitt {arguments.command}: needs {error.name}, of the extra `{extra}`:"
+            f" pip install 'svitt-ops[{extra}]'",
             file=sys.stderr,
         )
     except ValueError as error:
@@ -171,6 +186,11 @@ def _parser() -> argparse.ArgumentParser:
         "--frames", type=int, nargs="+", default=[4, 8, 16], metavar="T", help="(default: 4 8 16)"
     )
     sparsity.set_defaults(run=_sparsity)
+
+    bench = commands.add_parser(
+        "bench", add_help=False, help="measure the kernels and the training step, against peers"
+    )
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="versions, devices, what was built, what will run")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -300,6 +320,21 @@ def _sparsity(arguments: argparse.Namespace) -> int:
 
     print(render_sparsity(arguments.frames))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import runpy
+
+    # An editable install, or a checkout that the command is given in.
+    places = (Path(svitt_ops.__file__).parent.parent, Path.cwd())
+    checkout = next((x for x in places if (x / "bench" / "__main__.py").is_file()), None)
+    if checkout is None:
+        print(NO_BENCH, end="", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(checkout))
+    program = runpy.run_module("bench.__main__", run_name="svitt_bench")
+    status: int = program["main"](arguments.rest, prog="svitt bench")
+    return status
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("demo", "pretrain", "evaluate", "visualize", "sparsity", "info"):
+    for command in ("demo", "pretrain", "evaluate", "visualize", "sparsity", "bench", "info"):
         assert command in text
     for command in (["demo"], ["pretrain"], ["evaluate", "retrieval"], ["visualize"], ["sparsity"]):
         with pytest.raises(SystemExit):
@@ -47,6 +47,37 @@ def test_pretrain_shows_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "optimizer.lrr" in capsys.readouterr().err
     assert cli.main(["evaluate", "retrieval", "no-such-run", "--annotations", "x.json"]) == 2
     assert "no-such-run" in capsys.readouterr().err
+
+
+def test_bench_is_the_checkout_s_program(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: svitt bench") and "svitt bench --quick" in text
+    assert cli.main(["bench", "--list", "--op", "info_nce", "--device", "cpu"]) == 0
+    assert "b4096-d256-fp32" in capsys.readouterr().out
+    assert cli.main(["bench", "--case", "no such case", "--device", "cpu", "--list"]) == 2
+    assert "`svitt bench --list`" in capsys.readouterr().err
+
+
+def test_bench_without_a_checkout_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("svitt_ops.__file__", str(tmp_path / "svitt_ops" / "__init__.py"))
+    assert cli.main(["bench", "--quick"]) == 2
+    assert "make bench BENCH_ARGS=--quick" in capsys.readouterr().err
+
+
+def test_unknown_arguments_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sparsity", "--quick"])
+    assert "unrecognized arguments: --quick" in capsys.readouterr().err
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
