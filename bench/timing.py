@@ -114,7 +114,7 @@ class _CpuStopwatch:
         once = self._time(1)
         if once * 1e3 < SLOW_MS:
             once = min(self._time(1) for _ in range(2))
-        if (slow := once * 1e3 > SLOW_MS):
+        if slow := once * 1e3 > SLOW_MS:
             self.samples.ms.append(once * 1e3)
         self.slow = slow
         # Emptied caches are warm again at the second repetition.
