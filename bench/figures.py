@@ -161,13 +161,16 @@ def _save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path
 
 
 def _draw_sparsity(figure: Any, theme: Theme, document: Document) -> None:
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (direction, title) in zip(axes, TITLES.items(), strict=True):
+    kinds = _kinds(document)
+    measured = [x for x in TITLES if any(_sparsity_points(document, kind, x) for kind in kinds)]
+    axes = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axis, direction in zip(axes, measured, strict=True):
         axis.plot([0, 100], [100, 0], "--", color=theme.dense, label="ideal")
-        for dtype, color in zip(_kinds(document), (theme.ours, theme.costly), strict=False):
-            points = _sparsity_points(document, dtype, direction)
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=f"svitt_ops, {dtype}")
-        axis.set(title=title, xlabel="edges left out, %", xlim=(0, 100))
+        for dtype, color in zip(kinds, (theme.ours, theme.costly), strict=False):
+            if points := _sparsity_points(document, dtype, direction):
+                label = f"svitt_ops, {dtype}"
+                axis.plot(*zip(*points, strict=True), "o-", color=color, label=label)
+        axis.set(title=TITLES[direction], xlabel="edges left out, %", xlim=(0, 100))
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("time, % of dense SDPA")
     axes[0].legend(loc="lower left")
