@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,15 @@ def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = No
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """What autocast makes of an op's tensors, by the first one's device; the rest as it is."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    cast = torch.get_autocast_dtype(device)
+    return tuple(x.to(cast) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def check_qkv(

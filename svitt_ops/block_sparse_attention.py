@@ -72,12 +72,7 @@ def block_sparse_attention(
     Source:
         SViTT (CVPR 2023), equations 1-3; BEiT (ICLR 2022) for the bias.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key, value = (
-            x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, value)
-        )
+    query, key, value = _validation.autocast(query, key, value)
     _validation.check_qkv(_OP, query, key, value)
     batch, _, tokens, head_dim = query.shape
     _check_layout(layout, query)

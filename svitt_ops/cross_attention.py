@@ -62,12 +62,7 @@ def cross_attention(
         Attention is all you need (NeurIPS 2017), equation 1; SViTT (CVPR 2023), section 3.3, for
         the saliency.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key, value = (
-            x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, value)
-        )
+    query, key, value = _validation.autocast(query, key, value)
     _validation.check_qkv(_OP, query, key, value, own_keys=True)
     if key_padding_mask is not None:
         _check_mask(key_padding_mask, key)

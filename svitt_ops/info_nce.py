@@ -66,10 +66,7 @@ def info_nce(
     Source:
         CPC (2018), equation 4; CLIP (2021), figure 3; SViTT (CVPR 2023), equations 12 and 13.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key))
+    query, key = _validation.autocast(query, key)
     check_embeddings(_OP, "query", query)
     check_embeddings(_OP, "key", key, query)
     if key.shape != query.shape:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svitt_ops import _flops, _library
+from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
 from svitt_ops.reference.queue_info_nce import among_candidates
 from svitt_ops.reference.queue_info_nce import gradients as _gradients
@@ -66,14 +66,7 @@ def queue_info_nce(
     Source:
         ALBEF (NeurIPS 2021), equations 1, 2 and 6; SIMLA (ECCV 2022); MoCo (CVPR 2020), the queue.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key, queue = (
-            x.to(cast) if isinstance(x, Tensor) else x for x in (query, key, queue)
-        )
-        if isinstance(teacher_query, Tensor):
-            teacher_query = teacher_query.to(cast)
+    query, key, queue, teacher_query = _validation.autocast(query, key, queue, teacher_query)
     check_embeddings(_OP, "query", query)
     check_embeddings(_OP, "key", key, query)
     check_embeddings(_OP, "queue", queue, query)

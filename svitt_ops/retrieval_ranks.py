@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svitt_ops import _flops, _library
+from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids
 from svitt_ops.reference.retrieval_ranks import retrieval_ranks as _reference
 
@@ -43,10 +43,7 @@ def retrieval_ranks(
     Source:
         The protocol of ALBEF and SViTT: the best of several positives counts.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key))
+    query, key = _validation.autocast(query, key)
     check_embeddings(_OP, "query", query)
     check_embeddings(_OP, "key", key, query)
     if (query_ids is None) != (key_ids is None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svitt_ops import _flops, _library
+from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
 from svitt_ops.reference.info_nce import positives
 from svitt_ops.reference.sample_hard_negatives import choose
@@ -49,10 +49,7 @@ def sample_hard_negatives(
     Source:
         ALBEF (NeurIPS 2021), section 3.2: in-batch hard negatives of image-text matching.
     """
-    device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        query, key = (x.to(cast) if isinstance(x, Tensor) else x for x in (query, key))
+    query, key = _validation.autocast(query, key)
     check_embeddings(_OP, "query", query)
     check_embeddings(_OP, "key", key, query)
     if key.shape != query.shape:

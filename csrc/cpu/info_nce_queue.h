@@ -246,9 +246,10 @@ void queue_finish(const ContrastQueue& p, int64_t begin, int64_t end) {
     const QueueTally* parts = p.tallies + row;
     const Distribution student(parts, &QueueTally::student, p.splits, p.queries, positives,
                                &Positive::logit, count);
-    const Distribution teacher(parts, taught ? &QueueTally::teacher : &QueueTally::student,
-                               p.splits, p.queries, positives,
-                               taught ? &Positive::taught : &Positive::logit, count);
+    const Distribution teacher = taught
+                                     ? Distribution(parts, &QueueTally::teacher, p.splits,
+                                                    p.queries, positives, &Positive::taught, count)
+                                     : student;
     const double alpha = p.alpha, hard = count > 0 ? 1.0 - alpha : 0.0, all = hard + alpha;
     double same = 0.0;
     for (int64_t i = 0; i < count; ++i) same += positives[i].similarity;

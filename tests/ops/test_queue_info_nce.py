@@ -176,14 +176,14 @@ def test_rerun_and_threads_give_the_same_bits(backend: str) -> None:
     problem = build(case, torch.float32, "cuda" if backend == "cuda" else "cpu")
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, before):
+        for threads in (1, 2, 3, before, before):
             torch.set_num_threads(threads)
             found.append(results(case, problem))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        if backend != "reference":
-            assert all(torch.equal(found[0][name], other[name]) for name in other)
+    # Plain PyTorch splits its sums by the number of threads: there, only the rerun is the same.
+    for other in found[-2:-1] if backend == "reference" else found[:-1]:
+        assert all(torch.equal(found[-1][name], other[name]) for name in other)
 
 
 def test_strided_rows_are_read_in_place(backend: str) -> None:
