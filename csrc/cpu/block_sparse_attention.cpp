@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -28,6 +29,8 @@ void check_codes(const Attention& p, const Tensor& codes) {
   }
 }
 
+constexpr int64_t kTableGrain = 1024;  // rows of a table worth a thread
+
 /// Where row r of a table stands once rearranged, see kTablePad.
 int64_t rearranged(const Attention& p, int64_t r, bool reversed) {
   if (r >= p.table_rows) return p.extra() + r - p.table_rows;
@@ -36,34 +39,44 @@ int64_t rearranged(const Attention& p, int64_t r, bool reversed) {
 
 /// Rearrange the table for the kernels; `tables` owns the result.
 void bind_bias(Attention& p, const OptionalTensor& table, const OptionalTensor& codes,
-               bool reversed, std::vector<float>& tables) {
+               bool reversed, std::unique_ptr<float[]>& tables) {
   if (!table.has_value()) return;
-  const int64_t extra = 2 * p.num_global + static_cast<int64_t>(p.num_global) * p.num_global;
-  p.table_rows = table->size(0) - extra;
-  p.table_stride = p.extra() + extra;
+  const int64_t rows = table->size(0);
+  p.table_rows = rows - 2 * p.num_global - static_cast<int64_t>(p.num_global) * p.num_global;
+  p.table_stride = rows + 2 * kTablePad;
   p.codes = p.num_tokens() > 0 ? codes->const_data_ptr<int32_t>() : nullptr;
   p.codes_stride = codes->size(0) > 1 ? codes->size(1) : 0;
   check_codes(p, *codes);
-  tables.assign(p.heads * p.table_stride, 0.0f);
+  tables.reset(new float[p.heads * p.table_stride]);
+  p.table = tables.get();
+  float* to = tables.get();
+  for (int64_t h = 0; h < p.heads; ++h) {
+    std::fill_n(to + h * p.table_stride, kTablePad, 0.0f);
+    std::fill_n(to + h * p.table_stride + p.table_rows + kTablePad, kTablePad, 0.0f);
+  }
   const float* from = table->const_data_ptr<float>();
-  for (int64_t h = 0; h < p.heads; ++h)
-    for (int64_t r = 0; r < table->size(0); ++r)
-      tables[h * p.table_stride + rearranged(p, r, reversed)] = from[r * p.heads + h];
-  p.table = tables.data();
+  torch::stable::parallel_for(0, rows, kTableGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = rearranged(p, r, reversed);
+      for (int64_t h = 0; h < p.heads; ++h) to[h * p.table_stride + at] = from[r * p.heads + h];
+    }
+  });
 }
 
 /// Sum the rearranged partial gradients over the batch, in order, back into (rows, heads).
 Tensor reduce_table(const Backward& p, const Tensor& table) {
   Tensor result = empty(table, {table.size(0), table.size(1)});
   float* to = result.mutable_data_ptr<float>();
-  for (int64_t r = 0; r < table.size(0); ++r)
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const int64_t at = rearranged(p, r, false);
-      float sum = 0.0f;
-      for (int64_t b = 0; b < p.batch; ++b)
-        sum += p.grad_table[(b * p.heads + h) * p.table_stride + at];
-      to[r * p.heads + h] = sum;
+  torch::stable::parallel_for(0, table.size(0), kTableGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* from = p.grad_table + rearranged(p, r, false);
+      for (int64_t h = 0; h < p.heads; ++h) {
+        float sum = 0.0f;
+        for (int64_t b = 0; b < p.batch; ++b) sum += from[(b * p.heads + h) * p.table_stride];
+        to[r * p.heads + h] = sum;
+      }
     }
+  });
   return result;
 }
 
@@ -92,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
     OptionalTensor position_codes, OptionalTensor key_lengths, double scale, bool return_saliency) {
   auto p = problem<Forward>(query, key, value, key_counts, key_blocks, block_size, num_global,
                             key_lengths, scale);
-  std::vector<float> tables;
+  std::unique_ptr<float[]> tables;
   bind_bias(p, bias_table, position_codes, true, tables);
   Tensor out = empty_like_heads(query);
   Tensor lse = empty(query, {p.batch, p.heads, p.tokens}, ScalarType::Double);
@@ -132,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     double scale) {
   auto p = problem<Backward>(query, key, value, key_counts, key_blocks, block_size, num_global,
                              key_lengths, scale);
-  std::vector<float> tables;
+  std::unique_ptr<float[]> tables;
   bind_bias(p, bias_table, position_codes, false, tables);
   Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(query),
          grad_value = empty_like_heads(query);
