@@ -93,15 +93,19 @@ void forward_block_amx(const Forward& p, RowBlock& block, TileScratch& s) {
                          s.keys + e.tile * s.key_tile + j / kTile * key_group, tile, key_group);
           store_tiles(s.logits + e.column + j, kTileColumns);
         }
+      float most[kTileRows];
       for (int r = 0; r < rows; ++r) {
-        float* x = s.logits + r * kTileColumns;
         prefetch_neighbours<bf16>(p, block, r0 + r);
         prefetch_head<bf16>(p, block, r0 + r);
-        const float most = finish_logits(p, block, chunk, *s.bias, table, block.row + r0 + r, x);
-        if (r0 + r == 0) keep_saliency(p, block, chunk, x);
-        const float keep = advance(most, first, s.most + r0 + r, out + r * dims, dims);
-        s.sum[r0 + r] = s.sum[r0 + r] * keep + exponentiate_bf16(x, chunk.columns, s.most[r0 + r],
-                                                                 s.weights + r * kTileColumns);
+        most[r] = finish_logits(p, block, chunk, *s.bias, table, block.row + r0 + r,
+                                s.logits + r * kTileColumns);
+      }
+      if (r0 == 0) keep_saliency(p, block, chunk, s.logits);
+      for (int r = 0; r < rows; ++r) {
+        const float keep = advance(most[r], first, s.most + r0 + r, out + r * dims, dims);
+        s.sum[r0 + r] = s.sum[r0 + r] * keep +
+                        exponentiate_bf16(s.logits + r * kTileColumns, chunk.columns,
+                                          s.most[r0 + r], s.weights + r * kTileColumns);
       }
       for (int d = 0; d < dims; d += kPairs) {
         if (first) {

@@ -146,14 +146,18 @@ void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
         for (int r = 0; r < rows; ++r) to[r] = logit_rows[r] + e.column;
         multiply(rows, s.tiling.width, &dots, 1, {s.width, 1}, to, false);
       }
+      // Two passes, so that the reductions of many rows overlap.
+      float most[kRows];
       for (int r = 0; r < rows; ++r) {
-        float* x = logit_rows[r];
-        out_rows[r] = s.out + (r0 + r) * s.width;
         prefetch_neighbours<T>(p, block, r0 + r);
-        const float most = finish_logits(p, block, chunk, *s.bias, table, block.row + r0 + r, x);
-        if (r0 + r == 0) keep_saliency(p, block, chunk, x);
-        const float keep = advance(most, first, s.most + r0 + r, out_rows[r], s.width);
-        s.sum[r0 + r] = s.sum[r0 + r] * keep + exponentiate(x, chunk.columns, s.most[r0 + r]);
+        most[r] = finish_logits(p, block, chunk, *s.bias, table, block.row + r0 + r, logit_rows[r]);
+      }
+      if (r0 == 0) keep_saliency(p, block, chunk, logit_rows[0]);
+      for (int r = 0; r < rows; ++r) {
+        out_rows[r] = s.out + (r0 + r) * s.width;
+        const float keep = advance(most[r], first, s.most + r0 + r, out_rows[r], s.width);
+        s.sum[r0 + r] = s.sum[r0 + r] * keep +
+                        exponentiate(logit_rows[r], chunk.columns, s.most[r0 + r]);
       }
       multiply(rows, p.head_dim, weighted, segments, {kLogitStride, 1}, out_rows, !first);
     }
