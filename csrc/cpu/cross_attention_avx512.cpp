@@ -27,6 +27,8 @@ namespace svitt::avx512 {
 #include "amx.h"
 
 #include "cross_attention_amx.h"
+
+#include "cross_attention_backward_amx.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END
