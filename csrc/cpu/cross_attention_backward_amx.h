@@ -7,6 +7,13 @@
 // operands as they are, against queries and upstream gradients packed once. The gradient of the
 // queries alone needs K packed and the slopes turned. Weights and slopes are rounded to bf16 for
 // the products; logits, their gradients and all sums stay in fp32.
+//
+// What remains is memory: the rows of the results lie `heads` rows apart, where streaming stores
+// took half the time of plain ones, and less than plain ones with their lines prefetched.
+//
+// Tried, without gain: leaving out the upper 16 lanes where there are at most 16 queries, several
+// heads in turn for each tile of keys; prefetching nothing (1.05 to 1.15 times slower), or one tile
+// ahead instead of two (1.02); streaming all rows of a tile at its end (1.05).
 
 struct CrossBackwardTileScratch {
   Arena arena;
@@ -182,18 +189,22 @@ void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j,
       prefetch_row<false>(ahead[0](i), dims);
       prefetch_row<false>(ahead[1](i), dims);
     });
+    const auto add_gradient = [&](const uint16_t* from, const uint16_t* packed, float* sum,
+                                  void* grad) {
+      for (int r = 0; r < padded; r += kTileRows) {
+        multiply_pairs(from + r * kQueryTile, kQueryTile, packed + at, kTileRows, lanes, dims,
+                       sum + r * dims, row > 0);
+        if (row + rows < p.queries) continue;
+        for (int i = r; i < n && i < r + kTileRows; ++i)
+          stream_row(sum + i * dims, result(grad, i), dims);
+      }
+    };
+    add_gradient(s.weights, s.grad_pairs, s.grad_value, p.grad_value);
     turn_slopes(s, lanes, padded);
-    multiply_pairs(s.weights, kQueryTile, s.grad_pairs + at, padded, lanes, dims, s.grad_value,
-                   row > 0);
-    multiply_pairs(s.slopes, kQueryTile, s.query_pairs + at, padded, lanes, dims, s.grad_key,
-                   row > 0);
+    add_gradient(s.slopes, s.query_pairs, s.grad_key, p.grad_key);
     multiply_pairs(s.turned, kKeyTile, s.key_pairs, lanes, padded, dims, s.grad_query + at,
                    j > range.first);
   });
-  for (int i = 0; i < n; ++i) {
-    stream_row(s.grad_key + i * dims, result(p.grad_key, i), dims);
-    stream_row(s.grad_value + i * dims, result(p.grad_value, i), dims);
-  }
 }
 
 void cross_backward_amx(const CrossBackward& p, int64_t begin, int64_t end) {
