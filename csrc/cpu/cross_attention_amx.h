@@ -1,6 +1,6 @@
 // Forward for bf16 on the AMX matrix tiles: the sweep of cross_attention_forward.h with both
 // products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after that file and amx.h.
+// Included inside namespace svitt::avx512 after that file and amx_products.h.
 //
 // K's rows serve as the left operand where they lie and the few queries are packed; V is packed
 // tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
@@ -48,21 +48,10 @@ struct TileKeys {
 /// where they lie if they are side by side, else from a copy.
 SVITT_INLINE void multiply_keys(const TileKeys& rows, int padded, const uint16_t* packed, int lanes,
                                 int dims, uint16_t* copy, float* products) {
-  const int64_t group = dims / kPairs * kTile * kPairs;  // 16 queries
   const bool in_place = rows.n == padded && rows.together();
-  if (!in_place)
-    for (int i = 0; i < padded; ++i)
-      for (int d = 0; d < dims; d += kPairs)
-        _mm512_storeu_si512(copy + i * dims + d, load_pairs(rows(i), d));
-  const uint16_t* from = in_place ? rows(0) : copy;
-  const int64_t stride = in_place ? rows.stride : dims;
-  for (int j = 0; j < padded; j += kTileRows)
-    for (int c = 0; c < lanes; c += kTileRows) {
-      clear_tiles();
-      multiply_tiles(dims / kPairs, from + j * stride, stride, packed + c / kTile * group,
-                     kTile * kPairs, group);
-      store_tiles(products + j * kQueryTile + c, kQueryTile);
-    }
+  if (!in_place) copy_pairs(rows, padded, dims, copy);
+  multiply_dims(in_place ? rows(0) : copy, in_place ? rows.stride : dims, padded, packed, lanes,
+                dims, products);
 }
 
 /// Weights of n keys for lanes [c, c + W), added to the sums. They are also wanted in fp32, `step`

@@ -51,13 +51,10 @@ struct CrossBackwardTileScratch {
 };
 
 /// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a query tile.
-///
-/// delta is the diagonal of the tile product O dO^T, summed as V dO^T is: where a row has a single
-/// key, and O is V, the two are equal to the last bit and their difference is 0, as it must be.
 SVITT_INLINE void load_query_tiles(const CrossBackward& p, const KeyRange& range, int64_t row,
                                    int rows, CrossBackwardTileScratch& s) {
   const int lanes = round_up(rows, kTileRows), dims = s.dims;
-  const int64_t at = row * dims, tile = kTile * kPairs;
+  const int64_t at = row * dims;
   const auto reader = [&](const Matrix& m) {
     const uint16_t* data = base<uint16_t>(m, range.b, range.h) + row * m.token;
     return [=](int r) { return r < rows ? data + r * m.token : nullptr; };
@@ -68,24 +65,7 @@ SVITT_INLINE void load_query_tiles(const CrossBackward& p, const KeyRange& range
   pack_value_tiles(query, lanes, dims, s.query_pairs + at);
   pack_value_tiles(grad, lanes, dims, s.grad_pairs + at);
   load_sums(p, range, row, rows, s.lse, s.lse_low);
-  for (int r = 0; r < lanes; r += kTileRows) {
-    for (int i = 0; i < kTileRows; ++i)
-      for (int d = 0; d < dims; d += kPairs)
-        _mm512_storeu_si512(s.keys + i * dims + d, load_pairs(out(r + i), d));
-    clear_tiles();
-    multiply_tiles(dims / kPairs, s.keys, dims, s.grad_out + at + r * dims, tile, kTile * dims);
-    store_tiles(s.products, kTileRows);
-    for (int i = 0; i < kTileRows; ++i) s.delta[row + r + i] = s.products[i * (kTileRows + 1)];
-  }
-}
-
-/// 32 sums rounded to bf16, in order.
-SVITT_INLINE __m512i round_pairs(vf low, vf high) {
-  const auto rounded =
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
-  __m512i bits;
-  std::memcpy(&bits, &rounded, 64);
-  return bits;
+  row_products(out, s.grad_out + at, lanes, dims, s.keys, s.products, s.delta + row);
 }
 
 /// Weights and slopes, the scaled gradients of the logits, of n keys, zeros from there to `padded`.
@@ -116,55 +96,6 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch& s, int64_t
   }
 }
 
-/// Slopes with the queries as rows.
-SVITT_INLINE void turn_slopes(const CrossBackwardTileScratch& s, int lanes, int padded) {
-  alignas(64) uint16_t interleave[32];
-  for (int i = 0; i < 32; ++i) interleave[i] = static_cast<uint16_t>(i / 2 + 32 * (i % 2));
-  const __m512i order = _mm512_load_si512(interleave);
-  for (int c = 0; c < lanes; c += kTile)
-    for (int j = 0; j < padded; j += kPairs) {
-      vf pairs[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        const uint16_t* even = s.slopes + (j + 2 * i) * kQueryTile + c;
-        const __m512i both = _mm512_permutex2var_epi16(
-            _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(even))),
-            order,
-            _mm512_castsi256_si512(
-                _mm256_load_si256(reinterpret_cast<const __m256i*>(even + kQueryTile))));
-        pairs[i] = reinterpret_cast<vf>(both);
-      }
-      transpose(pairs);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) std::memcpy(s.turned + (c + i) * kKeyTile + j, &pairs[i], 64);
-    }
-}
-
-/// C (rows x dims) = or += A B over `depth`, a multiple of 32; B packed by pack_value_tiles.
-SVITT_INLINE void multiply_pairs(const uint16_t* a, int64_t a_stride, const uint16_t* b, int rows,
-                                 int depth, int dims, float* c, bool add) {
-  const int64_t tile = kTile * kPairs;
-  for (int r = 0; r < rows; r += kTileRows)
-    for (int d = 0; d < dims; d += kPairs) {
-      float* to = c + r * dims + d;
-      if (add) {
-        load_tiles(to, dims);
-      } else {
-        clear_tiles();
-      }
-      multiply_tiles(depth / kPairs, a + r * a_stride, a_stride, b + d / kTile * tile,
-                     dims / kTile * tile, tile);
-      store_tiles(to, dims);
-    }
-}
-
-/// A result is not read here again: written past the caches, its lines need not be fetched first.
-SVITT_INLINE void stream_row(const float* from, uint16_t* to, int dims) {
-  for (int d = 0; d < dims; d += kPairs)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d),
-                        round_pairs(load(from + d), load(from + d + W)));
-}
-
 /// `backward_tile` of cross_attention_backward.h.
 void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
                        CrossBackwardTileScratch& s) {
@@ -192,18 +123,17 @@ void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j,
     const auto add_gradient = [&](const uint16_t* from, const uint16_t* packed, float* sum,
                                   void* grad) {
       for (int r = 0; r < padded; r += kTileRows) {
-        multiply_pairs(from + r * kQueryTile, kQueryTile, packed + at, kTileRows, lanes, dims,
-                       sum + r * dims, row > 0);
+        multiply_pairs(from + r * kQueryTile, packed + at, kTileRows, lanes, dims, sum + r * dims,
+                       row > 0);
         if (row + rows < p.queries) continue;
         for (int i = r; i < n && i < r + kTileRows; ++i)
           stream_row(sum + i * dims, result(grad, i), dims);
       }
     };
     add_gradient(s.weights, s.grad_pairs, s.grad_value, p.grad_value);
-    turn_slopes(s, lanes, padded);
+    turn_slopes(s.slopes, padded, lanes, s.turned);
     add_gradient(s.slopes, s.query_pairs, s.grad_key, p.grad_key);
-    multiply_pairs(s.turned, kKeyTile, s.key_pairs, lanes, padded, dims, s.grad_query + at,
-                   j > range.first);
+    multiply_pairs(s.turned, s.key_pairs, lanes, padded, dims, s.grad_query + at, j > range.first);
   });
 }
 
