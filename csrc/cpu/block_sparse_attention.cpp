@@ -161,6 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   auto* kernel = best >= Isa::avx512 ? avx512::backward
                  : best == Isa::avx2 ? avx2::backward
                                      : generic::backward;
+  if (best == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0)
+    kernel = avx512::backward_amx;
   torch::stable::parallel_for(0, p.batch * p.heads, 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 

@@ -10,7 +10,9 @@
 constexpr int kRowTile = 64;  // query rows per pass
 constexpr int kKeyTile = 64;  // keys per pass, at most
 
+template <class T>
 struct BackwardScratch {
+  using Value = T;
   Arena arena;
   int width;  // head_dim rounded up to W
   HeadRows keys, values;
@@ -38,7 +40,6 @@ struct BackwardScratch {
     delta = arena.take<float>(kRowTile);
     lanes = arena.take<LaneCodes>(kRowTile / W);
   }
-  template <class T>
   void stage(const Backward& p, int64_t b, int64_t h) {
     const int64_t length = p.length(b);
     keys.stage<T>(p.key, b, h, length, p.head_dim, key_buffer, width);
@@ -70,12 +71,35 @@ void write_head(const Backward& p, void* output, int64_t b, int64_t h, const flo
   }
 }
 
+/// Log-sum-exp of a tile, in two floats, and the codes of its bias. Lanes without a row get weight
+/// 0 by an infinite log-sum-exp.
+template <class Scratch>
+void describe_rows(const Backward& p, const RowTile& t, Scratch& s) {
+  const double* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
+  for (int r = 0; r < kRowTile; ++r) {
+    s.lse[r] = r < t.rows ? static_cast<float>(lse[r]) : kInfinity;
+    s.lse_low[r] = r < t.rows ? static_cast<float>(lse[r] - s.lse[r]) : 0.0f;
+  }
+  if (t.table == nullptr || t.global) return;
+  for (int r = 0; r < t.rows; r += W) {
+    int32_t token[W];
+    for (int i = 0; i < W; ++i) token[i] = r + i < t.rows ? t.row + r + i : -1;
+    s.lanes[r / W].describe(token, p.num_global, t.codes);
+  }
+}
+
+template <class T>
+void write_gradients(const Backward& p, int64_t b, int64_t h, const BackwardScratch<T>& s) {
+  write_head<T>(p, p.grad_key, b, h, s.grad_key, s.width);
+  write_head<T>(p, p.grad_value, b, h, s.grad_value, s.width);
+}
+
 /// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
 ///
 /// delta is summed over the dims one by one, as the product dO V is: where a row has a single key,
 /// and O is V, the two are equal to the last bit and their difference is 0, as it must be.
 template <class T>
-void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
+void load_tile(const Backward& p, const RowTile& t, BackwardScratch<T>& s) {
   const auto load_rows = [&](const Matrix& m, float* rows, float* columns) {
     copy_rows(base<T>(m, t.b, t.h) + t.row * m.token, m.token, t.rows, p.head_dim, rows, s.width);
     pack_columns(rows, s.width, t.rows, p.head_dim, columns, t.columns);
@@ -90,18 +114,7 @@ void load_tile(const Backward& p, const RowTile& t, BackwardScratch& s) {
     store(s.delta + c, delta);
   }
   load_rows(p.query, s.query, s.query_columns);
-  // Lanes without a row get weight 0 by an infinite log-sum-exp, and have no upstream gradient.
-  const double* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
-  for (int r = 0; r < t.columns; ++r) {
-    s.lse[r] = r < t.rows ? static_cast<float>(lse[r]) : kInfinity;
-    s.lse_low[r] = r < t.rows ? static_cast<float>(lse[r] - s.lse[r]) : 0.0f;
-  }
-  if (t.table == nullptr || t.global) return;
-  for (int r = 0; r < t.columns; r += W) {
-    int32_t token[W];
-    for (int i = 0; i < W; ++i) token[i] = r + i < t.rows ? t.row + r + i : -1;
-    s.lanes[r / W].describe(token, p.num_global, t.codes);
-  }
+  describe_rows(p, t, s);
 }
 
 /// The bias of query lanes [c, c + W) against one key, or with `Add` the gradient into the table.
@@ -130,7 +143,8 @@ SVITT_INLINE vf bias_of_key(const Backward& p, const RowTile& t, const LaneCodes
 }
 
 /// In place: dot products to weights, gradients of weights to scaled gradients of logits.
-SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScratch& s, int key,
+template <class T>
+SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScratch<T>& s, int key,
                                 int keys) {
   const vf scale = splat(p.scale);
   for (int j = 0; j < keys; ++j) {
@@ -148,8 +162,9 @@ SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScr
 }
 
 /// All products of a row tile with keys [key, key + keys).
-SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScratch& s, int key,
-                                int keys, bool first) {
+template <class T>
+void backward_keys(const Backward& p, const RowTile& t, BackwardScratch<T>& s, int key, int keys,
+                   bool first) {
   float *weight_rows[kKeyTile], *slope_rows[kKeyTile], *key_rows[kKeyTile], *value_rows[kKeyTile];
   for (int j = 0; j < keys; ++j) {
     weight_rows[j] = s.weights + j * kRowTile;
@@ -176,10 +191,11 @@ SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScr
   multiply(t.rows, p.head_dim, &to_queries, 1, {1, kRowTile}, query_rows, !first);
 }
 
-template <class T>
+template <class Scratch>
 void backward_tile(const Backward& p, const RowBlock& block, const RowTile& t, int64_t length,
-                   BackwardScratch& s) {
-  load_tile<T>(p, t, s);
+                   Scratch& s) {
+  using T = typename Scratch::Value;
+  load_tile(p, t, s);
   bool first = true;
   const auto sweep = [&](int64_t from, int64_t to) {
     to = to < length ? to : length;
@@ -205,13 +221,15 @@ void backward_tile(const Backward& p, const RowBlock& block, const RowTile& t, i
               p.head_dim, 1.0f);
 }
 
-template <class T>
+/// The heads [begin, end), by `load_tile`, `backward_keys` and `write_gradients` of the scratch.
+template <class Scratch>
 void backward_items(const Backward& p, int64_t begin, int64_t end) {
-  BackwardScratch s(p);
+  using T = typename Scratch::Value;
+  Scratch s(p);
   RowBlock block;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / p.heads, h = item % p.heads, length = p.length(b);
-    s.stage<T>(p, b, h);
+    s.stage(p, b, h);
     RowTile t{b, h, 0, 0, 0, false, nullptr, nullptr, nullptr};
     if (p.table != nullptr) {
       t.table = p.table + h * p.table_stride;
@@ -225,21 +243,20 @@ void backward_items(const Backward& p, int64_t begin, int64_t end) {
         t.row = block.row + r;
         t.rows = block.rows - r < kRowTile ? block.rows - r : kRowTile;
         t.columns = round_up(t.rows, W);
-        backward_tile<T>(p, block, t, length, s);
+        backward_tile(p, block, t, length, s);
       }
       for (int64_t row = block.row + block.rows; row < block.end; ++row)
         std::memset(static_cast<void*>(output_row<T>(p, p.grad_query, b, h, row)), 0,
                     sizeof(T) * p.head_dim);
     }
-    write_head<T>(p, p.grad_key, b, h, s.grad_key, s.width);
-    write_head<T>(p, p.grad_value, b, h, s.grad_value, s.width);
+    write_gradients(p, b, h, s);
   }
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case Dtype::f32: return backward_items<float>(p, begin, end);
-    case Dtype::bf16: return backward_items<bf16>(p, begin, end);
-    case Dtype::f16: return backward_items<fp16>(p, begin, end);
+    case Dtype::f32: return backward_items<BackwardScratch<float>>(p, begin, end);
+    case Dtype::bf16: return backward_items<BackwardScratch<bf16>>(p, begin, end);
+    case Dtype::f16: return backward_items<BackwardScratch<fp16>>(p, begin, end);
   }
 }

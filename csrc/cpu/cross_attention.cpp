@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "pages.h"
 #include "tensors.h"
 
 namespace svitt {
@@ -72,6 +73,10 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Opt
    : isa() == Isa::avx2 ? avx2::FUNCTION \
                         : generic::FUNCTION)
 
+bool on_tiles(const CrossAttention& p) {
+  return isa() == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
+}
+
 /// Call a kernel over a range of independent items.
 template <class P>
 void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
@@ -118,8 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor v
     partials.reset(new float[heads * p.parts * SVITT_BEST(partial_size)(p)]);
     p.partials = partials.get();
   }
-  const bool amx = isa() == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
-  run(amx ? avx512::cross_forward_amx : SVITT_BEST(cross_forward), p, heads * p.parts);
+  run(on_tiles(p) ? avx512::cross_forward_amx : SVITT_BEST(cross_forward), p, heads * p.parts);
   if (p.parts > 1) run(SVITT_BEST(cross_forward_join), p, heads);
   if (salient) average_heads(p, received.mutable_data_ptr<float>());
   return {out, lse, received};
@@ -132,6 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor query, Te
   auto p = problem<CrossBackward>(query, key, value, key_padding_mask, scale, present);
   Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(key),
          grad_value = empty_like_heads(value);
+  for (const Tensor& x : {grad_key, grad_value})
+    ask_for_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
   p.grad_out = matrix(grad_out), p.out = matrix(out);
   p.lse = lse.const_data_ptr<double>();
   p.grad_query = grad_query.mutable_data_ptr();
@@ -143,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor query, Te
     partials.reset(new float[heads * p.parts * p.queries * p.head_dim]);
     p.partials = partials.get();
   }
-  run(SVITT_BEST(cross_backward), p, heads * p.parts);
+  run(on_tiles(p) ? avx512::cross_backward_amx : SVITT_BEST(cross_backward), p, heads * p.parts);
   if (p.parts > 1) run(SVITT_BEST(cross_backward_join), p, heads);
   return {grad_query, grad_key, grad_value};
 }

@@ -61,6 +61,7 @@ SVITT_DECLARE(avx512)
 namespace avx512 {
 /// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `cross_forward`.
 void cross_forward_amx(const CrossForward& problem, int64_t begin, int64_t end);
+void cross_backward_amx(const CrossBackward& problem, int64_t begin, int64_t end);
 }  // namespace avx512
 
 }  // namespace svitt

@@ -1,6 +1,6 @@
 // Forward for bf16 on the AMX matrix tiles: the sweep of cross_attention_forward.h with both
 // products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after that file and amx.h.
+// Included inside namespace svitt::avx512 after that file and amx_products.h.
 //
 // K's rows serve as the left operand where they lie and the few queries are packed; V is packed
 // tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
@@ -44,17 +44,14 @@ struct TileKeys {
   }
 };
 
-/// Logits of the keys [0, n), a multiple of 32, against `lanes` queries.
-SVITT_INLINE void multiply_keys(const uint16_t* keys, int64_t stride, int n, int lanes,
-                                const CrossTileScratch& s) {
-  const int64_t group = s.dims / kPairs * kTile * kPairs;  // 16 queries
-  for (int j = 0; j < n; j += kTileRows)
-    for (int c = 0; c < lanes; c += kTileRows) {
-      clear_tiles();
-      multiply_tiles(s.dims / kPairs, keys + j * stride, stride, s.query + c / kTile * group,
-                     kTile * kPairs, group);
-      store_tiles(s.logits + j * kQueryTile + c, kQueryTile);
-    }
+/// Products of keys with `lanes` packed queries, rows of kQueryTile. The keys, padded to 32, serve
+/// where they lie if they are side by side, else from a copy.
+SVITT_INLINE void multiply_keys(const TileKeys& rows, int padded, const uint16_t* packed, int lanes,
+                                int dims, uint16_t* copy, float* products) {
+  const bool in_place = rows.n == padded && rows.together();
+  if (!in_place) copy_pairs(rows, padded, dims, copy);
+  multiply_dims(in_place ? rows(0) : copy, in_place ? rows.stride : dims, padded, packed, lanes,
+                dims, products);
 }
 
 /// Weights of n keys for lanes [c, c + W), added to the sums. They are also wanted in fp32, `step`
@@ -112,15 +109,7 @@ void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int r
     const int n = static_cast<int>(range.last - j < kKeyTile ? range.last - j : kKeyTile);
     const int padded = round_up(n, kPairs);
     const bool first = j == range.first;
-    const TileKeys keys(p, p.key, range, j, n);
-    if (n == padded && keys.together()) {
-      multiply_keys(keys(0), p.key.token, n, lanes, s);
-    } else {
-      for (int i = 0; i < padded; ++i)
-        for (int d = 0; d < dims; d += kPairs)
-          _mm512_storeu_si512(s.keys + i * dims + d, load_pairs(keys(i), d));
-      multiply_keys(s.keys, dims, padded, lanes, s);
-    }
+    multiply_keys(TileKeys(p, p.key, range, j, n), padded, s.query, lanes, dims, s.keys, s.logits);
     const int64_t next = j + n, left = range.last - next;
     const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
     const TileKeys ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};

@@ -26,7 +26,11 @@ SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-b
 namespace svitt::avx512 {
 #include "amx.h"
 
+#include "amx_products.h"
+
 #include "cross_attention_amx.h"
+
+#include "cross_attention_backward_amx.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

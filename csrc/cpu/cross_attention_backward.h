@@ -33,6 +33,16 @@ struct CrossBackwardScratch {
   }
 };
 
+/// Log-sum-exp of a query tile, in two floats. Lanes without a row get weight 0 by an infinite one.
+SVITT_INLINE void load_sums(const CrossBackward& p, const KeyRange& range, int64_t row, int rows,
+                            float* high, float* low) {
+  const double* lse = p.lse + (range.b * p.heads + range.h) * p.queries + row;
+  for (int r = 0; r < kQueryTile; ++r) {
+    high[row + r] = r < rows ? static_cast<float>(lse[r]) : kInfinity;
+    low[row + r] = r < rows ? static_cast<float>(lse[r] - high[row + r]) : 0.0f;
+  }
+}
+
 /// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
 ///
 /// delta is summed over the dims one by one, as the product dO V is: where a row has a single key,
@@ -58,12 +68,7 @@ void load_queries(const CrossBackward& p, const KeyRange& range, int64_t row, in
             s.query + row * s.width, s.width);
   copy_rows(base<T>(p.grad_out, b, h) + row * p.grad_out.token, p.grad_out.token, rows, p.head_dim,
             s.grad_out + row * s.width, s.width);
-  // Lanes without a row get weight 0 by an infinite log-sum-exp, and have no upstream gradient.
-  const double* lse = p.lse + (b * p.heads + h) * p.queries + row;
-  for (int r = 0; r < lanes; ++r) {
-    s.lse[row + r] = r < rows ? static_cast<float>(lse[r]) : kInfinity;
-    s.lse_low[row + r] = r < rows ? static_cast<float>(lse[r] - s.lse[row + r]) : 0.0f;
-  }
+  load_sums(p, range, row, rows, s.lse, s.lse_low);
 }
 
 /// In place: dot products to weights, gradients of weights to scaled gradients of logits.
@@ -141,22 +146,21 @@ void clear_ignored(const CrossBackward& p, const KeyRange& range, int64_t part) 
     }
 }
 
-template <class T>
-void cross_backward_items(const CrossBackward& p, int64_t begin, int64_t end) {
-  CrossBackwardScratch s(p);
+/// Every item, by `load(range, row, rows)` for each tile of queries and `sweep(range, j, n)` for
+/// each tile of keys, which sum the gradient of the queries up in rows of `width`.
+template <class T, class Load, class Sweep>
+void cross_backward_items(const CrossBackward& p, int64_t begin, int64_t end, float* grad_query,
+                          int width, const Load& load, const Sweep& sweep) {
   for (int64_t item = begin; item < end; ++item) {
     const KeyRange range(p, item);
     clear_ignored<T>(p, range, item % p.parts);
     if (p.queries == 0) continue;
-    each_query_tile(
-        p, [&](int64_t, int64_t row, int rows) { load_queries<T>(p, range, row, rows, s); });
+    each_query_tile(p, [&](int64_t, int64_t row, int rows) { load(range, row, rows); });
     for (int64_t j = range.first; j < range.last; j += kKeyTile)
-      backward_tile<T>(p, range, j,
-                       static_cast<int>(range.last - j < kKeyTile ? range.last - j : kKeyTile), s);
-    if (range.first == range.last)
-      std::memset(s.grad_query, 0, sizeof(float) * p.queries * s.width);
+      sweep(range, j, static_cast<int>(range.last - j < kKeyTile ? range.last - j : kKeyTile));
+    if (range.first == range.last) std::memset(grad_query, 0, sizeof(float) * p.queries * width);
     for (int64_t row = 0; row < p.queries; ++row) {
-      const float* from = s.grad_query + row * s.width;
+      const float* from = grad_query + row * width;
       if (p.parts == 1) {
         write_row(result_row<T>(p, p.grad_query, p.queries, range.b, range.h, row), from,
                   p.head_dim, 1.0f);
@@ -166,6 +170,17 @@ void cross_backward_items(const CrossBackward& p, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+template <class T>
+void cross_backward_of(const CrossBackward& p, int64_t begin, int64_t end) {
+  CrossBackwardScratch s(p);
+  cross_backward_items<T>(
+      p, begin, end, s.grad_query, s.width,
+      [&](const KeyRange& range, int64_t row, int rows) {
+        load_queries<T>(p, range, row, rows, s);
+      },
+      [&](const KeyRange& range, int64_t j, int n) { backward_tile<T>(p, range, j, n, s); });
 }
 
 /// The gradient of the queries of a head: the sum over its parts, in order.
@@ -183,9 +198,9 @@ void cross_backward_heads(const CrossBackward& p, int64_t begin, int64_t end) {
 
 void cross_backward(const CrossBackward& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case Dtype::f32: return cross_backward_items<float>(p, begin, end);
-    case Dtype::bf16: return cross_backward_items<bf16>(p, begin, end);
-    case Dtype::f16: return cross_backward_items<fp16>(p, begin, end);
+    case Dtype::f32: return cross_backward_of<float>(p, begin, end);
+    case Dtype::bf16: return cross_backward_of<bf16>(p, begin, end);
+    case Dtype::f16: return cross_backward_of<fp16>(p, begin, end);
   }
 }
 

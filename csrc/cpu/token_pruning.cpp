@@ -29,9 +29,7 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace svitt {
 namespace {
@@ -159,18 +157,6 @@ Rows rows_of(const Tensor& x) {
   const auto bytes = static_cast<int64_t>(x.element_size());
   auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
   return {data, x.stride(0) * bytes, x.stride(1) * bytes};
-}
-
-/// Have the system back a large, fresh result by pages of 2 MiB where it can. Of a block from the
-/// heap the place keeps the advice, as it does under torch's own THP_MEM_ALLOC_ENABLE.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20, kLarge = 4 << 20;
-  if (static_cast<uintptr_t>(bytes) < kLarge) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // else small pages
-#endif
 }
 
 /// Write each row of `out` once: `source(b, r)` is the row of `from` that it copies, -1 for zeros.
