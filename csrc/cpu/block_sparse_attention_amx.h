@@ -3,6 +3,8 @@
 // Included inside namespace svitt::avx512 after that file and amx.h.
 //
 // Only the weights are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
+// Tried without gain: prefetching tiles to the L1 cache, Q in tile registers throughout, results
+// rounded by vectors.
 
 constexpr int kTileColumns = kColumns + kPairs;
 

@@ -1,7 +1,10 @@
 // Forward: the keys of a head are staged once, then each row block sweeps its tiles, flash-style.
 // Tried without gain: packing the half vectors of 56-key tiles side by side (an eighth less of
 // Q K^T, 2 % of the time); prefetching V while K is staged; prefetching the tiles of the next
-// block; prefetching the next head in fp32, which leaves no room for it in the L2 cache.
+// block, in bursts or beside the products; prefetching the next head in fp32, which leaves no room
+// for it in the L2 cache; prefetching B inside the products; keys by queries, as the backward has
+// them (no staging, but slower where K and V fill the L2 cache). Streaming stores of the result
+// gain 4 % here and cost more in the projection that reads it.
 // Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
 
 constexpr int kLogitStride =
