@@ -18,6 +18,17 @@ struct Candidates : Contrast {
     first_row = queued ? -p.queries - kKeyTile : -first;  // without ids a queue has no positives
   }
 
+  DotTile some_rows(int64_t row, int64_t limit, int most, float* dots) const {
+    DotTile t{};
+    t.row = row, t.rows = static_cast<int>(limit - row < most ? limit - row : most);
+    t.keys = static_cast<int>(keys), t.dots = dots;
+    return t;
+  }
+
+  TileOperands tiled(uint16_t* columns_to, uint16_t* values_to) const {
+    return {row_of<uint16_t>(data, step, first), step, keys, dim, nullptr, columns_to, values_to};
+  }
+
   template <class T>
   void pack(float* to, float* panels) {
     const T* from = row_of<T>(data, step, first);
@@ -40,25 +51,25 @@ struct QueueScratch {
   float *dots, *taught, *weights, *columns, *panels;
 
   explicit QueueScratch(const ContrastQueue& p) {
-    dots = arena.take<float>(kTileRows * kDotStride);
-    taught = arena.take<float>(kTileRows * kDotStride);
-    weights = arena.take<float>(kTileRows * kGradStride);
+    dots = arena.take<float>(kDotRows * kDotStride);
+    taught = arena.take<float>(kDotRows * kDotStride);
+    weights = arena.take<float>(kDotRows * kGradStride);
     columns = arena.take<float>(static_cast<int64_t>(kKeyTile) * p.dim);
     panels = arena.take<float>(static_cast<int64_t>(kKeyTile) * p.padded_dim());
   }
 };
 
-/// The negatives of a tile join one distribution's sums: of weights, of weighted similarities and,
-/// with `sums`, of weighted candidates.
-SVITT_INLINE void add_tile(const ContrastQueue& p, const DotTile& t, const float* centres,
+/// The negatives of a tile join one distribution's sums of weights and of weighted similarities;
+/// `sums`, of weighted candidates or null, are made ready for theirs.
+SVITT_INLINE void weigh_candidates(const ContrastQueue& p, const DotTile& t, const float* centres,
                            const DotTile& student, QueueTally* of_rows, SoftSum QueueTally::* which,
-                           const QueueScratch& s, float* sums) {
+                           float* weights, float* sums) {
   const int step = p.padded_dim();
   const vf scale = splat(p.scale);
   for (int r = 0; r < t.rows; ++r) {
     SoftSum& of_row = of_rows[r].*which;
     const float *x = t.dots + r * kDotStride, *y = student.dots + r * kDotStride;
-    float* to = s.weights + r * kGradStride;
+    float* to = weights + r * kGradStride;
     vf maxima = splat(-kInfinity);
     for (int c = 0; c < t.keys; c += W) maxima = vmax(maxima, load(x + c));
     const float highest = hmax(maxima), centre = centres[t.row + r];
@@ -91,8 +102,12 @@ SVITT_INLINE void add_tile(const ContrastQueue& p, const DotTile& t, const float
     }
     of_row.sum += hsum(sum), of_row.moment += hsum(moment);
   }
-  if (sums == nullptr) return;
-  float* to[kTileRows];
+}
+
+SVITT_INLINE void add_candidates(const ContrastQueue& p, const DotTile& t, const QueueScratch& s,
+                                 float* sums) {
+  const int step = p.padded_dim();
+  float* to[kDotRows];
   for (int panel = 0; panel * kPanel < p.dim; ++panel) {
     for (int r = 0; r < t.rows; ++r) to[r] = sums + r * step + panel * kPanel;
     multiply_pieces(t.rows, s.weights, {kGradStride, 1},
@@ -100,39 +115,54 @@ SVITT_INLINE void add_tile(const ContrastQueue& p, const DotTile& t, const float
   }
 }
 
-/// Items are chunks of queries by splits of the candidates.
-void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end) {
-  const QueueScratch s(p);
-  const int64_t step = p.padded_dim(), tiles = p.all_tiles();
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t chunk = item / p.splits, split = item % p.splits, start = chunk * kQueryChunk,
-                  limit = chunk_end(p, chunk), size = p.queries * step;
-    QueueTally* tallies = p.tallies + split * p.queries;
-    float* sums = p.gradients ? p.sums + split * p.distributions() * size : nullptr;
+/// A chunk of queries by a split of the candidates, its sums empty.
+struct QueueItem {
+  int64_t start, limit;       // queries
+  int64_t first, last;        // tiles of candidates
+  int64_t size;               // of the sums of one distribution
+  QueueTally* tallies;        // of query 0
+  float* sums;                // of query 0, or null
+
+  QueueItem(const ContrastQueue& p, int64_t item) {
+    const int64_t chunk = item / p.splits, split = item % p.splits, step = p.padded_dim();
+    start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
+    first = p.all_tiles() * split / p.splits, last = p.all_tiles() * (split + 1) / p.splits;
+    size = p.padded_queries() * step;
+    tallies = p.tallies + split * p.queries;
+    sums = p.gradients ? p.sums + split * p.distributions() * size : nullptr;
     for (int64_t row = start; row < limit; ++row)
       tallies[row] = {{-kInfinity, 0.0f, 0.0f}, {-kInfinity, 0.0f, 0.0f}};
+    const int64_t rows = round_up(static_cast<int>(limit - start), 32);
     for (int i = 0; sums != nullptr && i < p.distributions(); ++i)
-      std::memset(sums + i * size + start * step, 0, sizeof(float) * (limit - start) * step);
-    for (int64_t n = tiles * split / p.splits; n < tiles * (split + 1) / p.splits; ++n) {
+      std::memset(sums + i * size + start * step, 0, sizeof(float) * rows * step);
+  }
+};
+
+void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end) {
+  const QueueScratch s(p);
+  for (int64_t item = begin; item < end; ++item) {
+    const QueueItem of(p, item);
+    for (int64_t n = of.first; n < of.last; ++n) {
       Candidates tile(p, n);
       tile.pack(s.columns, p.gradients ? s.panels : nullptr);
       Candidates taught = tile;
       taught.rows = const_cast<float*>(p.teacher), taught.row_step = p.teacher_step;
-      for (int64_t row = start; row < limit; row += kTileRows) {
-        DotTile t{}, other{};
-        t.row = row, t.rows = static_cast<int>(limit - row < kTileRows ? limit - row : kTileRows);
-        t.keys = static_cast<int>(tile.keys);
-        other = t, t.dots = s.dots, other.dots = s.taught;
+      for (int64_t row = of.start; row < of.limit; row += kDotRows) {
+        DotTile t = tile.some_rows(row, of.limit, kDotRows, s.dots), other = t;
+        other.dots = s.taught;
+        float* sums = of.sums == nullptr ? nullptr : of.sums + row * p.padded_dim();
+        const auto add = [&](const DotTile& x, const float* centres,
+                             SoftSum QueueTally::* which, float* to) {
+          weigh_candidates(p, x, centres, t, of.tallies + row, which, s.weights, to);
+          if (to != nullptr) add_candidates(p, x, s, to);
+        };
         t.compute(tile);
-        if (p.teacher != nullptr) other.compute(taught);
-        QueueTally* of_rows = tallies + row;
-        if (p.teacher != nullptr) other.keep_negatives(taught);
+        if (p.teacher != nullptr) other.compute(taught), other.keep_negatives(taught);
         t.keep_negatives(tile);
-        float* of_tile = sums == nullptr ? nullptr : sums + row * step;
-        add_tile(p, t, p.centres, t, of_rows, &QueueTally::student, s, of_tile);
+        add(t, p.centres, &QueueTally::student, sums);
         if (p.teacher != nullptr)
-          add_tile(p, other, p.teacher_centres, t, of_rows, &QueueTally::teacher, s,
-                   of_tile == nullptr ? nullptr : of_tile + size);
+          add(other, p.teacher_centres, &QueueTally::teacher,
+              sums == nullptr ? nullptr : sums + of.size);
       }
     }
   }
@@ -239,7 +269,7 @@ template <class T>
 void queue_finish(const ContrastQueue& p, int64_t begin, int64_t end) {
   Arena arena;
   Positive* positives = arena.take<Positive>(p.keys + p.queue_rows);
-  const int64_t step = p.padded_dim(), size = p.queries * step;
+  const int64_t step = p.padded_dim(), size = p.padded_queries() * step;
   const bool taught = p.teacher != nullptr;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t count = find_positives<T>(p, row, positives);

@@ -1,7 +1,7 @@
 // Tiles of similarities, a few query rows by kKeyTile keys, as they come out of the product.
 // Included inside namespace svitt::SVITT_ISA after gemm.h.
 
-constexpr int kTileRows = 4 * kRows;
+constexpr int kDotRows = 4 * kRows;
 constexpr int kPiece =
     64;  // long sums are sums of short ones, where errors of a kind do not add up
 constexpr int kDotStride = kKeyTile + W;
@@ -86,7 +86,7 @@ struct DotTile {
   float most, least;
 
   void compute(const Contrast& p) {
-    float* to[kTileRows];
+    float* to[kDotRows];
     const int quarter = round_up((p.dim + 3) / 4, 16), piece = quarter < kPiece ? quarter : kPiece;
     for (int panel = 0; panel * kPanel < keys; ++panel) {
       for (int r = 0; r < rows; ++r) to[r] = dots + r * kDotStride + panel * kPanel;
@@ -141,13 +141,13 @@ struct DotTile {
 };
 
 SVITT_INLINE DotTile dot_tile(const Contrast& p, int64_t chunk, int64_t row, int64_t tile,
-                              float* dots) {
+                              float* dots, int most_rows = kDotRows) {
   const int64_t end = chunk * kQueryChunk + kQueryChunk;
   const int64_t limit = end < p.queries ? end : p.queries;
   const int64_t first = tile * kKeyTile;
   DotTile t{};
   t.row = row, t.tile = tile, t.first_key = first, t.dots = dots;
-  t.rows = static_cast<int>(limit - row < kTileRows ? limit - row : kTileRows);
+  t.rows = static_cast<int>(limit - row < most_rows ? limit - row : most_rows);
   t.keys = static_cast<int>(p.keys - first < kKeyTile ? p.keys - first : kKeyTile);
   return t;
 }
