@@ -7,10 +7,10 @@
 
 namespace svitt {
 
-constexpr int kKeyTile = 256;               // keys whose columns one thread owns
-constexpr int kQueryChunk = 512;            // queries between two reductions
-constexpr int kWidest = 32;                 // the widest panel of any instruction set
-constexpr int kGradStride = kKeyTile + 16;  // not a power of two: rows fall into different sets
+constexpr int kKeyTile = 256;                  // keys whose columns one thread owns
+constexpr int kQueryChunk = 512;               // queries between two reductions
+constexpr int kWidest = 32;                    // the widest panel of any instruction set
+constexpr int kGradStride = kKeyTile + 16;     // not a power of two: rows fall into different sets
 constexpr int kRoundedStride = kKeyTile + 32;  // the same for weights in bf16, in whole lines
 constexpr int kSumStride = kQueryChunk + 32;   // and for their transpose
 

@@ -5,9 +5,10 @@
 // once, for the two products that sum rows; all else, the temperature's gradient too, takes them
 // as they are.
 
-constexpr int kAmxRows = 64;    // queries at a time: with the keys of one step they fit the L1 cache
+constexpr int kAmxRows = 64;  // queries at a time: with the keys of one step they fit the L1 cache
 constexpr int kAmxDepth = 256;  // of a sum, likewise
 constexpr int64_t kTileSize = kTile * kPairs;
+static_assert(kGradStride == kDotStride);  // weights take the place of similarities
 
 /// B of a product: its tiles, `step` apart along the sum and `next` along the columns.
 struct TiledB {
@@ -37,10 +38,9 @@ void multiply_amx(int rows, int columns, int depth, const uint16_t* a, int64_t a
   }
 }
 
-void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end) {
-  Arena arena;
+/// Groups of rows; `copy` (32, padded dim) is for those that cannot be read in place.
+void pack_operands(const TileOperands& to, int64_t begin, int64_t end, uint16_t* copy) {
   const int dims = to.padded_dim();
-  uint16_t* copy = arena.take<uint16_t>(kTileRows * dims);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * kTileRows, left = to.count - first, at = first * dims;
     const int rows = static_cast<int>(left < kTileRows ? left : kTileRows);
@@ -57,6 +57,11 @@ void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end) {
     if (to.columns != nullptr) pack_key_tiles(row, kTileRows, dims, to.columns + at);
     if (to.values != nullptr) pack_value_tiles(row, kTileRows, dims, to.values + at);
   }
+}
+
+void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end) {
+  Arena arena;
+  pack_operands(to, begin, end, arena.take<uint16_t>(kTileRows * to.padded_dim()));
 }
 
 /// Similarities of some queries with a tile of packed keys.
@@ -78,6 +83,7 @@ void contrast_forward_amx(const ContrastForward& p, int64_t chunk, int64_t begin
   const TileConfig config;
   _tile_loadconfig(&config);
   {
+    const FlushDenormals flush;
     Arena arena;
     float* dots = arena.take<float>(kAmxRows * kDotStride);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -103,37 +109,35 @@ SVITT_INLINE __m512i round_some(const float* from, int count) {
   return (__m512i)_mm512_maskz_cvtne2ps_pbh(some, high, low);
 }
 
-/// Rows of weights (rows, kDotStride) in bf16 with zeros up to multiples of 32, as rows `to_step`
+/// Rows of weights (rows, kGradStride) in bf16 with zeros up to multiples of 32, as rows `to_step`
 /// apart and, unless null, transposed.
 SVITT_INLINE void round_weights(const float* weights, int rows, int keys, uint16_t* to,
                                 int64_t to_step, uint16_t* transposed) {
-  alignas(64) uint16_t interleave[2][32];
-  for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < 32; ++i)
-      interleave[half][i] = static_cast<uint16_t>(16 * half + i / 2 + 32 * (i % 2));
-  const __m512i low = _mm512_load_si512(interleave[0]), high = _mm512_load_si512(interleave[1]);
+  constexpr __mmask32 kOdd = 0xaaaaaaaa;
   for (int r = 0; r < rows; r += kTileRows)
     for (int c = 0; c < keys; c += kPairs) {
-      vf first[W], second[W];  // pairs of rows, of 16 keys each
+      vf evens[W], odds[W];  // keys; of two rows each
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const int row = r + 2 * i;
-        const float* from = weights + row * kDotStride + c;
-        const __m512i even = round_some(from, row < rows ? keys - c : 0),
-                      odd = round_some(from + kDotStride, row + 1 < rows ? keys - c : 0);
-        _mm512_storeu_si512(to + row * to_step + c, even);
-        _mm512_storeu_si512(to + (row + 1) * to_step + c, odd);
-        first[i] = (vf)_mm512_permutex2var_epi16(even, low, odd);
-        second[i] = (vf)_mm512_permutex2var_epi16(even, high, odd);
+        const float* from = weights + row * kGradStride + c;
+        const __m512i first = round_some(from, row < rows ? keys - c : 0),
+                      second = round_some(from + kGradStride, row + 1 < rows ? keys - c : 0);
+        _mm512_storeu_si512(to + row * to_step + c, first);
+        _mm512_storeu_si512(to + (row + 1) * to_step + c, second);
+        evens[i] =
+            (vf)_mm512_mask_blend_epi16(kOdd, first, _mm512_maskz_slli_epi32(0xffff, second, 16));
+        odds[i] =
+            (vf)_mm512_mask_blend_epi16(kOdd, _mm512_maskz_srli_epi32(0xffff, first, 16), second);
       }
       if (transposed == nullptr) continue;
-      transpose(first);
-      transpose(second);
+      transpose(evens);
+      transpose(odds);
       uint16_t* column = transposed + c * kSumStride + r;
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        std::memcpy(column + i * kSumStride, &first[i], 64);
-        std::memcpy(column + (i + W) * kSumStride, &second[i], 64);
+      for (int i = 0; i < W; ++i, column += 2 * kSumStride) {
+        std::memcpy(column, &evens[i], 64);
+        std::memcpy(column + kSumStride, &odds[i], 64);
       }
     }
 }
@@ -143,6 +147,7 @@ void contrast_backward_keys_amx(const ContrastBackward& p, int64_t chunk, int64_
   const TileConfig config;
   _tile_loadconfig(&config);
   {
+    const FlushDenormals flush;
     GradScratch s(kAmxRows);
     uint16_t* transposed = s.arena.take<uint16_t>(kKeyTile * kSumStride);
     const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);

@@ -51,8 +51,9 @@ SVITT_INLINE vf weight_of(vf high, vf low, float offset) {
 }
 
 /// What each similarity weighs in the gradient, into `grads` (rows, kGradStride), which may be the
-/// similarities themselves; returns the sum of weight times similarity. Weights add up to 0 over everything, so similarities may be taken
-/// from any centre: near theirs, rounded weights do no harm where all similarities are alike.
+/// similarities themselves; returns the sum of weight times similarity. Weights add up to 0 over
+/// everything, so similarities may be taken from any centre: near theirs, rounded weights do no
+/// harm where all similarities are alike.
 SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, GradScratch& s,
                           float* grads) {
   t.for_positives(p, [&](int r, int c, float dot) { s.kept[r * kDotStride + c] = dot; });
@@ -104,6 +105,7 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
 
 /// Weights of a tile of keys with a chunk of queries, and the keys' gradient from them.
 void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   GradScratch s(kDotRows);
   const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
   const int queries = static_cast<int>(limit - start), step = p.padded_dim();

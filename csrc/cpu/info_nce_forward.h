@@ -106,6 +106,7 @@ SVITT_INLINE Tally* key_tallies(const ContrastForward& p, int64_t chunk, int64_t
 }
 
 void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   Arena arena;
   float* dots = arena.take<float>(kDotRows * kDotStride);
   for (int64_t tile = begin; tile < end; ++tile) {

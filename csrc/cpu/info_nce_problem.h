@@ -38,7 +38,7 @@ struct ContrastKernels {
    ISA::contrast_backward_queries, ISA::contrast_write_keys, \
    ISA::contrast_sample,           ISA::contrast_rank, \
    ISA::contrast_queue_centres,    ISA::contrast_queue, \
-   ISA::contrast_queue_finish, nullptr}
+   ISA::contrast_queue_finish,     nullptr}
 inline ContrastKernels contrast_kernels() {
   const Isa best = isa();
 #if defined(__x86_64__)

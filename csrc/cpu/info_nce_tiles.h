@@ -10,6 +10,19 @@ constexpr int kDotStride = kKeyTile + W;
 /// they differ by no more than this: the smallest then is far from vanishing.
 constexpr float kShared = 60.0f;
 
+/// Within, numbers too small for a normal float are 0: at low temperatures there are many, and a
+/// processor takes a hundred times as long for each.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 template <class T>
 const T* row_of(const void* data, int64_t step, int64_t row) {
   return static_cast<const T*>(data) + row * step;
