@@ -58,6 +58,7 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
                           float* grads) {
   t.for_positives(p, [&](int r, int c, float dot) { s.kept[r * kDotStride + c] = dot; });
   t.keep_negatives(p);
+  t.find_range();
   const bool both = p.of_columns != nullptr, shared = t.shared(p.scale);
   const float offset = shared && t.most > -kInfinity ? t.most * p.scale : 0.0f;
   const vf scale = splat(p.scale), smooth = splat(both ? 2 * p.smoothing : p.smoothing);

@@ -89,6 +89,7 @@ SVITT_INLINE void add_tile(const ContrastForward& p, DotTile& t, Tally* of_rows,
     if (of_keys != nullptr) add_positive(of_keys[c], dot, p.scale);
   });
   t.keep_negatives(p);
+  t.find_range();
   if (t.most == -kInfinity) return;
   if (t.shared(p.scale)) {
     sum_shared(p, t, of_rows, of_keys);

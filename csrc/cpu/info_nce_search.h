@@ -41,7 +41,7 @@ void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
       Tally* of_rows = parts + tile * kDotRows;
       for (int64_t r = 0; r < rows; ++r) clear(of_rows[r]);
       t.keep_negatives(p);
-      if (t.most > -kInfinity) sum_apart(p, t, of_rows, nullptr);
+      sum_apart(p, t, of_rows, nullptr);
     }
     for (int64_t r = 0; r < rows; ++r) {
       double most = -kInfinity, sum = 0.0;

@@ -135,19 +135,22 @@ struct DotTile {
     }
   }
 
-  /// Makes positives and padding -inf, and finds the range of the rest.
+  /// Makes positives and padding -inf.
   void keep_negatives(const Contrast& p) {
     for_positives(p, [&](int r, int c, float) { dots[r * kDotStride + c] = -kInfinity; });
+    for (int r = 0; r < rows; ++r)
+      for (int c = keys; c % W != 0; ++c) dots[r * kDotStride + c] = -kInfinity;
+  }
+
+  /// The range of all that is not -inf.
+  void find_range() {
     vf high = splat(-kInfinity), low = splat(kInfinity);
-    for (int r = 0; r < rows; ++r) {
-      float* x = dots + r * kDotStride;
-      for (int c = keys; c % W != 0; ++c) x[c] = -kInfinity;
+    for (int r = 0; r < rows; ++r)
       for (int c = 0; c < keys; c += W) {
-        const vf v = load(x + c);
+        const vf v = load(dots + r * kDotStride + c);
         high = vmax(high, v);
         low = -vmax(-low, -(v == -kInfinity ? splat(kInfinity) : v));
       }
-    }
     most = hmax(high), least = -hmax(-low);
   }
   bool shared(float scale) const { return (most - least) * scale <= kShared; }

@@ -136,6 +136,8 @@ def test_against_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rerun_gives_the_same_bits(dtype: torch.dtype, backend: str) -> None:
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies bf16 wrongly, and slowly")
     case = Case(rows=150 if backend == "triton" else 1100, dim=40, ids="few", label_smoothing=0.1)
     problem = build(case, dtype, "cuda" if backend == "cuda" else "cpu")
     first, second = results(case, *problem), results(case, *problem)
