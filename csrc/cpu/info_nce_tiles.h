@@ -142,16 +142,22 @@ struct DotTile {
       for (int c = keys; c % W != 0; ++c) dots[r * kDotStride + c] = -kInfinity;
   }
 
-  /// The range of all that is not -inf.
+  /// The range of all that is not -inf. Four rows at a time: a maximum waits for the one before.
   void find_range() {
-    vf high = splat(-kInfinity), low = splat(kInfinity);
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < keys; c += W) {
-        const vf v = load(dots + r * kDotStride + c);
-        high = vmax(high, v);
-        low = -vmax(-low, -(v == -kInfinity ? splat(kInfinity) : v));
-      }
-    most = hmax(high), least = -hmax(-low);
+    constexpr int kTogether = 4;
+    vf high[kTogether], low[kTogether];  // `low` negated
+    for (int i = 0; i < kTogether; ++i) high[i] = low[i] = splat(-kInfinity);
+    for (int r = 0; r < rows; r += kTogether)
+      for (int c = 0; c < keys; c += W)
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) {
+          const int row = r + i < rows ? r + i : rows - 1;
+          const vf v = load(dots + row * kDotStride + c);
+          high[i] = vmax(high[i], v);
+          low[i] = vmax(low[i], v == -kInfinity ? v : -v);
+        }
+    most = hmax(vmax(vmax(high[0], high[1]), vmax(high[2], high[3])));
+    least = -hmax(vmax(vmax(low[0], low[1]), vmax(low[2], low[3])));
   }
   bool shared(float scale) const { return (most - least) * scale <= kShared; }
 };
