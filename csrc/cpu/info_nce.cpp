@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
   ContrastProblem<ContrastForward> problem(query, key, query_ids, key_ids, first_row);
   ContrastForward& p = problem.p;
   p.scale = 1.0f / *temperature.const_data_ptr<float>();
-  const ContrastKernels k = contrast_kernels();
+  const ContrastKernels k = loss_kernels(p.dtype);
   p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
   problem.pack(k, false);
   Tensor loss = empty(query, {}, ScalarType::Float),
@@ -110,9 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
   ContrastProblem<ContrastBackward> problem(query, key, query_ids, key_ids, first_row);
   ContrastBackward& p = problem.p;
   p.scale = 1.0f / *temperature.const_data_ptr<float>();
-  const ContrastKernels k = contrast_kernels();
+  const ContrastKernels k = loss_kernels(p.dtype);
   problem.pack(k, true);
-  p.query_panels = problem.query_panels->get(), p.key_panels = problem.key_panels->get();
+  const bool tiled = k.pack_tiles != nullptr;
+  if (!tiled)
+    p.query_panels = problem.query_panels->get(), p.key_panels = problem.key_panels->get();
   p.symmetric = columns.numel() > 0;
   p.of_rows = rows.const_data_ptr<double>();
   p.of_columns = p.symmetric ? columns.const_data_ptr<double>() : nullptr;
@@ -135,10 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
          grad_temperature = empty(query, {}, ScalarType::Float);
   p.grad_dtype = wide ? Dtype::f32 : p.dtype;
   p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-  const Buffer grads(p.tiles() * kQueryChunk * kGradStride),
+  const Buffer grads(p.tiles() * kQueryChunk * (tiled ? kRoundedStride / 2 : kGradStride)),
       grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(kQueryChunk * p.padded_dim());
   std::vector<double> grad_scale(p.tiles());
-  p.grads = grads.get(), p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();
+  p.grads = grads.get(), p.rounded = reinterpret_cast<uint16_t*>(grads.get());
+  p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();
   p.grad_scale = grad_scale.data();
   for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
     const int64_t rows_here = std::min(p.queries - chunk * kQueryChunk, kQueryChunk + 0L);

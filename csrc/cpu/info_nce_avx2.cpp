@@ -22,6 +22,8 @@ namespace svitt::avx2 {
 #include "info_nce_search.h"
 
 #include "info_nce_queue.h"
+
+#include "info_nce_queue_finish.h"
 }  // namespace svitt::avx2
 
 SVITT_TARGET_END

@@ -22,6 +22,19 @@ namespace svitt::avx512 {
 #include "info_nce_search.h"
 
 #include "info_nce_queue.h"
+
+#include "info_nce_queue_finish.h"
+}  // namespace svitt::avx512
+
+SVITT_TARGET_END
+SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
+
+namespace svitt::avx512 {
+#include "amx.h"
+
+#include "info_nce_amx.h"
+
+#include "info_nce_queue_amx.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

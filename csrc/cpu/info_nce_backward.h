@@ -24,9 +24,9 @@ struct GradScratch {
   Arena arena;
   float *dots, *kept, *row_high, *row_low, *key_high, *key_low, *key_weight;
 
-  GradScratch() {
-    dots = arena.take<float>(kTileRows * kDotStride);
-    kept = arena.take<float>(kTileRows * kDotStride);
+  explicit GradScratch(int rows) {
+    dots = arena.take<float>(rows * kDotStride);
+    kept = arena.take<float>(rows * kDotStride);
     row_high = arena.take<float>(kQueryChunk), row_low = arena.take<float>(kQueryChunk);
     key_high = arena.take<float>(kKeyTile), key_low = arena.take<float>(kKeyTile);
     key_weight = arena.take<float>(kKeyTile);
@@ -50,11 +50,15 @@ SVITT_INLINE vf weight_of(vf high, vf low, float offset) {
   return exp_nonpositive(-vmax(splat(-kShared - 1.0f), high - offset + low));
 }
 
-/// What each similarity weighs in the gradient, into `grads` (rows, kGradStride); returns the sum
-/// of weight times similarity. Weights add up to 0 over everything, so similarities may be taken
-/// from any centre: near theirs, rounded weights do no harm where all similarities are alike.
+/// What each similarity weighs in the gradient, into `grads` (rows, kGradStride), which may be the
+/// similarities themselves; returns the sum of weight times similarity. Weights add up to 0 over
+/// everything, so similarities may be taken from any centre: near theirs, rounded weights do no
+/// harm where all similarities are alike.
 SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, GradScratch& s,
                           float* grads) {
+  t.for_positives(p, [&](int r, int c, float dot) { s.kept[r * kDotStride + c] = dot; });
+  t.keep_negatives(p);
+  t.find_range();
   const bool both = p.of_columns != nullptr, shared = t.shared(p.scale);
   const float offset = shared && t.most > -kInfinity ? t.most * p.scale : 0.0f;
   const vf scale = splat(p.scale), smooth = splat(both ? 2 * p.smoothing : p.smoothing);
@@ -102,7 +106,8 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
 
 /// Weights of a tile of keys with a chunk of queries, and the keys' gradient from them.
 void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin, int64_t end) {
-  GradScratch s;
+  const FlushDenormals flush;
+  GradScratch s(kDotRows);
   const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
   const int queries = static_cast<int>(limit - start), step = p.padded_dim();
   s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
@@ -112,12 +117,10 @@ void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t be
     DotTile t = dot_tile(p, chunk, start, tile, s.dots);
     if (p.of_columns != nullptr)
       s.load_totals(p.of_columns, p.keys, t.first_key, t.keys, s.key_high, s.key_low);
-    for (int64_t row = start; row < limit; row += kTileRows) {
+    for (int64_t row = start; row < limit; row += kDotRows) {
       t = dot_tile(p, chunk, row, tile, s.dots);
       const int first = static_cast<int>(row - start);
       t.compute(p);
-      t.for_positives(p, [&](int r, int c, float dot) { s.kept[r * kDotStride + c] = dot; });
-      t.keep_negatives(p);
       grad_scale += weigh(p, t, first, s, grads + first * kGradStride);
     }
     p.grad_scale[tile] = grad_scale;

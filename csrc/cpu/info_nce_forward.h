@@ -75,35 +75,49 @@ SVITT_INLINE void sum_apart(const Contrast& p, const DotTile& t, Tally* of_rows,
   }
 }
 
-void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
-  Arena arena;
-  float* dots = arena.take<float>(kTileRows * kDotStride);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    Tally* of_keys = p.symmetric ? p.of_keys + tile * kKeyTile : nullptr;
-    if (chunk == 0 && of_keys != nullptr)
-      for (int c = 0; c < kKeyTile; ++c) clear(of_keys[c]);
-    for (int64_t row = chunk * kQueryChunk; row < chunk_end(p, chunk); row += kTileRows) {
-      DotTile t = dot_tile(p, chunk, row, tile, dots);
-      Tally* of_rows = p.row_parts + tile * kQueryChunk + (row - chunk * kQueryChunk);
-      for (int r = 0; r < t.rows; ++r) clear(of_rows[r]);
-      t.compute(p);
-      if (p.smooth)
-        for (int r = 0; r < t.rows; ++r)
-          for (int c = 0; c < t.keys; ++c) {
-            of_rows[r].every += dots[r * kDotStride + c];
-            if (of_keys != nullptr) of_keys[c].every += dots[r * kDotStride + c];
-          }
-      t.for_positives(p, [&](int r, int c, float dot) {
-        add_positive(of_rows[r], dot, p.scale);
-        if (of_keys != nullptr) add_positive(of_keys[c], dot, p.scale);
-      });
-      t.keep_negatives(p);
-      if (t.most == -kInfinity) continue;
-      if (t.shared(p.scale)) {
-        sum_shared(p, t, of_rows, of_keys);
-      } else {
-        sum_apart(p, t, of_rows, of_keys);
+/// Everything that a tile of similarities says about its rows and its keys.
+SVITT_INLINE void add_tile(const ContrastForward& p, DotTile& t, Tally* of_rows, Tally* of_keys) {
+  for (int r = 0; r < t.rows; ++r) clear(of_rows[r]);
+  if (p.smooth)
+    for (int r = 0; r < t.rows; ++r)
+      for (int c = 0; c < t.keys; ++c) {
+        of_rows[r].every += t.dots[r * kDotStride + c];
+        if (of_keys != nullptr) of_keys[c].every += t.dots[r * kDotStride + c];
       }
+  t.for_positives(p, [&](int r, int c, float dot) {
+    add_positive(of_rows[r], dot, p.scale);
+    if (of_keys != nullptr) add_positive(of_keys[c], dot, p.scale);
+  });
+  t.keep_negatives(p);
+  t.find_range();
+  if (t.most == -kInfinity) return;
+  if (t.shared(p.scale)) {
+    sum_shared(p, t, of_rows, of_keys);
+  } else {
+    sum_apart(p, t, of_rows, of_keys);
+  }
+}
+
+/// The tallies of a tile's keys, empty before the first chunk; null in one direction.
+SVITT_INLINE Tally* key_tallies(const ContrastForward& p, int64_t chunk, int64_t tile) {
+  if (!p.symmetric) return nullptr;
+  Tally* of_keys = p.of_keys + tile * kKeyTile;
+  for (int c = 0; chunk == 0 && c < kKeyTile; ++c) clear(of_keys[c]);
+  return of_keys;
+}
+
+void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  Arena arena;
+  float* dots = arena.take<float>(kDotRows * kDotStride);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    Tally* of_keys = key_tallies(p, chunk, tile);
+    Tally* of_rows = p.row_parts + tile * kQueryChunk;
+    const int64_t start = chunk * kQueryChunk;
+    for (int64_t row = start; row < chunk_end(p, chunk); row += kDotRows) {
+      DotTile t = dot_tile(p, chunk, row, tile, dots);
+      t.compute(p);
+      add_tile(p, t, of_rows + (row - start), of_keys);
     }
   }
 }

@@ -20,4 +20,6 @@ namespace svitt::generic {
 #include "info_nce_search.h"
 
 #include "info_nce_queue.h"
+
+#include "info_nce_queue_finish.h"
 }  // namespace svitt::generic

@@ -29,6 +29,7 @@ struct ContrastKernels {
   decltype(&generic::contrast_queue_centres) queue_centres;
   decltype(&generic::contrast_queue) queue;
   decltype(&generic::contrast_queue_finish) queue_finish;
+  void (*pack_tiles)(const TileOperands& to, int64_t begin, int64_t end);  // or null
 };
 
 #define SVITT_KERNELS(ISA) \
@@ -37,7 +38,7 @@ struct ContrastKernels {
    ISA::contrast_backward_queries, ISA::contrast_write_keys, \
    ISA::contrast_sample,           ISA::contrast_rank, \
    ISA::contrast_queue_centres,    ISA::contrast_queue, \
-   ISA::contrast_queue_finish}
+   ISA::contrast_queue_finish,     nullptr}
 inline ContrastKernels contrast_kernels() {
   const Isa best = isa();
 #if defined(__x86_64__)
@@ -48,6 +49,21 @@ inline ContrastKernels contrast_kernels() {
   return SVITT_KERNELS(generic);
 }
 #undef SVITT_KERNELS
+
+/// The kernels of the losses, on matrix tiles where the processor has them for the dtype.
+inline ContrastKernels loss_kernels(Dtype dtype) {
+  ContrastKernels k = contrast_kernels();
+#if defined(__x86_64__)
+  if (isa() == Isa::amx && dtype == Dtype::bf16) {
+    k.forward = avx512::contrast_forward_amx;
+    k.backward_keys = avx512::contrast_backward_keys_amx;
+    k.backward_queries = avx512::contrast_backward_queries_amx;
+    k.queue = avx512::contrast_queue_amx;
+    k.pack_tiles = avx512::contrast_pack_amx;
+  }
+#endif
+  return k;
+}
 
 /// Memory that nobody initialises, aligned to a vector.
 class Buffer {
@@ -61,6 +77,31 @@ class Buffer {
     void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<float, Free> data_;
+};
+
+/// Rows packed for the matrix tiles.
+class TiledRows {
+ public:
+  enum Form { kPlain = 1, kColumns = 2, kValues = 4 };
+
+  TiledRows(const ContrastKernels& k, const void* data, int64_t step, int64_t count, int dim,
+            int forms)
+      : operands_{data, step, count, dim, nullptr, nullptr, nullptr} {
+    const int64_t groups = operands_.groups();
+    if (forms & kPlain) operands_.plain = take();
+    if (forms & kColumns) operands_.columns = take();
+    if (forms & kValues) operands_.values = take();
+    parallel_for(0, groups, 2, [&](int64_t a, int64_t b) { k.pack_tiles(operands_, a, b); });
+  }
+  const TileOperands& operands() const { return operands_; }
+
+ private:
+  uint16_t* take() {
+    memory_.emplace_back(operands_.groups() * 32 * operands_.padded_dim() / 2);
+    return reinterpret_cast<uint16_t*>(memory_.back().get());
+  }
+  TileOperands operands_;
+  std::vector<Buffer> memory_;
 };
 
 /// Ids as small numbers: equal where the ids are, so that kernels compare 32 bits.
@@ -92,6 +133,7 @@ struct ContrastProblem {
   P p{};
   Ids ids;
   std::unique_ptr<Buffer> rows, columns, query_panels, key_panels;
+  std::unique_ptr<TiledRows> tiled_queries, tiled_keys;
 
   ContrastProblem(const Tensor& query, const Tensor& key, const OptionalTensor& query_ids,
                   const OptionalTensor& key_ids, int64_t first_row) {
@@ -103,6 +145,7 @@ struct ContrastProblem {
     ids.bind(p, query_ids, key_ids);
   }
   void pack(const ContrastKernels& k, bool panels) {
+    if (k.pack_tiles != nullptr) return pack_tiles(k, panels ? TiledRows::kValues : 0);
     if (p.dtype == Dtype::f32) {
       p.rows = const_cast<float*>(static_cast<const float*>(p.query));  // read in place
       p.row_step = p.query_step;
@@ -121,6 +164,15 @@ struct ContrastProblem {
     parallel_for(0, p.queries, kGrain,
                  [&](int64_t a, int64_t b) { k.pack_queries(p, of_queries, a, b); });
     parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.pack_keys(p, of_keys, a, b); });
+  }
+
+ private:
+  void pack_tiles(const ContrastKernels& k, int values) {
+    tiled_queries = std::make_unique<TiledRows>(k, p.query, p.query_step, p.queries, p.dim,
+                                                TiledRows::kPlain | values);
+    tiled_keys = std::make_unique<TiledRows>(k, p.key, p.key_step, p.keys, p.dim,
+                                             TiledRows::kColumns | values);
+    p.tiled_queries = tiled_queries->operands(), p.tiled_keys = tiled_keys->operands();
   }
 };
 

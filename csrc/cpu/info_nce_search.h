@@ -32,23 +32,23 @@ SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most
 
 void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
   Arena arena;
-  float* dots = arena.take<float>(kTileRows * kDotStride);
-  Tally* parts = arena.take<Tally>(p.tiles() * kTileRows);
-  for (int64_t row = begin; row < end; row += kTileRows) {
-    const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
+  float* dots = arena.take<float>(kDotRows * kDotStride);
+  Tally* parts = arena.take<Tally>(p.tiles() * kDotRows);
+  for (int64_t row = begin; row < end; row += kDotRows) {
+    const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
       DotTile t = some_tile(p, row, rows, tile, dots);
-      Tally* of_rows = parts + tile * kTileRows;
+      Tally* of_rows = parts + tile * kDotRows;
       for (int64_t r = 0; r < rows; ++r) clear(of_rows[r]);
       t.keep_negatives(p);
-      if (t.most > -kInfinity) sum_apart(p, t, of_rows, nullptr);
+      sum_apart(p, t, of_rows, nullptr);
     }
     for (int64_t r = 0; r < rows; ++r) {
       double most = -kInfinity, sum = 0.0;
       for (int64_t tile = 0; tile < p.tiles(); ++tile)
-        if (parts[tile * kTileRows + r].most > most) most = parts[tile * kTileRows + r].most;
+        if (parts[tile * kDotRows + r].most > most) most = parts[tile * kDotRows + r].most;
       const auto weight = [&](int64_t tile) {
-        const Tally& part = parts[tile * kTileRows + r];
+        const Tally& part = parts[tile * kDotRows + r];
         return part.sum == 0.0f ? 0.0 : part.sum * __builtin_exp(part.most - most);
       };
       for (int64_t tile = 0; tile < p.tiles(); ++tile) sum += weight(tile);
@@ -80,11 +80,11 @@ SVITT_INLINE bool may_match(const Contrast& p, int64_t row, int64_t rows, int64_
 
 void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
   Arena arena;
-  float* dots = arena.take<float>(kTileRows * kDotStride);
-  for (int64_t row = begin; row < end; row += kTileRows) {
-    const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
-    float best[kTileRows];
-    int64_t above[kTileRows];
+  float* dots = arena.take<float>(kDotRows * kDotStride);
+  for (int64_t row = begin; row < end; row += kDotRows) {
+    const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
+    float best[kDotRows];
+    int64_t above[kDotRows];
     for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, above[r] = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile)
       if (may_match(p, row, rows, tile))

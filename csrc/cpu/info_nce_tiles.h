@@ -1,7 +1,7 @@
 // Tiles of similarities, a few query rows by kKeyTile keys, as they come out of the product.
 // Included inside namespace svitt::SVITT_ISA after gemm.h.
 
-constexpr int kTileRows = 4 * kRows;
+constexpr int kDotRows = 4 * kRows;
 constexpr int kPiece =
     64;  // long sums are sums of short ones, where errors of a kind do not add up
 constexpr int kDotStride = kKeyTile + W;
@@ -9,6 +9,19 @@ constexpr int kDotStride = kKeyTile + W;
 /// Logits of a tile share one offset, and so one exponential serves its rows and its columns, where
 /// they differ by no more than this: the smallest then is far from vanishing.
 constexpr float kShared = 60.0f;
+
+/// Within, numbers too small for a normal float are 0: at low temperatures there are many, and a
+/// processor takes a hundred times as long for each.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
 
 template <class T>
 const T* row_of(const void* data, int64_t step, int64_t row) {
@@ -86,7 +99,7 @@ struct DotTile {
   float most, least;
 
   void compute(const Contrast& p) {
-    float* to[kTileRows];
+    float* to[kDotRows];
     const int quarter = round_up((p.dim + 3) / 4, 16), piece = quarter < kPiece ? quarter : kPiece;
     for (int panel = 0; panel * kPanel < keys; ++panel) {
       for (int r = 0; r < rows; ++r) to[r] = dots + r * kDotStride + panel * kPanel;
@@ -122,32 +135,41 @@ struct DotTile {
     }
   }
 
-  /// Makes positives and padding -inf, and finds the range of the rest.
+  /// Makes positives and padding -inf.
   void keep_negatives(const Contrast& p) {
     for_positives(p, [&](int r, int c, float) { dots[r * kDotStride + c] = -kInfinity; });
-    vf high = splat(-kInfinity), low = splat(kInfinity);
-    for (int r = 0; r < rows; ++r) {
-      float* x = dots + r * kDotStride;
-      for (int c = keys; c % W != 0; ++c) x[c] = -kInfinity;
-      for (int c = 0; c < keys; c += W) {
-        const vf v = load(x + c);
-        high = vmax(high, v);
-        low = -vmax(-low, -(v == -kInfinity ? splat(kInfinity) : v));
-      }
-    }
-    most = hmax(high), least = -hmax(-low);
+    for (int r = 0; r < rows; ++r)
+      for (int c = keys; c % W != 0; ++c) dots[r * kDotStride + c] = -kInfinity;
+  }
+
+  /// The range of all that is not -inf. Four rows at a time: a maximum waits for the one before.
+  void find_range() {
+    constexpr int kTogether = 4;
+    vf high[kTogether], low[kTogether];  // `low` negated
+    for (int i = 0; i < kTogether; ++i) high[i] = low[i] = splat(-kInfinity);
+    for (int r = 0; r < rows; r += kTogether)
+      for (int c = 0; c < keys; c += W)
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) {
+          const int row = r + i < rows ? r + i : rows - 1;
+          const vf v = load(dots + row * kDotStride + c);
+          high[i] = vmax(high[i], v);
+          low[i] = vmax(low[i], v == -kInfinity ? v : -v);
+        }
+    most = hmax(vmax(vmax(high[0], high[1]), vmax(high[2], high[3])));
+    least = -hmax(vmax(vmax(low[0], low[1]), vmax(low[2], low[3])));
   }
   bool shared(float scale) const { return (most - least) * scale <= kShared; }
 };
 
 SVITT_INLINE DotTile dot_tile(const Contrast& p, int64_t chunk, int64_t row, int64_t tile,
-                              float* dots) {
+                              float* dots, int most_rows = kDotRows) {
   const int64_t end = chunk * kQueryChunk + kQueryChunk;
   const int64_t limit = end < p.queries ? end : p.queries;
   const int64_t first = tile * kKeyTile;
   DotTile t{};
   t.row = row, t.tile = tile, t.first_key = first, t.dots = dots;
-  t.rows = static_cast<int>(limit - row < kTileRows ? limit - row : kTileRows);
+  t.rows = static_cast<int>(limit - row < most_rows ? limit - row : most_rows);
   t.keys = static_cast<int>(p.keys - first < kKeyTile ? p.keys - first : kKeyTile);
   return t;
 }

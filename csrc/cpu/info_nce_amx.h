@@ -1,0 +1,201 @@
+// InfoNCE for bf16 on the AMX matrix tiles: the same sweeps with all three products on them.
+// Included inside namespace svitt::avx512 after info_nce_backward.h and amx.h.
+//
+// Similarities are sums of exact products in fp32, as elsewhere. The weights are rounded to bf16
+// once, for the two products that sum rows; all else, the temperature's gradient too, takes them
+// as they are. On the tests' cases that leaves nine tenths of the error budget, so they are not
+// split into two bf16 each.
+//
+// Tried, without effect beyond noise: 32 or 128 queries at a time, chunks of 256 queries, sums of
+// 512 without storing between.
+
+constexpr int kAmxRows = 64;  // queries at a time: with the keys of one step they fit the L1 cache
+constexpr int kAmxDepth = 256;  // of a sum, likewise
+constexpr int64_t kTileSize = kTile * kPairs;
+static_assert(kGradStride == kDotStride);  // weights take the place of similarities
+
+/// B of a product: its tiles, `step` apart along the sum and `next` along the columns.
+struct TiledB {
+  const uint16_t* data;
+  int64_t step, next;
+};
+
+/// C (rows x columns) = or += A B; all sizes are multiples of 32.
+void multiply_amx(int rows, int columns, int depth, const uint16_t* a, int64_t a_stride, TiledB b,
+                  float* c, int64_t c_stride, bool add) {
+  for (int k = 0; k < depth; k += kAmxDepth) {
+    const int steps = (depth - k < kAmxDepth ? depth - k : kAmxDepth) / kPairs;
+    const uint16_t* part = b.data + k / kPairs * b.step;
+    for (int first = 0; first < rows; first += kAmxRows)
+      for (int j = 0; j < columns; j += kPairs)
+        for (int i = first; i < rows && i < first + kAmxRows; i += kTileRows) {
+          float* to = c + i * c_stride + j;
+          if (add || k > 0) {
+            load_tiles(to, c_stride);
+          } else {
+            clear_tiles();
+          }
+          multiply_tiles(steps, a + i * a_stride + k, a_stride, part + j / kTile * b.next, b.step,
+                         b.next);
+          store_tiles(to, c_stride);
+        }
+  }
+}
+
+/// Groups of rows; `copy` (32, padded dim) is for those that cannot be read in place.
+void pack_operands(const TileOperands& to, int64_t begin, int64_t end, uint16_t* copy) {
+  const int dims = to.padded_dim();
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * kTileRows, left = to.count - first, at = first * dims;
+    const int rows = static_cast<int>(left < kTileRows ? left : kTileRows);
+    const uint16_t* from = row_of<uint16_t>(to.data, to.step, first);
+    int64_t step = to.step;
+    if (to.plain != nullptr || rows < kTileRows || dims != to.dim) {
+      uint16_t* padded = to.plain != nullptr ? to.plain + at : copy;
+      std::memset(padded, 0, sizeof(uint16_t) * kTileRows * dims);
+      for (int r = 0; r < rows; ++r)
+        std::memcpy(padded + r * dims, from + r * step, sizeof(uint16_t) * to.dim);
+      from = padded, step = dims;
+    }
+    const auto row = [&](int r) { return from + r * step; };
+    if (to.columns != nullptr) pack_key_tiles(row, kTileRows, dims, to.columns + at);
+    if (to.values != nullptr) pack_value_tiles(row, kTileRows, dims, to.values + at);
+  }
+}
+
+void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end) {
+  Arena arena;
+  pack_operands(to, begin, end, arena.take<uint16_t>(kTileRows * to.padded_dim()));
+}
+
+/// Similarities of some queries with a tile of packed keys.
+SVITT_INLINE void compute_amx(const DotTile& t, const TileOperands& queries,
+                              const TileOperands& keys) {
+  const int dims = queries.padded_dim();
+  const TiledB b{keys.columns + t.first_key * dims, kTileSize, dims / kPairs * kTileSize};
+  multiply_amx(round_up(t.rows, kPairs), round_up(t.keys, kPairs), dims,
+               queries.plain + t.row * dims, dims, b, t.dots, kDotStride, false);
+}
+
+/// Rows of values from `first` on, as B.
+SVITT_INLINE TiledB values_of(const TileOperands& x, int64_t first) {
+  const int dims = x.padded_dim();
+  return {x.values + first * dims, dims / kTile * kTileSize, kTileSize};
+}
+
+void contrast_forward_amx(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  {
+    const FlushDenormals flush;
+    Arena arena;
+    float* dots = arena.take<float>(kAmxRows * kDotStride);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      Tally* of_keys = key_tallies(p, chunk, tile);
+      Tally* of_rows = p.row_parts + tile * kQueryChunk;
+      const int64_t start = chunk * kQueryChunk;
+      for (int64_t row = start; row < chunk_end(p, chunk); row += kAmxRows) {
+        DotTile t = dot_tile(p, chunk, row, tile, dots, kAmxRows);
+        compute_amx(t, p.tiled_queries, p.tiled_keys);
+        add_tile(p, t, of_rows + (row - start), of_keys);
+      }
+    }
+  }
+  _tile_release();
+}
+
+/// 32 weights of a row in bf16, the first `count` of them, then zeros.
+SVITT_INLINE __m512i round_some(const float* from, int count) {
+  if (count <= 0) return _mm512_setzero_si512();
+  const __mmask32 some = count < 32 ? (1u << count) - 1 : ~0u;
+  const __m512 low = reinterpret_cast<__m512>(load(from)),
+               high = reinterpret_cast<__m512>(load(from + W));
+  return (__m512i)_mm512_maskz_cvtne2ps_pbh(some, high, low);
+}
+
+/// Rows of weights (rows, kGradStride) in bf16 with zeros up to multiples of 32, as rows `to_step`
+/// apart and, unless null, transposed.
+SVITT_INLINE void round_weights(const float* weights, int rows, int keys, uint16_t* to,
+                                int64_t to_step, uint16_t* transposed) {
+  constexpr __mmask32 kOdd = 0xaaaaaaaa;
+  for (int r = 0; r < rows; r += kTileRows)
+    for (int c = 0; c < keys; c += kPairs) {
+      vf evens[W], odds[W];  // keys; of two rows each
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const int row = r + 2 * i;
+        const float* from = weights + row * kGradStride + c;
+        const __m512i first = round_some(from, row < rows ? keys - c : 0),
+                      second = round_some(from + kGradStride, row + 1 < rows ? keys - c : 0);
+        _mm512_storeu_si512(to + row * to_step + c, first);
+        _mm512_storeu_si512(to + (row + 1) * to_step + c, second);
+        evens[i] =
+            (vf)_mm512_mask_blend_epi16(kOdd, first, _mm512_maskz_slli_epi32(0xffff, second, 16));
+        odds[i] =
+            (vf)_mm512_mask_blend_epi16(kOdd, _mm512_maskz_srli_epi32(0xffff, first, 16), second);
+      }
+      if (transposed == nullptr) continue;
+      transpose(evens);
+      transpose(odds);
+      uint16_t* column = transposed + c * kSumStride + r;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i, column += 2 * kSumStride) {
+        std::memcpy(column, &evens[i], 64);
+        std::memcpy(column + kSumStride, &odds[i], 64);
+      }
+    }
+}
+
+void contrast_backward_keys_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
+                                int64_t end) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  {
+    const FlushDenormals flush;
+    GradScratch s(kAmxRows);
+    uint16_t* transposed = s.arena.take<uint16_t>(kKeyTile * kSumStride);
+    const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
+    const int queries = static_cast<int>(limit - start), step = p.padded_dim();
+    s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      double grad_scale = chunk == 0 ? 0.0 : p.grad_scale[tile];
+      DotTile t = dot_tile(p, chunk, start, tile, s.dots);
+      if (p.of_columns != nullptr)
+        s.load_totals(p.of_columns, p.keys, t.first_key, t.keys, s.key_high, s.key_low);
+      for (int64_t row = start; row < limit; row += kAmxRows) {
+        t = dot_tile(p, chunk, row, tile, s.dots, kAmxRows);
+        compute_amx(t, p.tiled_queries, p.tiled_keys);
+        const int first = static_cast<int>(row - start);
+        grad_scale += weigh(p, t, first, s, t.dots);
+        round_weights(t.dots, t.rows, t.keys,
+                      p.rounded + (tile * kQueryChunk + first) * kRoundedStride, kRoundedStride,
+                      transposed + first);
+      }
+      p.grad_scale[tile] = grad_scale;
+      multiply_amx(round_up(t.keys, kPairs), step, round_up(queries, kPairs), transposed,
+                   kSumStride, values_of(p.tiled_queries, start), p.grad_keys + t.first_key * step,
+                   step, chunk > 0);
+    }
+  }
+  _tile_release();
+}
+
+/// Blocks of 32 queries, those that begin within [begin, end).
+void contrast_backward_queries_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
+                                   int64_t end) {
+  const int first = round_up(static_cast<int>(begin), kTileRows), step = p.padded_dim(),
+            rows = round_up(static_cast<int>(end), kTileRows) - first;
+  if (rows <= 0) return;
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  float* sums = p.grad_queries + static_cast<int64_t>(first) * step;
+  for (int64_t tile = 0; tile < p.tiles(); ++tile) {
+    const int64_t left = p.keys - tile * kKeyTile;
+    const int keys = round_up(static_cast<int>(left < kKeyTile ? left : kKeyTile), kPairs);
+    multiply_amx(rows, step, keys, p.rounded + (tile * kQueryChunk + first) * kRoundedStride,
+                 kRoundedStride, values_of(p.tiled_keys, tile * kKeyTile), sums, step, tile > 0);
+  }
+  _tile_release();
+  const int64_t row = chunk * kQueryChunk + first, left = p.queries - row;
+  write_rows(p, sums, p.grad_query, row, left < rows ? left : rows);
+}
