@@ -89,26 +89,17 @@ def names(documents: Sequence[Document]) -> dict[str, str]:
 def _figures(documents: Sequence[Document]) -> Iterator[tuple[str, Callable[[Any, Theme], None]]]:
     if not documents:
         return
-    machine, merged = _machine(documents[0]), _merged(documents)
-    if "scaling" in merged:
-        document = merged["scaling"]
+    machine, by_op = _machine(documents[0]), {x["op"]: x for x in documents}
+    if "scaling" in by_op:
+        document = by_op["scaling"]
         kinds = _kinds(document)
         if any(len(_sparsity_points(document, dtype, d)) > 1 for dtype in kinds for d in TITLES):
             yield f"sparsity-{machine}", lambda f, t: _draw_sparsity(f, t, document)
         if _frame_points(document, kinds[0], "svitt_ops", False, "ms"):
             yield f"frames-{machine}", lambda f, t: _draw_frames(f, t, document)
-    ops = [x for op, x in merged.items() if op in svitt_ops.OPS and _floor_ratios(x)]
+    ops = [x for op, x in by_op.items() if op in svitt_ops.OPS and _floor_ratios(x)]
     if ops:
         yield f"floor-{machine}", lambda f, t: _draw_floor(f, t, ops)
-
-
-def _merged(documents: Sequence[Document]) -> dict[str, Document]:
-    """Op -> all its results, which several runs may have brought."""
-    merged: dict[str, Document] = {}
-    for document in documents:
-        before = merged.get(document["op"], {"results": []})["results"]
-        merged[document["op"]] = document | {"results": [*before, *document["results"]]}
-    return merged
 
 
 def _machine(document: Document) -> str:
