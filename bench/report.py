@@ -28,7 +28,13 @@ INTRODUCTION = """\
 
 Written by `python -m bench.report` from `bench/results/*.json`: all that was measured, with the
 machine, the versions, the commit and the command of each run. `make bench` measures your machine,
-`make bench BENCH_ARGS="--op info_nce"` one op, and `--compare OLD.json` says what changed.
+`make bench BENCH_ARGS="--op info_nce"` one op, and `--compare OLD.json` says what changed. The
+results of several runs of one op on one machine, each of other cases, stand in one table; the
+commands above it say which.
+
+[Where a peer is ahead](#where-a-peer-is-ahead) names the exceptions, [the training
+step](#the-training-step) and [scaling](#scaling) follow the ops, and [tuning.md](tuning.md) is the
+record of what was tried.
 """
 METHOD = """\
 ## How it was measured
@@ -36,6 +42,9 @@ METHOD = """\
 - Medians (p20-p80) of milliseconds. Providers are timed in turns, each call after an untimed one.
 - Each provider is gated before and after: its results must agree with the fp64 reference. What
   fails has no time.
+- Calls of more than a second are timed at least three times, of more than 15 s twice, without an
+  untimed one before each; `samples` in a result has the number. Of a training step the last timed
+  call is the one that is gated, and the memory of a slow one is that of the gate's first call.
 - In italics: another function than the op's, such as dense attention. It is no best peer.
 - `x best peer`: the time of the fastest peer that computes the same function, over ours.
 - `of gemm`: useful FLOP/s over those of a large matrix product in the same rounds.
@@ -91,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted)
-    if arguments.check and "scaling" in by_op:
+    if arguments.check:
         drawn = [x for found in by_machine(by_op).values() for x in figures.names(found)]
         paths = [f"{name}-{theme.name}.png" for name in drawn for theme in figures.THEMES]
         folder = arguments.results / "figures"
@@ -143,10 +152,13 @@ def _pictures(by_op: dict[str, list[Document]], folder: str) -> str:
     for documents in by_machine(by_op).values():
         sources = [_source(x) for x in documents if x["op"] == "scaling"]
         if sources:
-            drawn = figures.names(documents).items()
-            pictures = [figures.markdown(name, words, folder) for name, words in drawn]
-            parts += [*sources, *pictures]
+            parts += [*sources, *_drawn(documents, folder, lambda x: not x.startswith("tokens"))]
     return "\n\n".join(parts)
+
+
+def _drawn(documents: list[Document], folder: str, wanted: Callable[[str], bool]) -> list[str]:
+    found = figures.names(documents).items()
+    return [figures.markdown(name, words, folder) for name, words in found if wanted(name)]
 
 
 def _standing(by_op: dict[str, list[Document]], render: Callable[[Sequence[Document]], str]) -> str:
@@ -176,7 +188,11 @@ def render_docs(by_op: dict[str, list[Document]]) -> str:
 
 def render(documents: Iterable[Document]) -> str:
     """Markdown of all results of one op: a part for each machine."""
-    return "\n\n".join(_render_one(document) for document in documents)
+    parts = []
+    for document in documents:
+        parts += _drawn([document], f"../{FIGURES}", lambda x: x.startswith("tokens"))
+        parts.append(_render_one(document))
+    return "\n\n".join(parts)
 
 
 def render_short(document: Document) -> str:

@@ -1,4 +1,4 @@
-"""Where a peer is ahead and how far our rows are from their floors, in words; no model needed."""
+"""Where a peer is ahead, and how far our rows are from their floors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ class Standing:
     direction: str
     peer: str
     peer_ms: float
-    ratio: float
-    """Time of the peer over ours; 0 where ours failed."""
+    ours_ms: float | None
+    """None where ours failed."""
+
+    @property
+    def ratio(self) -> float:
+        """Time of the peer over ours; 0 where ours failed."""
+        return self.peer_ms / self.ours_ms if self.ours_ms else 0.0
 
 
 def standings(documents: Sequence[Document]) -> list[Standing]:
@@ -41,14 +46,14 @@ def standings(documents: Sequence[Document]) -> list[Standing]:
                 direction=DIRECTIONS[result["direction"]],
                 peer=best["provider"],
                 peer_ms=best["ms"],
-                ratio=best["ms"] / mine["ms"] if mine else 0.0,
+                ours_ms=mine["ms"] if mine else None,
             )
             found.append(row)
     return found
 
 
 def render(documents: Sequence[Document]) -> str:
-    """Of one machine: the count, a line for each row with a faster peer, and what is off its floor."""
+    """Of one machine: the count, a line for each row with a faster peer, and what floors allow."""
     found = standings(documents)
     lines = [f"**{documents[0]['environment']['hardware']}**: {_count(found)}"]
     behind = sorted((x for x in found if x.ratio < 1), key=lambda x: x.ratio)
@@ -56,7 +61,7 @@ def render(documents: Sequence[Document]) -> str:
         lines += ["", "| op | case | direction | ours, ms | best peer, ms | x best peer | |"]
         lines.append("|---|---|---|---:|---:|---:|---|")
     for x in behind:
-        ours, ratio = ("failed", "-") if x.ratio == 0 else (f"{x.peer_ms / x.ratio:.2f}", _two(x))
+        ours, ratio = (f"{x.ours_ms:.2f}", _two(x)) if x.ours_ms else ("failed", "-")
         cells = [x.op, x.case, x.direction, ours, f"{x.peer} {x.peer_ms:.2f}", ratio]
         lines.append("| " + " | ".join([*cells, "level" if x.ratio > 1 - LEVEL else ""]) + " |")
     return "\n".join([*lines, "", *_floors(documents)])
