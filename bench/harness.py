@@ -231,6 +231,7 @@ class CaseRun:
         if any(found[name]["min"] < least(name) for name in calls):
             best = floors.timed_again(limits, best, self.effort)
         for name in calls:
+            gated = "last timed call" if name in self.latest else "another call"
             if refusal := self._refusal(name, direction, found[name]["min"], least(name)):
                 rows[name] |= {"status": "failed", "reason": refusal}
                 continue
@@ -242,6 +243,7 @@ class CaseRun:
                 "gemm_ratio": gflops / rates["gemm_gflops"],
                 "floor_ratio": found[name]["ms"] / own_floor,
                 "extra_bytes": None,
+                "gated_after": gated,
             }
         return {
             "case": self.case.name,
@@ -305,10 +307,10 @@ class CaseRun:
         if name in self.latest:
             found = dict(zip(self.problem.outputs, self.latest.pop(name), strict=True))
         elif direction == "step" and self.device.type == "cpu" and resident.SUPPORTED:
-            resident.give_back()
-            found, self.peaks[name] = resident.peak(
-                lambda: results(function, self.problem, direction)
-            )
+            with resident.nothing_kept():
+                found, self.peaks[name] = resident.peak(
+                    lambda: results(function, self.problem, direction)
+                )
         else:
             found = results(function, self.problem, direction)
         return gate(found, self._expected(provider.oracle), self.dtype, direction)

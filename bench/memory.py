@@ -4,14 +4,12 @@ On a GPU the caching allocator counts. On a CPU the kernel does: each provider r
 its own, forked from a server that has loaded torch and done nothing else, and the peak resident set
 is read after the first call at full size (the second of what compiles). That sees every allocator,
 a kernel's own workspace too, and counts whole pages, so it is good to about a MiB. A training step
-of seconds is not repeated for it: there the gate's call is read, in the process of the run, after
-freed memory was handed back; what the allocator keeps during the call counts. Each row says in
-`memory_method` which it was.
+of seconds is not repeated for it: there the gate's call is read, in the process of the run. Each
+row says in `memory_method` which it was.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import multiprocessing
 from collections.abc import Callable
@@ -24,7 +22,6 @@ from bench.harness import Case, CaseRun, Direction, Problem, runner
 from bench.timing import SLOW_MS
 
 _TIMEOUT_S = 300
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def fill(result: dict[str, Any], module: str, run: CaseRun) -> None:
@@ -76,17 +73,14 @@ def _measure(
     sender: Any, module: str, case: Case, name: str, direction: Direction, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    # Freed memory goes back at once, so that a second buffer cannot hide in what a first one left.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-    libc.mallopt(_M_TRIM_THRESHOLD, 0)
     op = importlib.import_module(module)
-    _call(op.problem(op.shrunk(case)), name, direction)()
-    problem = op.problem(case)
-    call = _call(problem, name, direction)
-    if next(x for x in problem.providers if x.name == name).compiled:
-        call()
-    _, taken = resident.peak(call)
+    with resident.nothing_kept():
+        _call(op.problem(op.shrunk(case)), name, direction)()
+        problem = op.problem(case)
+        call = _call(problem, name, direction)
+        if next(x for x in problem.providers if x.name == name).compiled:
+            call()
+        _, taken = resident.peak(call)
     sender.send(taken)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 SUPPORTED = sys.platform.startswith("linux")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def peak(call: Callable[[], Any]) -> tuple[Any, int]:
@@ -19,11 +21,24 @@ def peak(call: Callable[[], Any]) -> tuple[Any, int]:
     return kept, max(0, _status("VmHWM") - before)
 
 
-def give_back() -> None:
-    """Hand freed memory to the system, in which a call could hide what it takes."""
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Freed memory goes back to the system at once: in what is kept, a second array could hide.
+
+    Then glibc is as it sets itself once a large array was freed.
+    """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(_M_TRIM_THRESHOLD, 0)
+    libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
 def _status(key: str) -> int:

@@ -7,8 +7,8 @@
 a run saves after every case. Each entry of `results` is one case in one direction, as
 `bench.harness.CaseRun.run` makes it; its `providers` are rows whose `status` is "ok" (gate passed,
 times follow), "failed" (no times, `reason` says at what) or "absent" (could not run, `reason` says
-why). Times are in milliseconds; `memory_method` says whose process the peak memory was read from. A
-change of meaning raises `SCHEMA`.
+why). Times are in milliseconds. `gated_after` says which call was checked once more after timing,
+`memory_method` of which the peak memory was read. A change of meaning raises `SCHEMA`.
 
 An op may have several files of one machine, each with cases of its own: `join` puts them together.
 """
