@@ -2,7 +2,8 @@
 # Build, test and benchmark on a machine with a GPU and no network, with the torch that is installed.
 #   bench/gpu.sh [FOLDER]     results go to $OUT, else to FOLDER, else to build/gpu
 #   STEPS="build tests" LIMIT=600 bench/gpu.sh; STEPS=bench BENCH_OPS=info_nce bench/gpu.sh
-# Steps: build, info, tests, bench; LIMIT: seconds for all of them. PYTHON and BENCH_ARGS can be set.
+# Steps: build, info, tests, bench; LIMIT: seconds for all of them, to be less than the machine lends.
+# PYTHON and BENCH_ARGS can be set.
 #
 # Some machines bring back few files, and end a command without notice: so there are three files,
 # written anew after each step, and each op is measured by a process of its own, since a fault on a

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,8 @@ from bench import (
 )
 from svitt_ops.reference.block_sparse_attention import _bias_index
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROVIDERS = ("hybrid", "edge", "node", "dense", "dense_sdpa", "dense_plain")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every small product are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(part: str = "step", dtype: str = "fp32") -> harness.Case:
