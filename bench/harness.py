@@ -197,7 +197,7 @@ class CaseRun:
         self.functions: dict[str, Function] = {}
         self.reasons: dict[str, str] = {}
         self.latest: dict[str, Any] = {}
-        self.peaks: dict[str, int] = {}
+        self.peaks: dict[str, int | None] = {}
         for provider in self.providers:
             try:
                 if quick and not provider.quick:
@@ -304,7 +304,7 @@ class CaseRun:
 
     def _verdict(self, provider: Provider, direction: Direction) -> dict[str, Any]:
         name, function = provider.name, self.functions[provider.name]
-        if name in self.latest:
+        if name in self.latest:  # what was timed is what is judged
             found = dict(zip(self.problem.outputs, self.latest.pop(name), strict=True))
         elif direction == "step" and self.device.type == "cpu" and resident.SUPPORTED:
             with resident.nothing_kept():

@@ -55,9 +55,8 @@ STANDING = """\
 ## Where a peer is ahead
 
 A row is a case in one direction. It counts where a peer that computes the same function was timed;
-within 3 % of the best peer it is level. What was tried against each of these is in
-[tuning.md](tuning.md). The floor of a bf16 row takes the rate of a large bf16 product, where there
-are matrix units theirs, for all of the work.
+within 3 % of the best peer it is level. The floor of a bf16 row takes the rate of a large bf16
+product, where there are matrix units theirs, for all of the work.
 """
 
 

@@ -12,11 +12,17 @@ SUPPORTED = sys.platform.startswith("linux")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def peak(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call returns, and the bytes by which it raised the resident set at its peak."""
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # sets the peak to what is resident now
+def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What a call returns, and the bytes by which it raised the resident set at its peak.
+
+    None where the system lets nobody ask.
+    """
+    try:
+        before = _status("VmRSS")
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # sets the peak to what is resident now
+    except OSError:
+        return call(), None
     kept = call()
     return kept, max(0, _status("VmHWM") - before)
 
