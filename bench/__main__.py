@@ -258,7 +258,8 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add = chosen.add_argument
     add("--op", default="", choices=ops(), metavar="OP", help=f"one of {', '.join(ops())}")
     add("--case", default="", metavar="TEXT", help="cases whose name contains this")
-    add("--provider", default="", metavar="TEXT", help="ours, and peers whose name contains this")
+    who = "ours, and those whose name contains this, or one of several: edge,node"
+    add("--provider", default="", metavar="TEXT", help=who)
     dtypes = f"one of {', '.join(DTYPES)}"
     add("--dtype", default="", choices=[*DTYPES], metavar="DTYPE", help=dtypes)
     directions = get_args(Direction)

@@ -82,6 +82,7 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
                 name="flex_attention",
                 note="blocks of the layout's size, the global token in one more",
                 compiled=True,
+                quick=False,
                 build=lambda: _flex_padded(spec, cell=spec.layout.block_size),
                 backward="FlexAttention has no backward on CPUs",
             )

@@ -59,6 +59,7 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
             name="flex_attention",
             note=note,
             compiled=True,
+            quick=device.type == "cuda",
             build=lambda: _flex(spec),
             backward="" if device.type == "cuda" else "FlexAttention has no backward on CPUs",
         ),

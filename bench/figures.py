@@ -31,6 +31,7 @@ class Theme:
     second: str
     dense: str
     costly: str
+    third: str
 
 
 THEMES = (
@@ -43,6 +44,7 @@ THEMES = (
         second="#54aeff",
         dense="#6e7781",
         costly="#bc4c00",
+        third="#8250df",
     ),
     Theme(
         name="dark",
@@ -53,6 +55,7 @@ THEMES = (
         second="#1f6feb",
         dense="#9198a1",
         costly="#f0883e",
+        third="#bc8cff",
     ),
 )
 
@@ -80,6 +83,7 @@ def names(documents: Sequence[Document]) -> dict[str, str]:
     """Figure -> what it shows, of those that `draw` writes."""
     words = {
         "sparsity": "Time of block-sparse attention, of dense attention's, against edges left out",
+        "tokens": "Time of an op and its peers against tokens",
         "frames": "Time and memory of attention, sparse and dense, against frames",
         "floor": "Percent of the machine's floor that each op reaches",
     }
@@ -89,26 +93,20 @@ def names(documents: Sequence[Document]) -> dict[str, str]:
 def _figures(documents: Sequence[Document]) -> Iterator[tuple[str, Callable[[Any, Theme], None]]]:
     if not documents:
         return
-    machine, merged = _machine(documents[0]), _merged(documents)
-    if "scaling" in merged:
-        document = merged["scaling"]
+    machine, by_op = _machine(documents[0]), {x["op"]: x for x in documents}
+    if "scaling" in by_op:
+        document = by_op["scaling"]
         kinds = _kinds(document)
         if any(len(_sparsity_points(document, dtype, d)) > 1 for dtype in kinds for d in TITLES):
             yield f"sparsity-{machine}", lambda f, t: _draw_sparsity(f, t, document)
         if _frame_points(document, kinds[0], "svitt_ops", False, "ms"):
             yield f"frames-{machine}", lambda f, t: _draw_frames(f, t, document)
-    ops = [x for op, x in merged.items() if op in svitt_ops.OPS and _floor_ratios(x)]
+    for op, document in by_op.items():
+        if op in svitt_ops.OPS and len(_sizes(document, "svitt_ops")) > 1:
+            yield f"tokens-{op}-{machine}", lambda f, t, d=document: _draw_tokens(f, t, d)  # type: ignore[misc]
+    ops = [x for op, x in by_op.items() if op in svitt_ops.OPS and _floor_ratios(x)]
     if ops:
         yield f"floor-{machine}", lambda f, t: _draw_floor(f, t, ops)
-
-
-def _merged(documents: Sequence[Document]) -> dict[str, Document]:
-    """Op -> all its results, which several runs may have brought."""
-    merged: dict[str, Document] = {}
-    for document in documents:
-        before = merged.get(document["op"], {"results": []})["results"]
-        merged[document["op"]] = document | {"results": [*before, *document["results"]]}
-    return merged
 
 
 def _machine(document: Document) -> str:
@@ -158,6 +156,56 @@ def _save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
         pyplot.close(figure)
     return path
+
+
+def _draw_tokens(figure: Any, theme: Theme, document: Document) -> None:
+    kinds, peers = _kinds(document), (theme.dense, theme.costly, theme.third, theme.second)
+    directions = [x for x in TITLES if any(r["direction"] == x for r in document["results"])]
+    rows = [row for result in document["results"] for row in result["providers"]]
+    names = [
+        name
+        for name in dict.fromkeys(row["provider"] for row in rows if row["role"] == "peer")
+        if len(_sizes(document, name)) > 1
+    ]
+    curves = [(name, color, 1.4) for name, color in zip(names, peers * 2, strict=False)]
+    curves.append(("svitt_ops", theme.ours, 3.0))
+    tokens = sorted(_sizes(document, "svitt_ops"))
+    figure.set_size_inches(8, 1 + 2.6 * len(kinds))
+    axes = figure.subplots(len(kinds), len(directions), sharex=True, squeeze=False)
+    lines: dict[str, Any] = {}
+    for i, dtype in enumerate(kinds):
+        for axis, direction in zip(axes[i], directions, strict=True):
+            axis.set(title=f"{TITLES[direction]}, {dtype}", xscale="log", yscale="log")
+            axis.minorticks_off()
+            for name, color, width in curves:
+                if points := _token_points(document, name, dtype, direction):
+                    line = axis.plot(*zip(*points, strict=True), "o-", color=color, linewidth=width)
+                    lines[name] = line[0]
+            axis.set_xticks(tokens, [str(x) for x in tokens])
+        axes[i, 0].set_ylabel("ms")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    _caption(figure, document, document["op"])
+
+
+def _token_points(
+    document: Document, provider: str, dtype: str = "", direction: str = ""
+) -> list[tuple[int, float]]:
+    """(tokens, ms) of a provider, over the cases that differ in tokens alone."""
+    points = set()
+    for result in document["results"]:
+        tokens, row = result["fields"].get("tokens"), results.row_of(result, provider)
+        plain = result["case"] == f"n{tokens}-{result['dtype']}"
+        if not plain or row is None or row["status"] != "ok":
+            continue
+        if dtype in ("", result["dtype"]) and direction in ("", result["direction"]):
+            points.add((tokens, row["ms"]))
+    return sorted(points)
+
+
+def _sizes(document: Document, provider: str) -> set[int]:
+    return {tokens for tokens, _ in _token_points(document, provider)}
 
 
 def _draw_sparsity(figure: Any, theme: Theme, document: Document) -> None:

@@ -1,46 +1,89 @@
 #!/usr/bin/env bash
 # Build, test and benchmark on a machine with a GPU and no network, with the torch that is installed.
-#   bench/gpu.sh [FOLDER]     results go to $OUT, else to FOLDER, else to bench/results
-# PYTHON, BENCH_ARGS, and *_LIMIT (seconds a step may take) can be set. A failed test does not keep
-# the benchmark from running, but the exit status tells.
+#   bench/gpu.sh [FOLDER]     results go to $OUT, else to FOLDER, else to build/gpu
+#   STEPS="build tests" LIMIT=600 bench/gpu.sh; STEPS=bench BENCH_OPS=info_nce bench/gpu.sh
+# Steps: build, info, tests, bench; LIMIT: seconds for all of them, to be less than the machine lends.
+# PYTHON and BENCH_ARGS can be set.
+#
+# Some machines bring back few files, and end a command without notice: so there are three files,
+# written anew after each step, and each op is measured by a process of its own, since a fault on a
+# GPU spoils all that follows in a process. summary.txt says how it went, logs.tar.gz has what was
+# printed, results.tar.gz what was measured: tar -xzf results.tar.gz -C bench
+# A failed step does not keep the next from running, but the exit status tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-${1:-bench/results}}
+OUT=${OUT:-${1:-build/gpu}}
+STEPS=${STEPS:-build info tests bench}
+LIMIT=${LIMIT:-3600}
 mkdir -p "$OUT"
-failed=()
+work=$(mktemp -d)
+mkdir "$work/logs" "$work/results"
+summary=$OUT/summary.txt
+: > "$summary"
+failed=0
+child=
 
-step() { # name, limit in seconds, command...
-  local name=$1 limit=$2 status
-  shift 2
-  echo "== $name: $*"
-  SECONDS=0
-  timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1
-  status=$?
-  tail -n 15 "$OUT/$name.log"
-  case $status in
-    0) echo "== $name: passed in $SECONDS s" ;;
-    124 | 137) failed+=("$name (over $limit s)") ;;
-    *) failed+=("$name (status $status)") ;;
-  esac
-  return $status
+say() { echo "$@" | tee -a "$summary"; }
+
+pack() { # what there is by now; a reader never meets half an archive
+  local name
+  for name in logs results; do
+    tar -czf "$OUT/$name.part" -C "$work" --exclude='*.part' "$name" &&
+      mv "$OUT/$name.part" "$OUT/$name.tar.gz"
+  done
 }
 
-step build "${BUILD_LIMIT:-300}" \
-  "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
-step info 60 "$PYTHON" -m svitt_ops info
-step tests "${TEST_LIMIT:-900}" \
-  "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --junitxml="$OUT/tests.xml"
-# shellcheck disable=SC2086
-step bench "${BENCH_LIMIT:-900}" \
-  "$PYTHON" -m bench --out "$OUT" ${BENCH_ARGS:-}
+step() { # name, command...
+  local name=$1 begin=$SECONDS left=$((LIMIT - SECONDS)) status=124
+  shift
+  echo "== $name: $*"
+  if ((left > 0)); then
+    timeout --kill-after=10 "$left" "$@" > "$work/logs/$name.log" 2>&1 &
+    child=$!
+    wait $child
+    status=$?
+    child=
+    tail -n 15 "$work/logs/$name.log"
+  fi
+  case $status in
+    0) say "== $name: passed in $((SECONDS - begin)) s" ;;
+    124 | 137) say "== $name: FAILED, over the limit after $((SECONDS - begin)) s" ;;
+    *) say "== $name: FAILED with status $status after $((SECONDS - begin)) s" ;;
+  esac
+  ((status)) && failed=1
+  grep -hE '^=+ .*(passed|failed|error|skipped|deselected)|^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:' \
+    "$work/logs/$name.log" >> "$summary"
+  pack
+}
 
-echo "== summary, in $OUT"
-grep -hE '^=+ .*(passed|failed|error|skipped|deselected)|^[0-9]+ (passed|failed|skipped|deselected)' "$OUT/tests.log" | tail -n 1
-grep -hE '^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:' "$OUT/bench.log"
-if ((${#failed[@]})); then
-  printf 'FAILED: %s\n' "${failed[@]}"
-  exit 1
-fi
-echo "all steps passed"
+end() {
+  [[ $child ]] && kill "$child" # `timeout` hands it on
+  pack
+  rm -rf "$work"
+}
+trap 'exit 143' TERM INT
+trap end EXIT
+
+for name in $STEPS; do
+  case $name in
+    build) step build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e . ;;
+    info) step info "$PYTHON" -m svitt_ops info ;;
+    tests)
+      step tests "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --junitxml="$work/logs/tests.xml"
+      ;;
+    bench)
+      ops=${BENCH_OPS:-$("$PYTHON" -c 'from bench.__main__ import ops; print(*ops())')}
+      [[ $ops ]] || { say "== bench: FAILED to import" && failed=1; }
+      for op in $ops; do
+        # shellcheck disable=SC2086
+        step "bench-$op" "$PYTHON" -m bench --op "$op" --out "$work/results" ${BENCH_ARGS:-}
+      done
+      ;;
+    *) say "== $name: FAILED, no such step" && failed=1 ;;
+  esac
+done
+
+say "== $([[ $failed == 0 ]] && echo all passed || echo some FAILED); in $OUT: logs.tar.gz, results.tar.gz"
+exit $failed

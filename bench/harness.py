@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench import floors
+from bench import floors, resident
 from bench.timing import Effort, interleave
 from svitt_ops.testing import FLOOR_ULPS
 
@@ -68,7 +68,9 @@ class Provider:
     """Which of the problem's oracles it must agree with."""
     note: str = ""
     compiled: bool = False
-    """Whether the first call takes memory of its own: it compiles, or makes what stays."""
+    """Whether the first call compiles, which takes memory of its own."""
+    quick: bool = True
+    """Whether `--quick` asks it too: it compiles within seconds."""
     backward: str = ""
     """Why there is no backward; empty where there is."""
     same: bool | None = None
@@ -188,12 +190,18 @@ class CaseRun:
         self.native = native or {}
         self.case, self.problem, self.effort, self.quick = case, problem, effort, quick
         self.device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
-        self.providers = [x for x in problem.providers if only in x.name or x.role == "ours"]
+        parts = only.split(",")
+        chosen = [x for x in problem.providers if any(part in x.name for part in parts)]
+        self.providers = [x for x in problem.providers if x in chosen or x.role == "ours"]
         self.expected: dict[str, Expected] = {}
         self.functions: dict[str, Function] = {}
         self.reasons: dict[str, str] = {}
+        self.latest: dict[str, Any] = {}
+        self.peaks: dict[str, int | None] = {}
         for provider in self.providers:
             try:
+                if quick and not provider.quick:
+                    raise Unavailable("left out by --quick, since it compiles for long")
                 self.functions[provider.name] = provider.build()
             except Exception as error:
                 self.reasons[provider.name] = explain(error)
@@ -205,7 +213,8 @@ class CaseRun:
         calls = {}
         for name, row in rows.items():
             if row["status"] == "ok":
-                calls[name] = runner(self.functions[name], self.problem, direction)
+                call = runner(self.functions[name], self.problem, direction)
+                calls[name] = self._keeping(name, call) if direction == "step" else call
         limits = floors.ceilings(self.device, self.dtype, self.quick)
         samples = interleave(calls | {x.name: x.call for x in limits}, self.device, self.effort)
         found = {name: sampled.summary() for name, sampled in samples.items()}
@@ -222,6 +231,7 @@ class CaseRun:
         if any(found[name]["min"] < least(name) for name in calls):
             best = floors.timed_again(limits, best, self.effort)
         for name in calls:
+            gated = "last timed call" if name in self.latest else "another call"
             if refusal := self._refusal(name, direction, found[name]["min"], least(name)):
                 rows[name] |= {"status": "failed", "reason": refusal}
                 continue
@@ -233,6 +243,7 @@ class CaseRun:
                 "gemm_ratio": gflops / rates["gemm_gflops"],
                 "floor_ratio": found[name]["ms"] / own_floor,
                 "extra_bytes": None,
+                "gated_after": gated,
             }
         return {
             "case": self.case.name,
@@ -283,8 +294,25 @@ class CaseRun:
         verdict = self._verdict(provider, direction)
         return "" if verdict["passed"] else f"wrong after timing: {verdict['objection']}"
 
+    def _keeping(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call; its last result, small for a step, stays for the gate."""
+
+        def keeping() -> None:
+            self.latest[name] = call()
+
+        return keeping
+
     def _verdict(self, provider: Provider, direction: Direction) -> dict[str, Any]:
-        found = results(self.functions[provider.name], self.problem, direction)
+        name, function = provider.name, self.functions[provider.name]
+        if name in self.latest:  # what was timed is what is judged
+            found = dict(zip(self.problem.outputs, self.latest.pop(name), strict=True))
+        elif direction == "step" and self.device.type == "cpu" and resident.SUPPORTED:
+            with resident.nothing_kept():
+                found, self.peaks[name] = resident.peak(
+                    lambda: results(function, self.problem, direction)
+                )
+        else:
+            found = results(function, self.problem, direction)
         return gate(found, self._expected(provider.oracle), self.dtype, direction)
 
     def _expected(self, oracle: str) -> Expected:

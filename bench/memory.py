@@ -3,24 +3,25 @@
 On a GPU the caching allocator counts. On a CPU the kernel does: each provider runs in a process of
 its own, forked from a server that has loaded torch and done nothing else, and the peak resident set
 is read after the first call at full size (the second of what compiles). That sees every allocator,
-a kernel's own workspace too, and counts whole pages, so it is good to about a MiB.
+a kernel's own workspace too, and counts whole pages, so it is good to about a MiB. A training step
+of seconds is not repeated for it: there the gate's call is read, in the process of the run. Each
+row says in `memory_method` which it was.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import multiprocessing
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench import resident
 from bench.harness import Case, CaseRun, Direction, Problem, runner
+from bench.timing import SLOW_MS
 
 _TIMEOUT_S = 300
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def fill(result: dict[str, Any], module: str, run: CaseRun) -> None:
@@ -32,9 +33,12 @@ def fill(result: dict[str, Any], module: str, run: CaseRun) -> None:
         name = row["provider"]
         if run.device.type == "cuda":
             call = runner(run.functions[name], run.problem, direction)
-            row["extra_bytes"] = _on_cuda(call)
-        elif sys.platform.startswith("linux"):
-            row["extra_bytes"] = _on_cpu(module, run.case, name, direction)
+            row |= {"extra_bytes": _on_cuda(call), "memory_method": "allocator"}
+        elif row["ms"] > SLOW_MS and name in run.peaks:
+            row |= {"extra_bytes": run.peaks[name], "memory_method": "gate's call"}
+        elif resident.SUPPORTED:
+            found = _on_cpu(module, run.case, name, direction)
+            row |= {"extra_bytes": found, "memory_method": "own process"}
 
 
 def _on_cuda(call: Callable[[], Any]) -> int:
@@ -69,30 +73,17 @@ def _measure(
     sender: Any, module: str, case: Case, name: str, direction: Direction, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    # Freed memory goes back at once, so that a second buffer cannot hide in what a first one left.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-    libc.mallopt(_M_TRIM_THRESHOLD, 0)
     op = importlib.import_module(module)
-    _call(op.problem(op.shrunk(case)), name, direction)()
-    problem = op.problem(case)
-    call = _call(problem, name, direction)
-    if next(x for x in problem.providers if x.name == name).compiled:
-        call()
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # sets the peak to what is resident now
-    kept = call()
-    sender.send(max(0, _status("VmHWM") - before))
-    del kept
+    with resident.nothing_kept():
+        _call(op.problem(op.shrunk(case)), name, direction)()
+        problem = op.problem(case)
+        call = _call(problem, name, direction)
+        if next(x for x in problem.providers if x.name == name).compiled:
+            call()
+        _, taken = resident.peak(call)
+    sender.send(taken)
 
 
 def _call(problem: Problem, name: str, direction: Direction) -> Callable[[], Any]:
     provider = next(x for x in problem.providers if x.name == name)
     return runner(provider.build(), problem, direction)
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields[key].split()[0]) * 1024

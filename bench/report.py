@@ -3,7 +3,8 @@
 python -m bench.report            write README's tables, docs/benchmarks.md, and the figures
 python -m bench.report --check    exit 1 where the texts differ from the results
 
-README keeps a short table of each op; docs/benchmarks.md has every row.
+README keeps a short table of each op; docs/benchmarks.md has every row. Several files of one op on
+one machine, such as those of runs with `--case`, become one table.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import svitt_ops
-from bench import demo, environment, figures, results, step_report
+from bench import demo, environment, figures, results, standing, step_report
 
 Document = dict[str, Any]
 END = "<!-- /bench -->"
@@ -27,7 +28,13 @@ INTRODUCTION = """\
 
 Written by `python -m bench.report` from `bench/results/*.json`: all that was measured, with the
 machine, the versions, the commit and the command of each run. `make bench` measures your machine,
-`make bench BENCH_ARGS="--op info_nce"` one op, and `--compare OLD.json` says what changed.
+`make bench BENCH_ARGS="--op info_nce"` one op, and `--compare OLD.json` says what changed. The
+results of several runs of one op on one machine, each of other cases, stand in one table; the
+commands above it say which.
+
+[Where a peer is ahead](#where-a-peer-is-ahead) names the exceptions, [the training
+step](#the-training-step) and [scaling](#scaling) follow the ops, and [tuning.md](tuning.md) is the
+record of what was tried.
 """
 METHOD = """\
 ## How it was measured
@@ -35,11 +42,21 @@ METHOD = """\
 - Medians (p20-p80) of milliseconds. Providers are timed in turns, each call after an untimed one.
 - Each provider is gated before and after: its results must agree with the fp64 reference. What
   fails has no time.
+- Calls of more than a second are timed at least three times, of more than 15 s twice, without an
+  untimed one before each; `samples` in a result has the number. Of a training step the last timed
+  call is the one that is gated, and the memory of a slow one is that of the gate's first call.
 - In italics: another function than the op's, such as dense attention. It is no best peer.
 - `x best peer`: the time of the fastest peer that computes the same function, over ours.
 - `of gemm`: useful FLOP/s over those of a large matrix product in the same rounds.
 - `of floor`: max(bytes / copy bandwidth, FLOP / product rate) over the time.
 - `+MiB`: peak memory beyond the inputs, results included.
+"""
+STANDING = """\
+## Where a peer is ahead
+
+A row is a case in one direction. It counts where a peer that computes the same function was timed;
+within 3 % of the best peer it is level. The floor of a bf16 row takes the rate of a large bf16
+product, where there are matrix units theirs, for all of the work.
 """
 
 
@@ -54,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-figures", action="store_true")
     arguments = parser.parse_args(argv)
     by_op: dict[str, list[Document]] = {}
-    for path in sorted(arguments.results.glob("*.json")):
-        document = results.load(path)
-        by_op.setdefault(document["op"], []).append(document)
-        if not (arguments.check or arguments.no_figures) and _sizes(document) > 1:
-            draw(document, path.with_suffix(".png"))
+    try:
+        for document in results.load_all(arguments.results):
+            by_op.setdefault(document["op"], []).append(document)
+    except results.SchemaError as error:
+        print(error, file=sys.stderr)
+        return 1
     if not (arguments.check or arguments.no_figures):
         for documents in by_machine(by_op).values():
             figures.draw(documents, arguments.results / "figures")
@@ -66,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for op in by_op:
             readme = replace_section(readme, op, _section(op, by_op))
+        if by_op:
+            readme = replace_section(readme, "standing", _standing(by_op, standing.render_short))
         if demos := demo.load(arguments.results / "demo"):
             readme = replace_section(readme, "demo", demo.render(demos))
     except ValueError as error:
@@ -79,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted)
-    if arguments.check and "scaling" in by_op:
+    if arguments.check:
         drawn = [x for found in by_machine(by_op).values() for x in figures.names(found)]
         paths = [f"{name}-{theme.name}.png" for name in drawn for theme in figures.THEMES]
         folder = arguments.results / "figures"
@@ -131,15 +151,24 @@ def _pictures(by_op: dict[str, list[Document]], folder: str) -> str:
     for documents in by_machine(by_op).values():
         sources = [_source(x) for x in documents if x["op"] == "scaling"]
         if sources:
-            drawn = figures.names(documents).items()
-            pictures = [figures.markdown(name, words, folder) for name, words in drawn]
-            parts += ["\\\n".join(sources), *pictures]
+            parts += [*sources, *_drawn(documents, folder, lambda x: not x.startswith("tokens"))]
     return "\n\n".join(parts)
+
+
+def _drawn(documents: list[Document], folder: str, wanted: Callable[[str], bool]) -> list[str]:
+    found = figures.names(documents).items()
+    return [figures.markdown(name, words, folder) for name, words in found if wanted(name)]
+
+
+def _standing(by_op: dict[str, list[Document]], render: Callable[[Sequence[Document]], str]) -> str:
+    return "\n\n".join(render(documents) for documents in by_machine(by_op).values())
 
 
 def render_docs(by_op: dict[str, list[Document]]) -> str:
     """Markdown of all results of all ops."""
     parts = [INTRODUCTION, METHOD]
+    if by_op:
+        parts += [STANDING, _standing(by_op, standing.render) + "\n"]
     for op in [op for op in svitt_ops.OPS if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
     if "svitt_step" in by_op:
@@ -158,7 +187,11 @@ def render_docs(by_op: dict[str, list[Document]]) -> str:
 
 def render(documents: Iterable[Document]) -> str:
     """Markdown of all results of one op: a part for each machine."""
-    return "\n\n".join(_render_one(document) for document in documents)
+    parts = []
+    for document in documents:
+        parts += _drawn([document], f"../{FIGURES}", lambda x: x.startswith("tokens"))
+        parts.append(_render_one(document))
+    return "\n\n".join(parts)
 
 
 def render_short(document: Document) -> str:
@@ -199,14 +232,18 @@ def _other(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _source(document: Document) -> str:
-    """Where a result comes from: hardware, versions, commit and command."""
+    """Where results come from: hardware, versions, and the commit and the command of each run."""
     where = document["environment"]
-    versions = where["versions"]
-    source = (where["commit"] or "unknown")[:10] + (" with changes" if where["dirty"] else "")
-    parts = [f"torch {versions['torch']}"]
+    parts = [f"**{where['hardware']}**", f"torch {where['versions']['torch']}"]
     if any(result["device"] == "cuda" for result in document["results"]):
-        parts.append(f"Triton {versions['triton']}")
-    return f"**{where['hardware']}**, {', '.join(parts)}, commit {source}: `{document['command']}`"
+        parts.append(f"Triton {where['versions']['triton']}")
+    runs: dict[str, list[str]] = {}
+    for run in document["sources"]:
+        where = run["environment"]
+        commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["dirty"] else "")
+        runs.setdefault(commit, []).append(f"`{run['command']}`")
+    said = [f"commit {commit}: {', '.join(commands)}" for commit, commands in runs.items()]
+    return ", ".join(parts) + ", " + "; ".join(said)
 
 
 def _render_one(document: Document) -> str:
@@ -303,58 +340,6 @@ def _memory_growth(document: Document) -> float | None:
         if n1 > n0:
             return math.log(m1 / m0) / math.log(n1 / n0)
     return None
-
-
-def _sizes(document: Document) -> int:
-    """How many cases differ in tokens alone."""
-    cases = {(x["case"], x["fields"].get("tokens"), x["dtype"]) for x in document["results"]}
-    return len({tokens for case, tokens, dtype in cases if case == f"n{tokens}-{dtype}"})
-
-
-def draw(document: Document, path: Path) -> None:
-    """Time over tokens of every provider, for the cases that differ in tokens alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = list(dict.fromkeys((x["dtype"], x["direction"]) for x in document["results"]))
-    figure, axes = pyplot.subplots(
-        1, len(kinds), figsize=(4.2 * len(kinds), 3.6), squeeze=False, facecolor="white"
-    )
-    for axis, (dtype, direction) in zip(axes[0], kinds, strict=True):
-        curves: dict[str, list[tuple[int, float, str]]] = {}
-        for result in document["results"]:
-            tokens = result["fields"].get("tokens")
-            if (result["dtype"], result["direction"], result["case"]) != (
-                dtype,
-                direction,
-                f"n{tokens}-{dtype}",
-            ):
-                continue
-            for row in result["providers"]:
-                if row["status"] == "ok":
-                    curves.setdefault(row["provider"], []).append((tokens, row["ms"], row["role"]))
-        for name, points in curves.items():
-            points.sort()
-            ours = points[0][2] == "ours"
-            axis.plot(
-                [x[0] for x in points],
-                [x[1] for x in points],
-                label=name,
-                marker="o",
-                linewidth=2.5 if ours else 1.2,
-                color="black" if ours else None,
-            )
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", facecolor="white")
-        axis.set_title(f"{TITLES[direction]}, {dtype}")
-        axis.grid(True, which="both", color="0.9")
-        if curves:
-            axis.legend(fontsize=7)
-    figure.suptitle(f"{document['op']} on {document['environment']['hardware']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,24 @@
 
 `machine`, where a native probe could be built, holds what `bench.native.ceilings` measured.
 `complete` says that no case, provider or direction was left out, and that the run reached its end:
-a run saves after every case. Each entry of `results` is one
-case in one direction, as `bench.harness.CaseRun.run` makes it; its `providers` are rows whose
-`status` is "ok" (gate passed, times follow), "failed" (no times, `reason` says at what) or "absent"
-(could not run, `reason` says why). Times are in milliseconds. A change of meaning raises `SCHEMA`.
+a run saves after every case. Each entry of `results` is one case in one direction, as
+`bench.harness.CaseRun.run` makes it; its `providers` are rows whose `status` is "ok" (gate passed,
+times follow), "failed" (no times, `reason` says at what) or "absent" (could not run, `reason` says
+why). Times are in milliseconds. `gated_after` says which call was checked once more after timing,
+`memory_method` of which the peak memory was read. A change of meaning raises `SCHEMA`.
+
+An op may have several files of one machine, each with cases of its own: `join` puts them together.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from bench import environment
 
 SCHEMA = 1
 
@@ -86,6 +93,32 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
+def load_all(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder, joined; t4 before t16."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: _counted(path.stem))
+    return join(load(path) for path in paths)
+
+
+def join(documents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One document for each op on each machine; its `sources` are those that it was made of.
+
+    Raises:
+        SchemaError: where two have the same case and direction: one of them would be a choice.
+    """
+    joined: dict[tuple[str, str], dict[str, Any]] = {}
+    for document in documents:
+        key = (document["op"], environment.slug("", document["environment"]))
+        before = joined.setdefault(key, document | {"results": [], "sources": []})
+        known = {(x["case"], x["direction"]) for x in before["results"]}
+        for result in document["results"]:
+            if (result["case"], result["direction"]) in known:
+                what = f"{document['op']} {result['case']} {result['direction']}"
+                raise SchemaError(f"{what} stands in two files of one machine: delete one")
+        before["results"] += document["results"]
+        before["sources"].append(document)
+    return list(joined.values())
+
+
 def validate(document: Any) -> None:
     """Raise `SchemaError` unless the document is a result of this schema."""
     _check(document, _TOP, "document")
@@ -120,6 +153,18 @@ def best_peer(result: dict[str, Any]) -> dict[str, Any] | None:
 def row_of(result: dict[str, Any], provider: str) -> dict[str, Any] | None:
     """The row of a provider, if it was asked."""
     return next((row for row in result["providers"] if row["provider"] == provider), None)
+
+
+def ours(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Our own row, if it has a time."""
+    rows = (x for x in result["providers"] if x["role"] == "ours" and x["status"] == "ok")
+    return next(rows, None)
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    """A key by which numbers in names sort as numbers."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
 
 def _check(value: Any, wanted: dict[str, type], where: str) -> None:

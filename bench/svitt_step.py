@@ -129,7 +129,6 @@ def _providers(trial: Trial) -> Iterator[Provider]:
                 trial, change, attention
             ),
             note=note,
-            compiled=True,  # the first step makes the optimizer's state
             same=role == "ours",
         )
 
@@ -167,9 +166,17 @@ class Trial:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW, fused as in `svitt pretrain`, at a rate that hardly moves the weights."""
-        weights = _trained(self.model, self.part).parameters()
-        return torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.02, fused=True)
+        """AdamW, fused as in `svitt pretrain`, at a rate that hardly moves the weights.
+
+        Its state is there from the start: the first step is one whose memory is read.
+        """
+        weights = list(_trained(self.model, self.part).parameters())
+        made = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.02, fused=True)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        made.step()
+        made.zero_grad()
+        return made
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
@@ -270,6 +277,7 @@ class Step:
         # SDPA is what others are compared with; without the bias it is another function.
         attention = "op" if self.attention == "op" else "sdpa"
         self.proof = self.trial.undropped(sparse, attention)
+        self.trial.optimizer.zero_grad()  # makes it, before a step is measured
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Train; the losses of this step, and what the proof found."""

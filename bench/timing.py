@@ -17,6 +17,9 @@ SHORT_MS = 2.0  # calls shorter than this are repeated on a CPU, and captured in
 SLOW_MS = 1000.0
 """Calls longer than this are timed a few times only, and need no untimed one before each."""
 
+SLOWEST_MS = 15_000.0
+"""Calls longer than this are timed twice."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
@@ -27,7 +30,7 @@ class Effort:
     min_samples: int = 7
     """Samples of a provider, unless its calls are slow."""
     slow_samples: int = 3
-    """Samples of a provider however slow it is, at least 2."""
+    """Samples of a provider whose calls are slow, at least 2; of the slowest 2."""
     max_samples: int = 200
     """Samples of a provider however fast it is."""
     cold: bool = False
@@ -91,7 +94,9 @@ def interleave(
     wanted = {}
     for name, watch in watches.items():
         if watch.slow:  # what was timed already counts
-            wanted[name] = max(int(effort.budget_s / watch.sample()) - 2, effort.slow_samples - 2)
+            spent = watch.sample()
+            least = effort.slow_samples if spent * 1e3 < SLOWEST_MS else 2
+            wanted[name] = max(int(effort.budget_s / spent), least) - 2
             continue
         spent = min(watch.sample() for _ in range(2))
         count = int(effort.budget_s / max(spent, 1e-9))

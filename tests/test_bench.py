@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import importlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -25,8 +24,8 @@ from bench import (  # noqa: E402
     __main__,
     compare,
     cross_attention,
-    demo,
     environment,
+    figures,
     floors,
     harness,
     library_peers,
@@ -37,6 +36,7 @@ from bench import (  # noqa: E402
 )
 from bench import block_sparse_attention as op  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--quick", "--op", op.OP, "--case", "small", "--provider", "gather", "--device", "cpu"]
 
 
@@ -49,6 +49,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ceilings = floors.ceilings
     monkeypatch.setattr(floors, "ceilings", lambda device, dtype, _: ceilings(device, dtype, True))
     monkeypatch.setattr(floors, "machine", lambda _: {})
+    # Neighbours may keep a product from its rate longer than a test lasts.
+    monkeypatch.setattr(floors, "least_ms", lambda *_: 0.0)
     return op
 
 
@@ -353,7 +355,8 @@ def test_report(small: ModuleType, tmp_path: Path) -> None:
     folder.mkdir()
     run(folder)
     readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    readme.write_text(f"before\n<!-- bench:{op.OP} -->\n{report.END}\nafter\n")
+    marked = "".join(f"<!-- bench:{name} -->\n{report.END}\n" for name in ("standing", op.OP))
+    readme.write_text(f"before\n{marked}after\n")
     arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
@@ -376,47 +379,36 @@ def test_report(small: ModuleType, tmp_path: Path) -> None:
     assert report.main(arguments) == 1
 
 
-def test_table_of_demos(tmp_path: Path) -> None:
-    found = {"R1": 41.0, "R5": 99.0}
-    facts = {
-        "seed": 1,
-        "frames": 8,
-        "retrieval": {"text_to_video": found, "video_to_text": found, "videos": 100},
-        "pair_accuracy": {"normal": 94.25, "shuffled": 47.5},
-        "tokens": {"visual": [128, 77]},
-        "edges": {"edges": 1000, "dense": 4000},
-        "figure": "/of/somebody/survivors.png",
-    }
-    path, folder = tmp_path / "demo.json", tmp_path / "results" / "demo"
-    path.write_text(json.dumps(facts))
-    with pytest.raises(SystemExit):
-        demo.main([str(path), "--out", str(folder)])  # it did not end
-    path.write_text(json.dumps(facts | {"seconds": {"total": 300.0}}))
-    assert demo.main([str(path), "--out", str(folder)]) == 0
-    assert "somebody" not in (folder / "seed-1.json").read_text()
-    text = demo.render(demo.load(folder))
-    for row in ("R@1, text to video | 41 %", "told apart | 94.2 %"):
-        assert f"{row} |" in text
-
-
-def test_figure(small: ModuleType, tmp_path: Path) -> None:
+def test_figure_over_tokens(small: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    _, document = run(tmp_path, "--direction", "forward")
-    assert report._sizes(document) == 0  # nothing to draw
-    first = document["results"][0]
+    _, document = run(tmp_path)
+    assert not any("tokens" in name for name in figures.names([document]))
+    first = document["results"]
     document["results"] = []
     for tokens in (8, 16):
-        named = {"case": f"n{tokens}-{first['dtype']}", "fields": {"tokens": tokens}}
-        document["results"].append(first | named)
-    assert report._sizes(document) == 2
-    report.draw(document, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 0
+        named = {"case": f"n{tokens}-fp32", "fields": {"tokens": tokens}, "dtype": "fp32"}
+        document["results"] += [result | named for result in first]
+    points = figures._token_points(document, "svitt_ops", "fp32", "forward")
+    assert points == [(x, results.ours(first[0])["ms"]) for x in (8, 16)]  # type: ignore[index]
+    drawn = [path.name for path in figures.draw([document], tmp_path)]
+    assert sum(name.startswith(f"tokens-{op.OP}-") for name in drawn) == 2
 
 
-def test_committed_texts_hold_the_committed_results() -> None:
-    assert report.main(["--check"]) == 0
-    numbers = set(re.findall(r"\d+\.\d+", (REPOSITORY / "docs" / "benchmarks.md").read_text()))
-    assert len(numbers) > 100
+def test_files_of_one_op_are_joined(small: ModuleType, tmp_path: Path) -> None:
+    _, document = run(tmp_path / "run")
+    folder = tmp_path / "results"
+    for part, name in zip(document["results"], ("t16", "t4"), strict=True):
+        command = f"python -m bench --case {name}"
+        results.save(folder / f"{name}.json", document | {"results": [part], "command": command})
+    (joined,) = results.load_all(folder)
+    directions = [x["direction"] for x in joined["results"]]
+    assert directions == ["forward_backward", "forward"]  # t4 before t16
+    text = report.render([joined])
+    assert "`python -m bench --case t4`, `python -m bench --case t16`" in text
+    results.save(folder / "again.json", document)
+    with pytest.raises(results.SchemaError, match="stands in two files of one machine"):
+        results.load_all(folder)
+    assert report.main(["--results", str(folder), "--check"]) == 1
 
 
 def test_runs_of_the_same_code_compare_as_the_same(small: ModuleType, tmp_path: Path) -> None:
@@ -442,13 +434,17 @@ def test_a_slowed_op_is_flagged_and_the_same_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(tmp_path, "--direction", "forward")[0] == 0
     old = tmp_path / "old.json"
-    (tmp_path / "result.json").rename(old)
     arguments = ("--direction", "forward", "--compare", str(old))
-    # A neighbour on the machine may disturb one run, hardly five.
-    assert any(run(tmp_path, *arguments)[0] == 0 for _ in range(5))
-    assert "1 of 1 rows: no change beyond noise" in capsys.readouterr().out
+
+    def unchanged() -> bool:
+        assert run(tmp_path, "--direction", "forward")[0] == 0
+        (tmp_path / "result.json").rename(old)
+        run(tmp_path, *arguments)
+        return "1 of 1 rows: no change beyond noise" in capsys.readouterr().out
+
+    # A neighbour on the machine may disturb one pair of runs, hardly five.
+    assert any(unchanged() for _ in range(5))
     right = svitt_ops.block_sparse_attention
 
     def slowed(*args: Any, **kwargs: Any) -> Any:

@@ -150,7 +150,8 @@ def test_readme_shows_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "bench" / "results"
     results.save(folder / "scaling.json", invented())
     readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
-    readme.write_text(f"<!-- bench:scaling -->\n{report.END}\n")
+    marks = ("scaling", "standing")
+    readme.write_text("".join(f"<!-- bench:{name} -->\n{report.END}\n" for name in marks))
     arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0

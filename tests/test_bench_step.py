@@ -22,12 +22,16 @@ from bench import (
     dense_attention,
     floors,
     harness,
+    memory,
+    resident,
     results,
     step_report,
     svitt_step,
+    timing,
 )
 from svitt_ops.reference.block_sparse_attention import _bias_index
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROVIDERS = ("hybrid", "edge", "node", "dense", "dense_sdpa", "dense_plain")
 
 
@@ -108,10 +112,35 @@ def test_a_quick_run_is_recorded(
         assert rate["clips_s"] == pytest.approx(2e3 / row["ms"])
         assert rate["tokens_s"] == pytest.approx(rate["clips_s"] * (64 + 1 + 32), rel=1e-3)
         assert 0 < rate["mfu"] < 1
+        assert row["gated_after"] == "last timed call"
     assert min(rates[name]["time_ratio"] for name in step_report.DENSE) == 1
     text = capsys.readouterr().out
     assert "clips/s" in text and "hybrid of dense: 81.4%" in text
     check_tables(document)
+
+
+def test_the_memory_of_a_slow_step_is_that_of_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not resident.SUPPORTED:
+        pytest.skip("needs Linux")
+    case = tiny("tower")
+    run = harness.CaseRun(case, svitt_step.problem(case), timing.Effort(), True, "edge,plain")
+    rows = [run.admit(name, "step") | {"ms": 2e3} for name in run.functions]
+    assert [row["provider"] for row in rows] == ["hybrid", "edge", "dense_plain"]
+    memory.fill({"direction": "step", "providers": rows}, "bench.svitt_step", run)
+    for row in rows:
+        assert row["memory_method"] == "gate's call" and row["extra_bytes"] > 0
+    own = [row | {"ms": 2.0} for row in rows[:1]]
+    monkeypatch.setattr(memory, "_on_cpu", lambda *_: 123)
+    memory.fill({"direction": "step", "providers": own}, "bench.svitt_step", run)
+    assert (own[0]["memory_method"], own[0]["extra_bytes"]) == ("own process", 123)
+
+
+def test_the_peak_of_a_call_is_seen() -> None:
+    if not resident.SUPPORTED:
+        pytest.skip("needs Linux")
+    with resident.nothing_kept():
+        kept, taken = resident.peak(lambda: torch.ones(2**23).sum())
+    assert kept == 2**23 and 0.9 * 2**25 < taken < 2**26  # the kernel counts in batches
 
 
 def check_tables(document: dict[str, Any]) -> None:

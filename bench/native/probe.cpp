@@ -1,11 +1,10 @@
 // The processor's own ceilings: fused multiply-adds in registers, and copies through memory.
 // Compiled on the machine that it measures, for that machine.
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <barrier>
 #include <chrono>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -61,13 +60,10 @@ double best_seconds(int threads, int tries, Work work) {
   return best;
 }
 
-void check(int threads) {
-  if (threads < 1 || threads > 1024) throw pybind11::value_error("threads must be 1 to 1024");
-}
+}  // namespace
 
-double fma_gflops(int threads) {
-  check(threads);
-  pybind11::gil_scoped_release release;
+/// fp32 GFLOP/s of independent fused multiply-adds in registers, all threads together.
+extern "C" double fma_gflops(int threads) {
   constexpr int64_t kRounds = 4'000'000;
   std::vector<float> kept(threads);
   const double seconds = best_seconds(
@@ -77,10 +73,8 @@ double fma_gflops(int threads) {
   return 2.0 * kRounds * kChains * kLanes * threads / seconds / 1e9;
 }
 
-double copy_gbs(int threads, int64_t bytes) {
-  check(threads);
-  if (bytes < threads) throw pybind11::value_error("bytes must be at least the number of threads");
-  pybind11::gil_scoped_release release;
+/// GB/s read and written by one copy of `bytes`, all threads together.
+extern "C" double copy_gbs(int threads, int64_t bytes) {
   const auto from = std::make_unique<char[]>(bytes), to = std::make_unique<char[]>(bytes);
   std::memset(from.get(), 1, bytes);
   std::memset(to.get(), 2, bytes);
@@ -89,14 +83,4 @@ double copy_gbs(int threads, int64_t bytes) {
     std::memcpy(to.get() + i * share, from.get() + i * share, share);
   });
   return 2.0 * static_cast<double>(share) * threads / seconds / 1e9;
-}
-
-}  // namespace
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Ceilings of this processor.";
-  m.def("fma_gflops", &fma_gflops, pybind11::arg("threads"),
-        "fp32 GFLOP/s of independent fused multiply-adds in registers, all threads together.");
-  m.def("copy_gbs", &copy_gbs, pybind11::arg("threads"), pybind11::arg("bytes"),
-        "GB/s read and written by one copy of `bytes`, all threads together.");
 }
