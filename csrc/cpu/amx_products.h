@@ -16,7 +16,7 @@ SVITT_INLINE void multiply_dims(const uint16_t* from, int64_t stride, int rows,
     }
 }
 
-/// Copies of 32-value groups of rows, zeros where there is none.
+/// Copies of rows one after another, zeros where there is none.
 template <class Rows>
 SVITT_INLINE void copy_pairs(const Rows& rows, int count, int dims, uint16_t* to) {
   for (int i = 0; i < count; ++i)

@@ -163,8 +163,8 @@ SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScr
 
 /// All products of a row tile with keys [key, key + keys).
 template <class T>
-void backward_keys(const Backward& p, const RowTile& t, BackwardScratch<T>& s, int key, int keys,
-                   bool first) {
+SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScratch<T>& s, int key,
+                                int keys, bool first) {
   float *weight_rows[kKeyTile], *slope_rows[kKeyTile], *key_rows[kKeyTile], *value_rows[kKeyTile];
   for (int j = 0; j < keys; ++j) {
     weight_rows[j] = s.weights + j * kRowTile;

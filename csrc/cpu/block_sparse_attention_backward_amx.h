@@ -5,6 +5,10 @@
 // The tokens of a block of keys lie side by side, so that K and V serve as left operands in place.
 // Only weights and slopes are rounded to bf16; logits, their gradients, that of the bias table and
 // all sums stay in fp32.
+//
+// Tried, without gain: huge pages for the results, which the heap mostly has in place.
+
+static_assert(kRowTile == kStride && kKeyTile == kStride);
 
 struct TileBackwardScratch {
   using Value = bf16;

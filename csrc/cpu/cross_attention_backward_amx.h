@@ -11,9 +11,12 @@
 // What remains is memory: the rows of the results lie `heads` rows apart, where streaming stores
 // took half the time of plain ones, and less than plain ones with their lines prefetched.
 //
-// Tried, without gain: leaving out the upper 16 lanes where there are at most 16 queries, several
-// heads in turn for each tile of keys; prefetching nothing (1.05 to 1.15 times slower), or one tile
-// ahead instead of two (1.02); streaming all rows of a tile at its end (1.05).
+// Tried, without gain: leaving out the upper 16 lanes where there are at most 16 queries; several
+// heads in turn for each tile of keys (of the memory traffic alone); prefetching nothing (1.05 to
+// 1.15 times slower), or one tile ahead instead of two (1.02); streaming all rows of a tile at its
+// end (1.05).
+
+static_assert(kQueryTile == kStride && kKeyTile == kStride);
 
 struct CrossBackwardTileScratch {
   Arena arena;
