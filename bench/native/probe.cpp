@@ -79,8 +79,7 @@ extern "C" double copy_gbs(int threads, int64_t bytes) {
   std::memset(from.get(), 1, bytes);
   std::memset(to.get(), 2, bytes);
   const int64_t share = bytes / threads;
-  const double seconds = best_seconds(threads, 5, [&](int i) {
-    std::memcpy(to.get() + i * share, from.get() + i * share, share);
-  });
+  const double seconds = best_seconds(
+      threads, 5, [&](int i) { std::memcpy(to.get() + i * share, from.get() + i * share, share); });
   return 2.0 * static_cast<double>(share) * threads / seconds / 1e9;
 }
