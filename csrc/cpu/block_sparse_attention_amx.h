@@ -105,9 +105,9 @@ void forward_block_amx(const Forward& p, RowBlock& block, TileScratch& s) {
       if (r0 == 0) keep_saliency(p, block, chunk, s.logits);
       for (int r = 0; r < rows; ++r) {
         const float keep = advance(most[r], first, s.most + r0 + r, out + r * dims, dims);
-        s.sum[r0 + r] = s.sum[r0 + r] * keep +
-                        exponentiate_bf16(s.logits + r * kTileColumns, chunk.columns,
-                                          s.most[r0 + r], s.weights + r * kTileColumns);
+        s.sum[r0 + r] =
+            s.sum[r0 + r] * keep + exponentiate_bf16(s.logits + r * kTileColumns, chunk.columns,
+                                                     s.most[r0 + r], s.weights + r * kTileColumns);
       }
       for (int d = 0; d < dims; d += kPairs) {
         if (first) {

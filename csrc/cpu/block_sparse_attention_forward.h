@@ -159,8 +159,8 @@ void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
       for (int r = 0; r < rows; ++r) {
         out_rows[r] = s.out + (r0 + r) * s.width;
         const float keep = advance(most[r], first, s.most + r0 + r, out_rows[r], s.width);
-        s.sum[r0 + r] = s.sum[r0 + r] * keep +
-                        exponentiate(logit_rows[r], chunk.columns, s.most[r0 + r]);
+        s.sum[r0 + r] =
+            s.sum[r0 + r] * keep + exponentiate(logit_rows[r], chunk.columns, s.most[r0 + r]);
       }
       multiply(rows, p.head_dim, weighted, segments, {kLogitStride, 1}, out_rows, !first);
     }
