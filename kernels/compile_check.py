@@ -129,8 +129,8 @@ def cross_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         cases += [(dim, 32, half) for dim in (20, 65, 128, 251, 256)]
         cases += [(dim, 5, dtype) for dim in (8, 65, 256) for dtype in (half, single)]
     for dim, num_queries, dtype in cases:
-        # Few heads split the keys; the mask and the saliency come with them: the most registers.
-        for split in (False, True) if dim == 64 else (True,):
+        # Few heads split the keys; the mask and the saliency come with them.
+        for split in (False, True):
             name = f"D={dim} queries={num_queries} {str(dtype)[6:]}"
             yield name + " split" * split, partial(run_cross, dim, num_queries, dtype, split)
 
