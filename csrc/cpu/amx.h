@@ -34,9 +34,26 @@ SVITT_INLINE void pack_key_tiles(const Rows& rows, int columns, int dims, uint16
     }
 }
 
+/// 32 sums rounded to bf16, in order.
+SVITT_INLINE __m512i round_pairs(vf low, vf high) {
+  const auto rounded =
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+  __m512i bits;
+  std::memcpy(&bits, &rounded, 64);
+  return bits;
+}
+
 /// 32 values of a row, or zeros where there is none.
 SVITT_INLINE __m512i load_pairs(const uint16_t* row, int d) {
   return row == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(row + d);
+}
+
+/// Copies of rows one after another, zeros where there is none.
+template <class Rows>
+SVITT_INLINE void copy_pairs(const Rows& rows, int count, int dims, uint16_t* to) {
+  for (int i = 0; i < count; ++i)
+    for (int d = 0; d < dims; d += kPairs)
+      _mm512_storeu_si512(to + i * dims + d, load_pairs(rows(i), d));
 }
 
 /// B tiles of P V: tile (key group of 32, dim group of 16) holds pair row k = keys 2k, 2k + 1.

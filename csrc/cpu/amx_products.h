@@ -3,48 +3,33 @@
 
 constexpr int kStride = 64;  // of a block of weights: keys by queries, at most 64 x 64
 
-/// Products over dims of the rows at `from`, a multiple of 32, with `lanes` packed ones.
+/// Products over dims of the rows of A, a multiple of 32, with `lanes` packed ones.
+template <class T = bf16>
 SVITT_INLINE void multiply_dims(const uint16_t* from, int64_t stride, int rows,
-                                const uint16_t* packed, int lanes, int dims, float* products) {
-  const int64_t group = static_cast<int64_t>(dims) * kTile;  // 16 packed rows
+                                const uint16_t* packed, int lanes, int dims, float* products,
+                                int64_t part = 0) {
   for (int r = 0; r < rows; r += kTileRows)
     for (int c = 0; c < lanes; c += kTileRows) {
       clear_tiles();
-      multiply_tiles(dims / kPairs, from + r * stride, stride, packed + c / kTile * group,
-                     kTile * kPairs, group);
+      Operand<T>::template add_dims<true>(from + r * stride, stride, part, packed, c, dims);
       store_tiles(products + r * kStride + c, kStride);
     }
-}
-
-/// Copies of rows one after another, zeros where there is none.
-template <class Rows>
-SVITT_INLINE void copy_pairs(const Rows& rows, int count, int dims, uint16_t* to) {
-  for (int i = 0; i < count; ++i)
-    for (int d = 0; d < dims; d += kPairs)
-      _mm512_storeu_si512(to + i * dims + d, load_pairs(rows(i), d));
 }
 
 /// delta = rowsum(dO O), the diagonal of the tile product O dO^T.
 ///
 /// It is summed as V dO^T is: where a row has a single key, and O is V, the two are equal to the
 /// last bit and their difference is 0, as it must be.
-template <class Rows>
+template <class T = bf16, class Rows>
 SVITT_INLINE void row_products(const Rows& out, const uint16_t* grad_out, int lanes, int dims,
                                uint16_t* copy, float* products, float* delta) {
+  const int64_t part = kTileRows * dims;
   for (int r = 0; r < lanes; r += kTileRows) {
-    copy_pairs([&](int i) { return out(r + i); }, kTileRows, dims, copy);
-    multiply_dims(copy, dims, kTileRows, grad_out + r * dims, kTileRows, dims, products);
+    Operand<T>::copy([&](int i) { return out(r + i); }, kTileRows, dims, copy, part);
+    multiply_dims<T>(copy, dims, kTileRows, grad_out + Operand<T>::kParts * r * dims, kTileRows,
+                     dims, products, part);
     for (int i = 0; i < kTileRows; ++i) delta[r + i] = products[i * (kStride + 1)];
   }
-}
-
-/// 32 sums rounded to bf16, in order.
-SVITT_INLINE __m512i round_pairs(vf low, vf high) {
-  const auto rounded =
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
-  __m512i bits;
-  std::memcpy(&bits, &rounded, 64);
-  return bits;
 }
 
 /// 16 values in the lower half of a vector.
@@ -72,10 +57,10 @@ SVITT_INLINE void turn_slopes(const uint16_t* slopes, int padded, int lanes, uin
     }
 }
 
-/// C (rows x dims) = or += A B over `depth`, a multiple of 32; B packed by pack_value_tiles.
+/// C (rows x dims) = or += A B over `depth`, a multiple of 32; B packed by pack_values.
+template <class T = bf16>
 SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows, int depth,
-                                 int dims, float* c, bool add) {
-  const int64_t tile = kTile * kPairs;
+                                 int dims, float* c, bool add, int64_t part = 0) {
   for (int r = 0; r < rows; r += kTileRows)
     for (int d = 0; d < dims; d += kPairs) {
       float* to = c + r * dims + d;
@@ -84,8 +69,7 @@ SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows,
       } else {
         clear_tiles();
       }
-      multiply_tiles(depth / kPairs, a + r * kStride, kStride, b + d / kTile * tile,
-                     dims / kTile * tile, tile);
+      Operand<T>::add_rows(a + r * kStride, kStride, part, b, d, depth, dims);
       store_tiles(to, dims);
     }
 }

@@ -99,6 +99,11 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Ten
   return p;
 }
 
+/// Whether the matrix tiles can compute this: forward and backward must agree, to sum alike.
+bool on_tiles(const Attention& p) {
+  return isa() == Isa::amx && p.dtype != Dtype::f16 && p.head_dim % 32 == 0;
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward_op(
     Tensor query, Tensor key, Tensor value, Tensor key_counts, Tensor key_blocks, Tensor, Tensor,
     int64_t block_size, int64_t num_global, OptionalTensor bias_table,
@@ -120,8 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   auto* kernel = best >= Isa::avx512 ? avx512::forward
                  : best == Isa::avx2 ? avx2::forward
                                      : generic::forward;
-  if (best == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0)
-    kernel = avx512::forward_amx;
+  if (on_tiles(p)) kernel = avx512::forward_amx;
   torch::stable::parallel_for(0, p.batch * p.heads * p.row_blocks(), 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 
@@ -161,8 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   auto* kernel = best >= Isa::avx512 ? avx512::backward
                  : best == Isa::avx2 ? avx2::backward
                                      : generic::backward;
-  if (best == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0)
-    kernel = avx512::backward_amx;
+  if (on_tiles(p)) kernel = avx512::backward_amx;
   torch::stable::parallel_for(0, p.batch * p.heads, 1,
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 

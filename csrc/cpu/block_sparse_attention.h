@@ -70,7 +70,7 @@ SVITT_DECLARE(avx512)
 #undef SVITT_DECLARE
 
 namespace avx512 {
-/// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `forward`.
+/// bf16 or fp32 with head_dim a multiple of 32 on the matrix tiles; items as in `forward`.
 void forward_amx(const Forward& problem, int64_t begin, int64_t end);
 void backward_amx(const Backward& problem, int64_t begin, int64_t end);
 }  // namespace avx512

@@ -28,6 +28,8 @@ SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-b
 namespace svitt::avx512 {
 #include "amx.h"
 
+#include "amx_parts.h"
+
 #include "amx_products.h"
 
 #include "block_sparse_attention_amx.h"

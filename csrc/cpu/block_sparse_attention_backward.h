@@ -13,6 +13,8 @@ constexpr int kKeyTile = 64;  // keys per pass, at most
 template <class T>
 struct BackwardScratch {
   using Value = T;
+  static constexpr int kKeys = kKeyTile;  // per pass
+  static constexpr bool kMerges = false;  // whether globals ride on a block of keys
   Arena arena;
   int width;  // head_dim rounded up to W
   HeadRows keys, values;
@@ -164,7 +166,7 @@ SVITT_INLINE void differentiate(const Backward& p, const RowTile& t, BackwardScr
 /// All products of a row tile with keys [key, key + keys).
 template <class T>
 SVITT_INLINE void backward_keys(const Backward& p, const RowTile& t, BackwardScratch<T>& s, int key,
-                                int keys, bool first) {
+                                int keys, int, bool first) {
   float *weight_rows[kKeyTile], *slope_rows[kKeyTile], *key_rows[kKeyTile], *value_rows[kKeyTile];
   for (int j = 0; j < keys; ++j) {
     weight_rows[j] = s.weights + j * kRowTile;
@@ -197,24 +199,28 @@ void backward_tile(const Backward& p, const RowBlock& block, const RowTile& t, i
   using T = typename Scratch::Value;
   load_tile(p, t, s);
   bool first = true;
-  const auto sweep = [&](int64_t from, int64_t to) {
+  const auto keys = [&](int64_t key, int64_t n, int64_t globals) {
+    backward_keys(p, t, s, static_cast<int>(key), static_cast<int>(n), static_cast<int>(globals),
+                  first);
+    first = false;
+  };
+  int64_t globals = t.global ? 0 : p.num_global < length ? p.num_global : length;
+  const auto sweep = [&](int64_t from, int64_t to, bool alone) {
     to = to < length ? to : length;
-    for (int64_t key = from; key < to; key += kKeyTile) {
-      const int64_t left = to - key;
-      backward_keys(p, t, s, static_cast<int>(key),
-                    static_cast<int>(left < kKeyTile ? left : kKeyTile), first);
-      first = false;
+    for (int64_t key = from; key < to; key += Scratch::kKeys) {
+      const int64_t n = to - key < Scratch::kKeys ? to - key : Scratch::kKeys;
+      const bool ride = !alone && n + globals <= Scratch::kKeys;
+      keys(key, n, ride ? globals : 0);
+      if (ride) globals = 0;
     }
   };
-  if (t.global) {
-    sweep(0, length);
-  } else {
-    sweep(0, p.num_global);
-    for (int i = 0; i < block.listed; ++i) {
-      const int64_t from = p.num_global + static_cast<int64_t>(block.list[i]) * p.block_size;
-      sweep(from, from + p.block_size);
-    }
+  if (t.global) sweep(0, length, true);
+  if (!Scratch::kMerges) sweep(0, globals, true), globals = 0;
+  for (int i = 0; i < block.listed && !t.global; ++i) {
+    const int64_t from = p.num_global + static_cast<int64_t>(block.list[i]) * p.block_size;
+    sweep(from, from + p.block_size, false);
   }
+  sweep(0, globals, true);
   if (first) std::memset(s.grad_query, 0, sizeof(float) * t.rows * s.width);
   for (int r = 0; r < t.rows; ++r)
     write_row(output_row<T>(p, p.grad_query, t.b, t.h, t.row + r), s.grad_query + r * s.width,
