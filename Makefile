@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check asan wheel-check clean
+  cuda-check asan isa-check wheel-check clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -82,6 +82,13 @@ asan: .venv/installed
 	LD_PRELOAD="$$(paste -sd: build/asan/preload)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CURDIR)/build/asan/lib \
 	  $(BIN)/pytest -p no:cacheprovider --capture=sys tests/ops $(PYTEST_ARGS)
+
+# The instruction sets of older processors: the ops against fp64, in C++.
+isa-check: .venv/installed
+	for isa in generic avx2 avx512; do \
+	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops -k 'cpp and fp64' $(PYTEST_ARGS) \
+	    || exit 1; \
+	done
 
 # sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
 wheel-check: .venv/installed

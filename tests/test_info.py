@@ -61,6 +61,20 @@ def test_capability_is_a_known_one() -> None:
         assert capability is None
 
 
+@pytest.mark.parametrize("wanted", ["generic", "sse9"])
+def test_a_lesser_capability_can_be_asked_for(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _extension.load_cpu():
+        pytest.skip("no C++ extension")
+    monkeypatch.setenv("SVITT_CPU_CAPABILITY", wanted)
+    call = "import svitt_ops._extension as e; print(e.cpu_capability())"
+    run = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    if wanted == "generic":
+        assert run.stdout.strip() == wanted
+    else:
+        assert run.returncode != 0
+        assert "SVITT_CPU_CAPABILITY must be one of generic, avx2, avx512" in run.stderr
+
+
 def test_without_the_extension(tmp_path: Path) -> None:
     facts = json.loads(run_info(tmp_path, "--json", package=copy_package(tmp_path)))
     assert facts["extensions"]["cpu"]["path"] is None

@@ -1,7 +1,11 @@
 // Which instruction set the CPU kernels use on this machine: `svitt_ops::cpu_capability`.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <string>
 
 #include "isa.h"
@@ -43,23 +47,31 @@ Isa detect() {
   return Isa::generic;
 }
 
+constexpr std::array kNames = {"generic", "avx2", "avx512", "avx512+amx"};  // as in Isa
+
+/// The best of this processor, or the lesser one that SVITT_CPU_CAPABILITY asks for.
+Isa choose() {
+  const Isa best = detect();
+  const char* wanted = std::getenv("SVITT_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (wanted == std::string(kNames[i])) return std::min(best, static_cast<Isa>(i));
+  STD_TORCH_CHECK(false,
+                  "svitt_ops: SVITT_CPU_CAPABILITY must be one of generic, avx2, avx512, "
+                  "avx512+amx, got ",
+                  wanted);
+}
+
 }  // namespace
 
 Isa isa() {
-  static const Isa best = detect();
+  static const Isa best = choose();
   return best;
 }
 
 namespace {
 
-std::string cpu_capability() {
-  switch (isa()) {
-    case Isa::amx: return "avx512+amx";
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "generic";
-  }
-}
+std::string cpu_capability() { return kNames[static_cast<size_t>(isa())]; }
 
 }  // namespace
 }  // namespace svitt
