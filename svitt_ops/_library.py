@@ -122,6 +122,7 @@ def _register_autograd(
         setup_context(ctx, args, output)
         return output
 
+    # Tried: the backward below the autograd keys too; 4 us less, but compiled autograd warns of it.
     def backward_of_all(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return None, *backward(ctx, *grads)
 
