@@ -112,7 +112,8 @@ def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Ten
             raise ValueError(
                 f"{op}: temperature must be on {like.device}, got {temperature.device}"
             )
-        return temperature.float().reshape(())
+        scalar = temperature.float()
+        return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
     if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat):
         raise TypeError(
             f"{op}: temperature must be a float or a tensor, got {type(temperature).__name__}"

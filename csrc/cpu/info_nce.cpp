@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
          columns = empty(query, {5, symmetric ? p.keys : 0}, ScalarType::Double);
   double *of_rows = rows.mutable_data_ptr<double>(),
          *of_columns = symmetric ? columns.mutable_data_ptr<double>() : nullptr;
-  std::vector<Tally> parts(p.tiles() * kQueryChunk), of_keys(symmetric ? p.padded_keys() : 0);
+  std::vector<Tally> parts(p.tiles() * p.chunk_rows()), of_keys(symmetric ? p.keys : 0);
   p.row_parts = parts.data(), p.of_keys = of_keys.data();
   for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
     const int64_t first = chunk * kQueryChunk,
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
     parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.forward(p, chunk, a, b); });
     parallel_for(0, count, kGrain, [&](int64_t a, int64_t b) {
       for (int64_t r = a; r < b; ++r)
-        write_statistics(of_rows, p.queries, first + r, p.row_parts + r, p.tiles(), kQueryChunk);
+        write_statistics(of_rows, p.queries, first + r, p.row_parts + r, p.tiles(), p.chunk_rows());
     });
   }
   double mean = mean_loss(of_rows, p.queries, p.scale, p.keys, label_smoothing);
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
          grad_temperature = empty(query, {}, ScalarType::Float);
   p.grad_dtype = wide ? Dtype::f32 : p.dtype;
   p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-  const Buffer grads(p.tiles() * kQueryChunk * (tiled ? kRoundedStride / 2 : kGradStride)),
-      grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(kQueryChunk * p.padded_dim());
+  const Buffer grads(p.tiles() * p.chunk_rows() * (tiled ? kRoundedStride / 2 : kGradStride)),
+      grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(p.chunk_rows() * p.padded_dim());
   std::vector<double> grad_scale(p.tiles());
   p.grads = grads.get(), p.rounded = reinterpret_cast<uint16_t*>(grads.get());
   p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();

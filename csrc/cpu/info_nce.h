@@ -54,13 +54,16 @@ struct Contrast {
 
   int64_t tiles() const { return (keys + kKeyTile - 1) / kKeyTile; }
   int64_t chunks() const { return (queries + kQueryChunk - 1) / kQueryChunk; }
-  int64_t padded_keys() const { return tiles() * kKeyTile; }
+  int64_t padded_keys() const { return (keys + kWidest - 1) / kWidest * kWidest; }
   int64_t padded_queries() const { return (queries + 31) / 32 * 32; }
+  int64_t chunk_rows() const {  // room for one chunk
+    return padded_queries() < kQueryChunk ? padded_queries() : kQueryChunk;
+  }
   int padded_dim() const { return (dim + kWidest - 1) / kWidest * kWidest; }
 };
 
 struct ContrastForward : Contrast {
-  Tally* row_parts;  // (tiles, kQueryChunk) of the current chunk
+  Tally* row_parts;  // (tiles, chunk_rows) of the current chunk
   Tally* of_keys;    // (padded keys), over all chunks so far
 };
 
@@ -74,10 +77,10 @@ struct ContrastBackward : Contrast {
 
   // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
   float *query_panels, *key_panels;
-  float* grads;                     // (tiles, kQueryChunk, kGradStride) of the current chunk
-  uint16_t* rounded;                // or (tiles, kQueryChunk, kRoundedStride), in bf16
+  float* grads;                     // (tiles, chunk_rows, kGradStride) of the current chunk
+  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16
   double* grad_scale;               // (tiles)
-  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (kQueryChunk, padded dim)
+  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (chunk_rows, padded dim)
   void *grad_query, *grad_key;      // contiguous
   Dtype grad_dtype;
 };

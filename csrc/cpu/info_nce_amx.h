@@ -92,7 +92,7 @@ void contrast_forward_amx(const ContrastForward& p, int64_t chunk, int64_t begin
     float* dots = arena.take<float>(kAmxRows * kDotStride);
     for (int64_t tile = begin; tile < end; ++tile) {
       Tally* of_keys = key_tallies(p, chunk, tile);
-      Tally* of_rows = p.row_parts + tile * kQueryChunk;
+      Tally* of_rows = p.row_parts + tile * p.chunk_rows();
       const int64_t start = chunk * kQueryChunk;
       for (int64_t row = start; row < chunk_end(p, chunk); row += kAmxRows) {
         DotTile t = dot_tile(p, chunk, row, tile, dots, kAmxRows);
@@ -168,7 +168,7 @@ void contrast_backward_keys_amx(const ContrastBackward& p, int64_t chunk, int64_
         const int first = static_cast<int>(row - start);
         grad_scale += weigh(p, t, first, s, t.dots);
         round_weights(t.dots, t.rows, t.keys,
-                      p.rounded + (tile * kQueryChunk + first) * kRoundedStride, kRoundedStride,
+                      p.rounded + (tile * p.chunk_rows() + first) * kRoundedStride, kRoundedStride,
                       transposed + first);
       }
       p.grad_scale[tile] = grad_scale;
@@ -192,7 +192,7 @@ void contrast_backward_queries_amx(const ContrastBackward& p, int64_t chunk, int
   for (int64_t tile = 0; tile < p.tiles(); ++tile) {
     const int64_t left = p.keys - tile * kKeyTile;
     const int keys = round_up(static_cast<int>(left < kKeyTile ? left : kKeyTile), kPairs);
-    multiply_amx(rows, step, keys, p.rounded + (tile * kQueryChunk + first) * kRoundedStride,
+    multiply_amx(rows, step, keys, p.rounded + (tile * p.chunk_rows() + first) * kRoundedStride,
                  kRoundedStride, values_of(p.tiled_keys, tile * kKeyTile), sums, step, tile > 0);
   }
   _tile_release();

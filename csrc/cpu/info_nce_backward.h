@@ -112,7 +112,7 @@ void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t be
   const int queries = static_cast<int>(limit - start), step = p.padded_dim();
   s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
   for (int64_t tile = begin; tile < end; ++tile) {
-    float* grads = p.grads + tile * kQueryChunk * kGradStride;
+    float* grads = p.grads + tile * p.chunk_rows() * kGradStride;
     double grad_scale = chunk == 0 ? 0.0 : p.grad_scale[tile];
     DotTile t = dot_tile(p, chunk, start, tile, s.dots);
     if (p.of_columns != nullptr)
@@ -162,7 +162,7 @@ void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t
         rows[r] = p.grad_queries + (begin + r) * step + panel * kPanel;
       for (int64_t tile = first; tile < p.tiles() && tile < first + kSummedTiles; ++tile) {
         const int64_t left = p.keys - tile * kKeyTile;
-        multiply_pieces(count, p.grads + (tile * kQueryChunk + begin) * kGradStride,
+        multiply_pieces(count, p.grads + (tile * p.chunk_rows() + begin) * kGradStride,
                         {kGradStride, 1},
                         p.key_panels + (panel * p.padded_keys() + tile * kKeyTile) * kPanel,
                         static_cast<int>(left < kKeyTile ? left : kKeyTile), rows, tile > 0);

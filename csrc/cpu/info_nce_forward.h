@@ -102,7 +102,8 @@ SVITT_INLINE void add_tile(const ContrastForward& p, DotTile& t, Tally* of_rows,
 SVITT_INLINE Tally* key_tallies(const ContrastForward& p, int64_t chunk, int64_t tile) {
   if (!p.symmetric) return nullptr;
   Tally* of_keys = p.of_keys + tile * kKeyTile;
-  for (int c = 0; chunk == 0 && c < kKeyTile; ++c) clear(of_keys[c]);
+  const int64_t left = p.keys - tile * kKeyTile;
+  for (int c = 0; chunk == 0 && c < kKeyTile && c < left; ++c) clear(of_keys[c]);
   return of_keys;
 }
 
@@ -112,7 +113,7 @@ void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, in
   float* dots = arena.take<float>(kDotRows * kDotStride);
   for (int64_t tile = begin; tile < end; ++tile) {
     Tally* of_keys = key_tallies(p, chunk, tile);
-    Tally* of_rows = p.row_parts + tile * kQueryChunk;
+    Tally* of_rows = p.row_parts + tile * p.chunk_rows();
     const int64_t start = chunk * kQueryChunk;
     for (int64_t row = start; row < chunk_end(p, chunk); row += kDotRows) {
       DotTile t = dot_tile(p, chunk, row, tile, dots);

@@ -1,12 +1,22 @@
 // Searches among the keys: a sampled negative, and the rank of the best positive. Items are
 // queries. Included inside namespace svitt::SVITT_ISA after info_nce_forward.h.
+//
+// Ranks take two looks at each row: the best positive, then all keys. Tiles that hold positives are
+// kept between the two; computing them twice cost a quarter of all products at 1000 keys.
 
-SVITT_INLINE DotTile some_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
-                               float* dots) {
+/// Some queries by a tile of keys, not computed yet.
+SVITT_INLINE DotTile place_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
+                                float* dots) {
   DotTile t{};
   const int64_t left = p.keys - tile * kKeyTile;
   t.row = row, t.tile = tile, t.first_key = tile * kKeyTile, t.dots = dots;
   t.rows = static_cast<int>(rows), t.keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
+  return t;
+}
+
+SVITT_INLINE DotTile some_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
+                               float* dots) {
+  DotTile t = place_tile(p, row, rows, tile, dots);
   t.compute(p);
   return t;
 }
@@ -71,38 +81,54 @@ void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
   }
 }
 
-/// Whether a tile can hold positives of some rows.
-SVITT_INLINE bool may_match(const Contrast& p, int64_t row, int64_t rows, int64_t tile) {
-  if (p.key_ids != nullptr) return true;
-  const int64_t first = p.first_row + row - tile * kKeyTile;
-  return first < kKeyTile && first + rows > 0;
+SVITT_INLINE bool holds_positives(const Contrast& p, const DotTile& t) {
+  bool found = false;
+  t.for_positives(p, [&](int, int, float) { found = true; });
+  return found;
 }
 
+/// Adds, per lane, how many similarities of a row exceed `best`.
+SVITT_INLINE vi count_above(const float* dots, int keys, float best, vi above) {
+  int c = 0;
+  for (; c + W <= keys; c += W) above -= load(dots + c) > best;  // -1 where it holds
+  if (c < keys) above -= (load(dots + c) > best) & (lane_numbers() + c < keys);
+  return above;
+}
+
+constexpr int kKeptTiles = 8;  // with positives, half a megabyte; more are computed twice
+
 void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
+  constexpr int64_t kSize = kDotRows * kDotStride;
   Arena arena;
-  float* dots = arena.take<float>(kDotRows * kDotStride);
+  float *dots = arena.take<float>(kSize), *kept = arena.take<float>(kKeptTiles * kSize);
   for (int64_t row = begin; row < end; row += kDotRows) {
     const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
     float best[kDotRows];
-    int64_t above[kDotRows];
-    for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, above[r] = 0;
-    for (int64_t tile = 0; tile < p.tiles(); ++tile)
-      if (may_match(p, row, rows, tile))
-        some_tile(p, row, rows, tile, dots).for_positives(p, [&](int r, int, float dot) {
-          if (dot > best[r]) best[r] = dot;
-        });
+    vi above[kDotRows];
+    for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, above[r] = vi{};
+    int64_t tiles_kept[kKeptTiles];
+    int count = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-      const DotTile t = some_tile(p, row, rows, tile, dots);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* x = dots + r * kDotStride;
-        vi count{};
-        for (int c = 0; c < t.keys; c += W) {
-          const vi higher = load(x + c) > best[r];  // -1 where it holds
-          count -= higher & (lane_numbers() + c < t.keys);
-        }
-        for (int i = 0; i < W; ++i) above[r] += count[i];
-      }
+      DotTile t = place_tile(p, row, rows, tile, count < kKeptTiles ? kept + count * kSize : dots);
+      if (!holds_positives(p, t)) continue;
+      t.compute(p);
+      t.for_positives(p, [&](int r, int, float dot) {
+        if (dot > best[r]) best[r] = dot;
+      });
+      if (count < kKeptTiles) tiles_kept[count++] = tile;
     }
-    for (int64_t r = 0; r < rows; ++r) p.found[row + r] = best[r] == -kInfinity ? p.keys : above[r];
+    int next = 0;
+    for (int64_t tile = 0; tile < p.tiles(); ++tile) {
+      const bool known = next < count && tiles_kept[next] == tile;
+      DotTile t = place_tile(p, row, rows, tile, known ? kept + next++ * kSize : dots);
+      if (!known) t.compute(p);
+      for (int64_t r = 0; r < rows; ++r)
+        above[r] = count_above(t.dots + r * kDotStride, t.keys, best[r], above[r]);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t rank = 0;
+      for (int i = 0; i < W; ++i) rank += above[r][i];
+      p.found[row + r] = best[r] == -kInfinity ? p.keys : rank;
+    }
   }
 }

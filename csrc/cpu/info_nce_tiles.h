@@ -59,7 +59,7 @@ void pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
     const int64_t first = t * kKeyTile, left = p.keys - first;
     const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
     pack_columns(row_of<T>(p.key, p.key_step, first), p.key_step, count, p.dim,
-                 p.columns + first * p.dim, kKeyTile);
+                 p.columns + first * p.dim, round_up(count, kPanel));
     if (panels != nullptr)
       pack_panels<T>(p.key, p.key_step, p.dim, first, first + count, p.padded_keys(), panels);
   }
