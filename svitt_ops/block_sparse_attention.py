@@ -38,8 +38,8 @@ def block_sparse_attention(
     ``out_i = sum_j p_ij v_j`` with ``p_i = softmax_j(scale * q_i . k_j + bias_ij)`` over the keys
     ``j`` that the layout gives query ``i``. Accumulation and softmax are in fp32. The result is
     bitwise the same on every run. On a processor with AMX fp32 products are sums of bf16 ones, as
-    exact for values of magnitudes 1e-30 to 3.3e38. Under autocast query, key and value take the
-    autocast dtype.
+    exact for values of magnitudes 1e-30 to 3.3e38; an infinite one gives NaN. Under autocast query,
+    key and value take the autocast dtype.
 
     Args:
         query: ``(batch, heads, tokens, head_dim)``, fp32, fp16 or bf16, ``layout.seq_len`` tokens,

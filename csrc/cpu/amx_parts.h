@@ -1,7 +1,7 @@
 // fp32 on the matrix tiles: an operand is the sum of three bf16, its parts, and a product the sum
 // of the six products of parts that fp32 can tell. Its error is below that of a chain of fp32
-// multiply-adds; a value within 2^-9 of the largest float overflows, and a part below the smallest
-// normal one is lost.
+// multiply-adds; a value within 2^-9 of the largest float overflows, an infinity becomes a NaN, and
+// a part below the smallest normal float is lost.
 // Included inside namespace svitt::avx512 after amx.h.
 
 constexpr int kBlock = 2 * kTile * kPairs;  // values of a 32 x 32 block of B in bf16

@@ -64,7 +64,7 @@ struct Contrast {
 
 struct ContrastForward : Contrast {
   Tally* row_parts;  // (tiles, chunk_rows) of the current chunk
-  Tally* of_keys;    // (padded keys), over all chunks so far
+  Tally* of_keys;    // (keys), over all chunks so far
 };
 
 struct ContrastBackward : Contrast {
