@@ -1,10 +1,12 @@
-"""Where a file keeps its payload, so that its frames can be listed without reading that.
+"""Where a file keeps its payload, and how long it says it is.
 
-FFmpeg does the listing: only what it would skip anyway is found here. What these walks don't
+With the payload known, FFmpeg lists the frames without it being read. What these walks don't
 understand is left to be read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from svitt_ops.training.files import MediaFile
 
@@ -14,6 +16,7 @@ MAX_STEPS = 5_000_000
 SEGMENT, CLUSTER, BLOCK_GROUP = 0x18538067, 0x1F43B675, 0xA0
 SIMPLE_BLOCK, BLOCK = 0xA3, 0xA1
 KEPT = 16  # of a block: its head, and the first bytes of its frame
+FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # an object of ASF
 
 
 def payload(file: MediaFile, container: str) -> Spans:
@@ -25,9 +28,28 @@ def payload(file: MediaFile, container: str) -> Spans:
     return []
 
 
+def declared_size(file: MediaFile, container: str) -> int:
+    """How many bytes the structure of a file needs, 0 where it doesn't say."""
+    if container == "avi":
+        return 8 + int.from_bytes(file.read(4, 4), "little")
+    if container.startswith("mov"):
+        return max((end for _, _, end in _boxes(file)), default=0)
+    if container == "asf":
+        head = file.read(0, 2**16)
+        facts = head[head.find(FILE_PROPERTIES) :][:96]
+        live = facts[88:89] != b"" and facts[88] & 1
+        return 0 if live or FILE_PROPERTIES not in head else int.from_bytes(facts[40:48], "little")
+    return 0
+
+
 def _mp4(file: MediaFile) -> Spans:
     """The media data boxes."""
-    spans: Spans = []
+    spans = [(start, min(end, file.size)) for name, start, end in _boxes(file) if name == b"mdat"]
+    return [(start, end) for start, end in spans if start < end]
+
+
+def _boxes(file: MediaFile) -> Iterator[tuple[bytes, int, int]]:
+    """Name, begin and end of what the boxes at the top of an MP4 hold."""
     position = 0
     for _ in range(MAX_STEPS):
         head = file.read(position, 16)
@@ -37,12 +59,10 @@ def _mp4(file: MediaFile) -> Spans:
         elif size == 0:  # to the end of the file
             size = file.size - position
         end = position + size
-        if len(head) < 16 or end < start:
-            break
-        if head[4:8] == b"mdat":
-            spans.append((start, min(end, file.size)))
+        if len(head) < 8 or end < start:
+            return
+        yield head[4:8], start, end
         position = end
-    return spans
 
 
 def _matroska(file: MediaFile) -> Spans:

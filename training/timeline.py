@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from av.packet import Packet
+from av.video.stream import VideoStream
 
 from svitt_ops.training.decoding import LISTING, Pass
 from svitt_ops.training.files import MediaFile, UnusableVideoError
-from svitt_ops.training.payload import Spans, payload
+from svitt_ops.training.payload import Spans, declared_size, payload
 
 WHOLE = 0.95  # a file with less of what it declares is cut off
 REORDERED = 32  # places that a picture may be decoded before or behind its turn
 NO_TIMES = "avi"  # its chunks have numbers: FFmpeg guesses times, and wrongly under B-frames
-DECLARES = ("matroska", "flv", "asf", "ivf", "mxf")  # their headers say how long they last
+DECLARES = ("matroska", "flv", "ivf", "mxf")  # their headers say how long they last
 PALETTE = "pal8"  # a palette comes once, with the first frame: a seek loses it
 NEVER = -(2**63)
 STATEFUL = ("palette", "new_extradata", "param_change")  # side data that later packets need
@@ -95,7 +96,7 @@ def find_timeline(file: MediaFile) -> Timeline:
             raise UnusableVideoError("no frame can be decoded")
         name, context = run.container.format.name, run.stream.codec_context
         reorders = bool(context.has_b_frames)
-        rate = float(run.stream.average_rate or run.stream.guessed_rate or 25)
+        rate = _rate(run.stream)
         scale = float(run.stream.time_base or 0)
         listing = _list_packets(file, name)
         _check_whole(file, run, listing)
@@ -162,28 +163,28 @@ def _list(file: MediaFile, holes: Spans) -> _Listing:
 def _check_whole(file: MediaFile, run: Pass, listing: _Listing) -> None:
     """Refuse a file that holds less than it declares, where its format declares anything."""
     name, stream = run.container.format.name, run.stream
-    if name == "avi":  # its count of frames is that of chunks, some of them empty
-        declared = 8 + int.from_bytes(file.read(4, 4), "little")
-        if file.size < WHOLE * declared < 2**32:
-            raise UnusableVideoError(f"is cut off, has {file.size} of {declared} bytes")
-    elif name.startswith("mov") and stream.frames:
+    if name.startswith("mov") and stream.frames:  # an AVI counts empty chunks, others guess
         if len(listing.packets) < WHOLE * stream.frames:
-            raise UnusableVideoError(f"is cut off, has {len(listing.packets)} of {stream.frames} frames")
-    elif name.startswith(("mov", *DECLARES)) and (pts := listing.times()) is not None:
+            raise UnusableVideoError(
+                f"is cut off, has {len(listing.packets)} of {stream.frames} frames"
+            )
+    elif file.size < WHOLE * (declared := declared_size(file, name)):
+        raise UnusableVideoError(f"is cut off, has {file.size} of {declared} bytes")
+    elif name.startswith(DECLARES) and (pts := listing.times()) is not None:
         scale = float(stream.time_base or 0)
-        # The last frame of a file may last as long as any other, and not say so.
-        pause = scale * int(np.diff(pts).max(initial=0))
+        # The last frame may last as long as any other, and not say so.
+        pause = max(scale * int(np.diff(pts).max(initial=0)), 1 / _rate(stream))
         seconds = scale * listing.end + pause
-        claims = [(stream.duration or 0) * scale, _tagged(stream.metadata.get("DURATION", ""))]
-        own = max(claims)
         whole = (run.container.duration or 0) / 1e6
-        if len(pts) < 2 or seconds >= WHOLE * (own or whole):
-            return
-        if not name.startswith("mov"):
-            seconds = max(seconds, _end(file, name))
-            own = whole
-        if seconds < WHOLE * own:
-            raise UnusableVideoError(f"is cut off, has {seconds:.1f} of {own:.1f} seconds")
+        tagged = _tagged(stream.metadata.get("DURATION", ""))
+        if seconds < WHOLE * (tagged or whole):
+            seconds = max(seconds, _end(file, name))  # where the sound goes on, nothing is missing
+            if seconds < WHOLE * whole:
+                raise UnusableVideoError(f"is cut off, has {seconds:.1f} of {whole:.1f} seconds")
+
+
+def _rate(stream: VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _tagged(duration: str) -> float:

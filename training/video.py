@@ -25,12 +25,13 @@ from torch import Tensor
 from svitt_ops.training.decoding import Pass, fit, pixels
 from svitt_ops.training.files import MediaFile, UnusableVideoError, blame
 from svitt_ops.training.pictures import open_pictures
-from svitt_ops.training.timeline import Shown, count_frames, timelines
+from svitt_ops.training.timeline import WHOLE, Shown, count_frames, timelines
 
 __all__ = ["Choose", "UnusableVideoError", "read_frames"]
 
 Choose = Callable[[Sequence[float]], Sequence[int]]
 INTRA = 1  # FFmpeg's type of a picture that needs no other
+FEWEST = 0.5  # of the frames that a container lists: both fields of a frame may be listed
 OVERRUN = 256  # packets more than frames, after which a seek has missed
 
 
@@ -215,7 +216,7 @@ class Film:
         else:
             nearest = position if count == listed else round(position * (count - 1) / (listed - 1))
             exact = count == listed
-        if not exact and (shown.damaged or count < listed / 2):
+        if not exact and count < listed * (WHOLE if shown.damaged else FEWEST):
             raise UnusableVideoError(f"frame {position} of {listed} cannot be decoded")
         return int(shown.numbers[nearest])
 
