@@ -15,9 +15,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from svitt_ops.training.files import MAX_PIXELS, MediaFile, Reader, UnusableVideoError
+from svitt_ops.training.files import MAX_FRAME_PIXELS, MediaFile, Reader, UnusableVideoError
 
 SURPLUS = 16  # packets may hold this many times what the file does, as compressed headers do
+PATIENCE = 2**31  # pixels of damaged frames
 LISTING = {"fflags": "+noparse+nofillin-genpts", "probesize": "32"}  # what the container says alone
 
 
@@ -43,17 +44,19 @@ class Pass:
         """
         self.damaged = False
         self._left = SURPLUS * file.size + 2**26
+        self._patience = PATIENCE
         self.container: InputContainer = av.open(
             Reader(file, holes),
             metadata_errors="ignore",
+            buffer_size=4096,  # what is read in vain behind each header
             # No file that this one names is opened, were it a playlist.
-            options={"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS), **options},
+            options={"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS), **options},
         )
         self.stream = _choose_stream(self.container)
         context = self.stream.codec_context
         context.thread_count = 1  # the loader's workers are the parallelism
-        context.options = {"max_pixels": str(MAX_PIXELS)}
-        if context.width * context.height > MAX_PIXELS:
+        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        if context.width * context.height > MAX_FRAME_PIXELS:
             raise UnusableVideoError(f"has frames of {context.width} x {context.height} pixels")
         self._wanted = [self.stream] if alone else list(self.container.streams)
         for other in self.container.streams:
@@ -88,11 +91,19 @@ class Pass:
             try:
                 frames = self.stream.decode(packet)
             except av.FFmpegError:
-                self.damaged = True
+                self._harm()
                 continue
             for frame in frames:
-                self.damaged |= frame.is_corrupt
+                if frame.is_corrupt:
+                    self._harm()
                 yield frame
+
+    def _harm(self) -> None:
+        """Note a damaged frame; to conceal many large ones would take hours."""
+        self.damaged = True
+        self._patience -= max(1, self.stream.codec_context.width * self.stream.codec_context.height)
+        if self._patience < 0:
+            raise UnusableVideoError("is damaged all over")
 
 
 def _choose_stream(container: InputContainer) -> VideoStream:

@@ -12,6 +12,8 @@ from types import TracebackType
 
 MAX_PIXELS = 2**27
 """Larger pictures are refused: a few bytes of a header may ask for all memory there is."""
+MAX_FRAME_PIXELS = 2**26
+"""The same for frames of videos, of which a decoder holds many."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -45,12 +47,17 @@ class MediaFile:
     """An open regular file. Names are never taken for addresses, patterns or protocols."""
 
     def __init__(self, path: str | Path) -> None:
-        mode = os.stat(path).st_mode  # first: to open a FIFO waits, to open a device may act
+        mode = os.stat(
+            os.fspath(path)
+        ).st_mode  # first: to open a FIFO waits, to open a device may act
         if not stat.S_ISREG(mode):
             raise UnusableVideoError(f"is {KINDS.get(stat.S_IFMT(mode), 'something')}, not a file")
         self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         facts = os.fstat(self._descriptor)
         self.size = facts.st_size
+        if not self.size:
+            os.close(self._descriptor)
+            raise UnusableVideoError("is empty")
         self.changed = facts.st_mtime
         self.identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 

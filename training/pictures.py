@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ ANIMATED = ("PNG", "WEBP", "AVIF")  # the pages of a TIFF or of a JPEG are no fi
 TARGA = b"TRUEVISION-XFILE.\0"  # at the end
 REDUCED = 254  # TIFF's tag of pictures that stand for others, as in a camera's raw files
 ORIENTATION = 0x0112
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # its errors are raised, too
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

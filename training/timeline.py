@@ -45,13 +45,13 @@ class Timeline:
     """Width and height of the first frame."""
     pts: np.ndarray | None
     """How the decoder is to name them; None: their numbers alone tell."""
-    packets: np.ndarray | None = None
+    packets: np.ndarray
     """int64 (packets, 2): their times and sizes in the order of the file."""
-    keys: list[tuple[int, int]] = field(default_factory=list)
+    keys: list[tuple[int, int]]
     """Time of each key frame, and the time to seek for it."""
-    doubt: int = 0
+    doubt: int
     """Frames to decode past a wanted one before its time is believed."""
-    shown: Shown | None = None
+    shown: Shown | None
     """Known once the file had to be decoded."""
 
 
@@ -100,28 +100,31 @@ def find_timeline(file: MediaFile) -> Timeline:
         scale = float(run.stream.time_base or 0)
         listing = _list_packets(file, name)
         _check_whole(file, run, listing)
-    pts = listing.times()
-    shown = None
-    if pts is None or (name == NO_TIMES and reorders):
+    pts, shown, doubt = listing.times(), None, 0
+    if pts is None or (reorders and name == NO_TIMES):
         shown = count_frames(file)
         if shown.damaged and len(shown.numbers) < WHOLE * len(listing.packets):
             raise UnusableVideoError(
                 f"only {len(shown.numbers)} of {len(listing.packets)} frames can be decoded"
             )
         pts = shown.pts
-    timeline = Timeline(
+    elif reorders == bool((np.diff(listing.pts) > 0).all()):
+        doubt = REORDERED  # unless the decoder waits in vain, these are no times
+    elif first.pts is not None:
+        pts = pts[pts >= first.pts]  # a film may begin with pictures whose reference is missing
+    keys = []
+    if pts is not None and not listing.stateful and context.pix_fmt != PALETTE:
+        both = zip(listing.pts, listing.dts, listing.keys, strict=True)
+        keys = sorted((p, p if d is None else d) for p, d, key in both if key and p is not None)
+    return Timeline(
         seconds=np.arange(len(shown.numbers)) / rate if pts is None else pts * scale,
         size=(first.width, first.height),
         pts=pts,
+        packets=np.array(listing.packets, dtype=np.int64),
+        keys=keys,
+        doubt=doubt,
         shown=shown,
     )
-    if pts is not None and not listing.stateful and context.pix_fmt != PALETTE:
-        timeline.packets = np.array(listing.packets, dtype=np.int64)
-        both = zip(listing.pts, listing.dts, listing.keys, strict=True)
-        timeline.keys = sorted((p, p if d is None else d) for p, d, key in both if key)
-    if reorders and shown is None and all(a < b for a, b in itertools.pairwise(listing.pts)):
-        timeline.doubt = REORDERED  # either no picture is reordered, or these are no times
-    return timeline
 
 
 def count_frames(file: MediaFile) -> Shown:
@@ -164,10 +167,9 @@ def _check_whole(file: MediaFile, run: Pass, listing: _Listing) -> None:
     """Refuse a file that holds less than it declares, where its format declares anything."""
     name, stream = run.container.format.name, run.stream
     if name.startswith("mov") and stream.frames:  # an AVI counts empty chunks, others guess
-        if len(listing.packets) < WHOLE * stream.frames:
-            raise UnusableVideoError(
-                f"is cut off, has {len(listing.packets)} of {stream.frames} frames"
-            )
+        count, listed = len(listing.packets), min(stream.frames, len(stream.index_entries))
+        if count < WHOLE * listed:
+            raise UnusableVideoError(f"is cut off, has {count} of {listed} frames")
     elif file.size < WHOLE * (declared := declared_size(file, name)):
         raise UnusableVideoError(f"is cut off, has {file.size} of {declared} bytes")
     elif name.startswith(DECLARES) and (pts := listing.times()) is not None:

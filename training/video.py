@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def read_frames(
     """
     if short_side is not None and short_side < 1:
         raise ValueError(f"read_frames: short_side must be at least 1, got {short_side}")
+    path = os.fspath(path)
     with blame(path):
         file = MediaFile(path)
     with file:
