@@ -88,8 +88,8 @@ def _matroska(file: MediaFile) -> Spans:
             break
         if name in (SIMPLE_BLOCK, BLOCK):
             flags = head[width + more + 3]  # behind a track number of one byte and the time
-            if head[width + more] & 0x80 and not flags & 0x06:  # one frame alone
-                if size > 4 * KEPT:
-                    spans.append((start + KEPT, min(start + size, file.size)))
+            alone = head[width + more] & 0x80 and not flags & 0x06  # not several frames laced
+            if alone and size > 4 * KEPT:
+                spans.append((start + KEPT, min(start + size, file.size)))
         position = start + size
     return [(start, end) for start, end in spans if start < end]

@@ -79,7 +79,7 @@ class Pictures:
     def _opened(self) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd tags
-            with Image.open(Reader(self._file), formats=[self._form]) as image:  # type: ignore[arg-type]
+            with Image.open(Reader(self._file), formats=[self._form]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnusableVideoError(f"has {image.width} x {image.height} pixels")
                 if self._form == "TIFF" and image.tag_v2.get(REDUCED, 0) & 1:  # type: ignore[attr-defined]
