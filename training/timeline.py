@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 
 from svitt_ops.training.decoding import LISTING, Pass
 from svitt_ops.training.files import MediaFile, UnusableVideoError
-from svitt_ops.training.payload import Spans, declared_size, payload
+from svitt_ops.training.payload import UNKNOWN, Spans, declared_size, payload
 
 WHOLE = 0.95  # a file with less of what it declares is cut off
 REORDERED = 32  # places that a picture may be decoded before or behind its turn
@@ -49,8 +49,8 @@ class Timeline:
     """How the decoder is to name them; None: their numbers alone tell."""
     packets: np.ndarray
     """int64 (packets, 2): their times and sizes in the order of the file."""
-    keys: list[tuple[int, int]]
-    """Time of each key frame, and the time to seek for it."""
+    keys: np.ndarray
+    """int64 (key frames, 2): their times, ascending, and the times to seek for them."""
     doubt: int
     """Frames to decode past a wanted one before its time is believed."""
     shown: Shown | None
@@ -129,7 +129,7 @@ def find_timeline(file: MediaFile) -> Timeline:
         seconds = np.arange(len(shown.numbers)) / rate if pts is None else pts * scale
     else:
         seconds = pts * scale
-    keys = []
+    keys: list[tuple[int, int]] = []
     if pts is not None and not listing.stateful and context.pix_fmt != PALETTE:
         both = zip(listing.pts, listing.dts, listing.keys, strict=True)
         keys = sorted((p, p if d is None else d) for p, d, key in both if key and p is not None)
@@ -138,7 +138,7 @@ def find_timeline(file: MediaFile) -> Timeline:
         size=(first.width, first.height),
         pts=pts,
         packets=np.array(listing.packets, dtype=np.int64),
-        keys=keys,
+        keys=np.array(keys, dtype=np.int64).reshape(-1, 2),
         doubt=doubt,
         shown=shown,
     )
@@ -194,7 +194,8 @@ def _check_whole(file: MediaFile, run: Pass, listing: _Listing) -> None:
         # The last frame may last as long as any other, and not say so.
         pause = max(scale * int(np.diff(pts).max(initial=0)), 1 / _rate(stream))
         seconds = scale * listing.end + pause
-        whole = (run.container.duration or 0) / 1e6
+        known = (stream.duration or 0) < UNKNOWN
+        whole = (run.container.duration or 0) / 1e6 * known
         tagged = _tagged(stream.metadata.get("DURATION", ""))
         if seconds < WHOLE * (tagged or whole):
             seconds = max(seconds, _end(file, name))  # where the sound goes on, nothing is missing

@@ -3,7 +3,7 @@
 # Made once, with FFmpeg 5.1.9 and MEncoder 1.5 of Debian 12; the tests read what is committed.
 set -eu
 cd "$(dirname "$0")"
-source="testsrc2=size=160x120:rate=25:duration=1.92,noise=alls=12:allf=t:all_seed=7"
+source="testsrc2=size=160x120:rate=25:duration=1.92,noise=c0s=12:c0f=t:all_seed=7"
 
 # Packed B-frames: two pictures in a chunk, then an empty one, and times that contradict the order.
 ffmpeg -v error -y -f lavfi -i "$source" -c:v rawvideo -pix_fmt yuv420p raw.tmp.avi

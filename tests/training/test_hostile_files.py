@@ -1,5 +1,6 @@
 """What a user's folder may hold: no name, kind or content of a file does more than be refused."""
 
+import errno
 import os
 import random
 import socket
@@ -13,10 +14,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from svitt_ops.training.annotations import Entry
 from svitt_ops.training.datasets import ClipSpec, FrameReader, PairDataset, SkipLog
+from svitt_ops.training.files import MediaFile
 from svitt_ops.training.gallery import GalleryClips, build_gallery
+from svitt_ops.training.timeline import timelines
 from svitt_ops.training.video import UnusableVideoError, read_frames
 
 GOOD = Path(__file__).parents[1] / "data" / "theora.ogv"
@@ -217,6 +221,49 @@ def test_an_error_of_any_type_is_that_of_the_file(monkeypatch: pytest.MonkeyPatc
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["theora.ogv", "packed_xvid.avi", "a.mkv", "a.mp4", "a.png"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_disk_that_fails_and_a_stop_are_no_end_of_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException
+) -> None:
+    path = GOOD.with_name(name)
+    if name == "a.png":
+        path = tmp_path / name
+        Image.fromarray(np.random.default_rng(0).integers(0, 99, (99, 99, 3), np.uint8)).save(path)
+    elif name.startswith("a."):
+        path = tmp_path / name
+        with (
+            av.open(str(path), "w") as out,
+            av.open(str(GOOD.with_name("packed_xvid.avi"))) as given,
+        ):
+            stream = out.add_stream_from_template(given.streams.video[0])
+            for packet in given.demux(video=0):
+                if packet.size and packet.dts is not None:
+                    packet.pts = packet.dts
+                    packet.stream = stream
+                    out.mux(packet)
+    plain = MediaFile.read
+    calls = 0
+    last = 0
+
+    def read(self: MediaFile, offset: int, count: int) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise error
+        return plain(self, offset, count)
+
+    monkeypatch.setattr(MediaFile, "read", read)
+    read_frames(path, lambda times: [len(times) // 2])
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UnusableVideoError
+    for last in range(1, calls, max(1, calls // 20)):  # noqa: B007
+        calls = 0
+        timelines._known.clear()
+        with pytest.raises(expected):
+            read_frames(path, lambda times: [len(times) // 2])
+
+
+@pytest.mark.timeout(900)  # the machine may be busy
 def test_a_hundred_mutated_files() -> None:
     done = subprocess.run(
         [sys.executable, str(FUZZ), "--count", "100"], capture_output=True, text=True, check=False
@@ -225,6 +272,7 @@ def test_a_hundred_mutated_files() -> None:
     assert ", 0 that must not be" in done.stdout
 
 
+@pytest.mark.timeout(900)
 def test_fuzzing_notices(tmp_path: Path) -> None:
     """A crash, a loop, an error of another type: each would be counted."""
     program = tmp_path / "fuzz.py"
