@@ -229,7 +229,10 @@ def test_turned_videos(tmp_path: Path) -> None:
                 frame = av.VideoFrame.from_ndarray(photo()[:96, :160].copy(), format="rgb24")
                 out.mux(stream.encode(frame))
             out.mux(stream.encode())
-        assert torch.equal(read_frames(path), torch.rot90(read_frames(flat), turn // 90, (2, 3)))
+        expected = torch.rot90(read_frames(flat), turn // 90, (2, 3))
+        frames = read_frames(path)
+        assert frames.shape == expected.shape
+        assert (frames.float() - expected).abs().mean() < 3  # x264 may encode otherwise each time
 
 
 def test_what_is_no_picture_says_so(tmp_path: Path) -> None:
