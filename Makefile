@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check asan isa-check wheel-check clean
+  cuda-check asan isa-check wheel-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -101,6 +101,17 @@ wheel-check: .venv/installed
 	  "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
 	mkdir build/wheel/outside
 	cd build/wheel/outside && ../venv/bin/svitt info && ../venv/bin/python $(CURDIR)/tests/smoke.py
+
+# Every documented command, in an environment that has the wheel and its extra `train` alone.
+guides: .venv/installed
+	rm -rf build/guides
+	$(BIN)/python setup.py -q sdist --dist-dir build/guides
+	$(PIP) wheel -q --no-build-isolation --no-deps --wheel-dir build/guides build/guides/*.tar.gz
+	$(PYTHON) -m venv build/guides/venv
+	build/guides/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt '$(TORCH)'
+	build/guides/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  "$$(echo build/guides/*.whl)[train]"
+	build/guides/venv/bin/python tests/guides build/guides/venv/bin build/guides/reader
 
 clean:
 	rm -rf .venv build dist *.egg-info svitt_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,14 +24,15 @@ Picture = NDArray[np.uint8]
 
 
 def write_corpus(folder: Path) -> None:
-    """`videos/` with `my.json` and `test.json` beside it, `photos/` with `photos.json`."""
+    """`videos/` with `my.json` beside it, `pictures/` with `pictures.json`."""
     rng = np.random.default_rng(0)
     (folder / "videos").mkdir(parents=True)
-    (folder / "photos").mkdir()
+    (folder / "pictures").mkdir()
     films = []
     for number in range(FILMS):
         colour, shape, way = _scene(number)
         name = f"holiday {number:02}.mp4" if number % 2 else f"Café_{number:02}.MP4"
+        name = name if number else "clip.mp4"
         _film(folder / "videos" / name, rng, colour, shape, way)
         films.append({"video": name, "caption": f"A {colour} {shape} moves {way}, slowly."})
     films[0]["caption"] = [films[0]["caption"], "Something crosses the picture."]
@@ -40,15 +41,16 @@ def write_corpus(folder: Path) -> None:
     (folder / "videos" / broken["video"]).write_bytes(whole[: len(whole) // 3])
     missing = {"video": "deleted.mp4", "caption": "A film that is not there any more."}
     _write(folder / "my.json", [*films, broken, missing])
-    _write(folder / "test.json", films)
     photos = []
     for number in range(PHOTOS):
         colour, shape, _ = _scene(number)
         name = f"DSC_{number:04}.JPG"
-        picture = _with_shape(_texture(rng, HEIGHT, WIDTH), colour, shape, (WIDTH // 2, HEIGHT // 2))
-        Image.fromarray(_noisy(rng, picture)).save(folder / "photos" / name, "JPEG", quality=90)
+        picture = _with_shape(
+            _texture(rng, HEIGHT, WIDTH), colour, shape, (WIDTH // 2, HEIGHT // 2)
+        )
+        Image.fromarray(_noisy(rng, picture)).save(folder / "pictures" / name, "JPEG", quality=90)
         photos.append({"image": name, "caption": f"a photo of a {colour} {shape}"})
-    _write(folder / "photos.json", photos)
+    _write(folder / "pictures.json", photos)
 
 
 def _scene(number: int) -> tuple[str, str, str]:
@@ -65,7 +67,9 @@ def _film(path: Path, rng: np.random.Generator, colour: str, shape: str, way: st
     ground = _texture(rng, HEIGHT, WIDTH + pan * frames)
     dx, dy = WAYS[way]
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "crf": "20"})
+        stream = container.add_stream(
+            "libx264", rate=RATE, options={"preset": "veryfast", "crf": "20"}
+        )
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for number in range(frames):
             away = 6 * (number - frames // 2)
