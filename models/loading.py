@@ -6,6 +6,7 @@ must agree with it, and a difference is one line that names the field and both v
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,11 @@ def load_folder(
     wanted.check()
     lenient = options.pop("ignore_mismatched_sizes", False)
     if not lenient:
-        check_fixed(who, {field: getattr(stored, field) for field in FIXED}, wanted, source)
-    own = type(wanted)(**wanted.to_dict())
+        fixed = list(FIXED)
+        if not (stored.layer_scale_init_value and wanted.layer_scale_init_value):
+            fixed.append("layer_scale_init_value")  # 0 leaves the scales out
+        check_fixed(who, {field: getattr(stored, field) for field in fixed}, wanted, source)
+    own = copy.deepcopy(wanted)
     own.image_size, own.num_frames = stored.image_size, stored.num_frames
     as_asked = options.pop("output_loading_info", False)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
