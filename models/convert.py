@@ -273,6 +273,8 @@ def _read_transformers(
     wanted = kind.config_class.model_type
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
+        if not raw:
+            raise OSError("there is no config.json")
         if raw.get("model_type") != wanted:
             raise ValueError(
                 f"{who}: source must be the folder of a model of type {wanted!r}, "
