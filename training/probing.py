@@ -84,9 +84,7 @@ def pair_accuracy(
         clips = GalleryClips(
             gallery, model.config.num_frames, order=order, seed=draw, short_side=short_side
         )
-        encoded, unusable, _ = encode_gallery_videos(
-            model, clips, keep_states=False, resize=resize
-        )
+        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False, resize=resize)
         if unusable:
             raise ValueError(f"pairs: video {gallery.videos[unusable[0]]} cannot be read")
         right.append(pair_choices(texts @ encoded.embeds.T, pairs.to(texts.device)))
