@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from svitt_ops.models.configuration import SViTTConfig
+from svitt_ops.models.configuration import LOSSES, SViTTConfig
 from svitt_ops.models.expansion import bias_table_grids, resize_bias_table
 from svitt_ops.models.key_maps import (
     BEIT,
@@ -112,11 +112,13 @@ def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTF
         for loss, head in (("vtm", "match_head."), ("mlm", "token_head."))
         if not any(name.startswith(head) for name in named)
     ]
-    weights = config.loss_weights | dict.fromkeys(lost, 0)
-    changes = {"num_frames": frames, "loss_weights": weights}
+    weights = {name: config.loss_weights.get(name, 1) for name in LOSSES}
+    changes: dict[str, Any] = {"num_frames": frames}
+    if any(weights[name] for name in LOSSES if name not in lost):
+        changes["loss_weights"] = weights | dict.fromkeys(lost, 0)
     model = SViTTForPreTraining(type(config)(**{**config.to_dict(), **changes}))
     found = convert_into(model, tensors, OFFICIAL_CHECKPOINT, frames=frames)
-    check_share(who, len(found.missing), len(model.state_dict()), path)
+    check_share(who, len(found.loaded), len(found.missing), path)
     found.report(path)
     return model.eval()
 
@@ -141,9 +143,7 @@ def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
     shown = sizes(renamed(tensors, rules)) | {"num_attention_heads": heads}
     check_fixed("load_beit", shown, model.config, _name(source))
     found = convert_into(model, tensors, rules, parts=("video.", "pooler_"), frames=1)
-    check_share(
-        "load_beit", len(found.missing), len(found.loaded) + len(found.missing), _name(source)
-    )
+    check_share("load_beit", len(found.loaded), len(found.missing), _name(source))
     found.report("BEiT")
     return found
 
@@ -169,7 +169,7 @@ def load_bert(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
     found = convert_into(model, tensors, rules, parts=("text.", "fusion.", "token_head."))
     expected = tuple(name for name in found.missing if "cross_" not in name)
     told = replace(found, missing=expected)
-    check_share("load_bert", len(told.missing), len(told.loaded) + len(told.missing), _name(source))
+    check_share("load_bert", len(told.loaded), len(told.missing), _name(source))
     told.report("BERT")
     return found
 
@@ -249,7 +249,7 @@ def _geometry(
     files hold an index beside it, with a row for every patch. Without one, the model's own grid is
     meant where it fits, else the largest that does.
     """
-    found = bias_table_grids(table.shape[0])
+    found = bias_table_grids(table.shape[0]) if table.dim() == 2 else []
     index = next((v for k, v in tensors.items() if k.endswith("relative_position_index")), None)
     if frames is not None:
         found = [(t, g) for t, g in found if t == frames]
@@ -258,8 +258,8 @@ def _geometry(
     own = [(t, g) for t, g in found if g == grid_size]
     if not found:
         raise ValueError(
-            f"convert: a relative position bias table must have the rows of "
-            f"{frames or 'some'} frames of square pictures, got {table.shape[0]}"
+            f"convert: a relative position bias table must be (rows, heads) of "
+            f"{frames or 'some'} frames of square pictures, got {tuple(table.shape)}"
         )
     return (own or found)[0]
 

@@ -144,7 +144,7 @@ def load_folder(
         )
     names = list(model.state_dict())
     missing = [name for name in names if name in info["missing_keys"]]
-    check_share(who, len(missing), len(names), source)
+    check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)
     check_finite(f"{who}: {source}", model.named_parameters())
@@ -155,12 +155,12 @@ def load_folder(
     return (model, info) if as_asked else model
 
 
-def check_share(who: str, missing: int, total: int, source: object) -> None:
+def check_share(who: str, loaded: int, missing: int, source: object) -> None:
     """Refuse weights that more than half of a model's tensors are missing from."""
-    if missing > total / 2:
+    if missing > loaded:
         raise ValueError(
             f"{who}: {source} must hold the weights of such a model, "
-            f"got {total - missing} of its {total} tensors"
+            f"got {loaded} of its {loaded + missing} tensors"
         )
 
 

@@ -123,7 +123,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"read_tensors: {path} must hold tensors by name, got none")
     for name, value in tensors.items():
-        if value.is_sparse or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise ValueError(
                 f"read_tensors: {name} in {path} must be as large as what the file holds of it, "
                 f"got shape {tuple(value.shape)}"
