@@ -45,6 +45,12 @@ from svitt_ops.models.unpickling import read_tensors
 
 log = logging.getLogger(__name__)
 
+RELEASED = {
+    "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
+    "bert": "google-bert/bert-base-uncased",
+}
+"""What the paper starts from, by type of model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
@@ -282,10 +288,11 @@ def _read_transformers(
             )
         found, info = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:
+        advice = "" if Path(source).exists() else f"; get one by: hf download {RELEASED[wanted]}"
         raise ValueError(
             f"{who}: source must be the folder of a {wanted} model, with config.json and "
             f"model.safetensors, or the name of a downloaded one, got {str(source)!r} "
-            f"({first_line(error)})"
+            f"({first_line(error)}){advice}"
         ) from error
     tensors = found.state_dict()
     absent = info["missing_keys"]  # they hold random values

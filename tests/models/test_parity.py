@@ -194,7 +194,7 @@ def test_folders_that_are_not_such_a_model(make_config: MakeConfig, tmp_path: Pa
         ("beit", "bert", "must be the folder of a model of type 'beit', got 'bert' in"),
         ("bert", "beit", "must be the folder of a model of type 'bert', got 'beit' in"),
         ("bert", "empty", "must be the folder of a bert model"),
-        ("beit", "none", "must be the folder of a beit model"),
+        ("beit", "none", "must be the folder of a beit model, .*; get one by: hf download micro"),
         ("bert", "no weights", "must be the folder of a bert model"),
         ("beit", "damaged", "must be the folder of a beit model"),
     ]
