@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -37,6 +36,7 @@ from svitt_ops.models.loading import (
     check_fixed,
     check_share,
     first_line,
+    of_safetensors,
     say_left_out,
     say_missing,
 )
@@ -287,7 +287,9 @@ def _read_transformers(
                 f"got {raw.get('model_type')!r} in {source}"
             )
         found, info = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not (isinstance(error, OSError | RuntimeError) or of_safetensors(error)):
+            raise
         advice = "" if Path(source).exists() else f"; get one by: hf download {RELEASED[wanted]}"
         raise ValueError(
             f"{who}: source must be the folder of a {wanted} model, with config.json and "

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -133,7 +132,9 @@ def load_folder(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = load(source, config=own, **options)
-    except SafetensorError as error:
+    except Exception as error:
+        if not of_safetensors(error):
+            raise
         raise ValueError(
             f"{who}: the weights in {source} cannot be read: {first_line(error)}"
         ) from error
@@ -162,6 +163,11 @@ def check_share(who: str, loaded: int, missing: int, source: object) -> None:
             f"{who}: {source} must hold the weights of such a model, "
             f"got {loaded} of its {loaded + missing} tensors"
         )
+
+
+def of_safetensors(error: BaseException) -> bool:
+    """Whether safetensors, which only transformers imports here, found a file damaged."""
+    return type(error).__name__ == "SafetensorError"
 
 
 def first_line(error: BaseException) -> str:
