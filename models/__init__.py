@@ -2,7 +2,7 @@
 
 from svitt_ops.models import convert
 from svitt_ops.models.configuration import FrozenConfig, SViTTConfig
-from svitt_ops.models.expansion import expand_frames
+from svitt_ops.models.expansion import change_image_size, expand_frames
 from svitt_ops.models.frozen import FrozenForRetrieval
 from svitt_ops.models.outputs import (
     FusionOutput,
@@ -26,6 +26,7 @@ __all__ = [
     "SparsityRow",
     "TextOutput",
     "VideoOutput",
+    "change_image_size",
     "convert",
     "edge_count",
     "expand_frames",

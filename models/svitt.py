@@ -5,6 +5,8 @@ Source: SViTT (CVPR 2023); the losses are ALBEF's (NeurIPS 2021) without momentu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
 from svitt_ops.models.layers import Residual
+from svitt_ops.models.loading import load_folder
 from svitt_ops.models.outputs import (
     FusionOutput,
     SViTTPreTrainingOutput,
@@ -45,6 +48,24 @@ class TwoTowers(PreTrainedModel):
         self.text = TextTower(config)
         self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', where weights of another resolution or of other frames are resized.
+
+        So ``from_pretrained(folder, image_size=384, num_frames=8)`` works from any of them; see
+        `change_image_size` and `expand_frames`.
+
+        Raises:
+            ValueError: another field of the configuration is not that of the weights, or the
+                weights are damaged, not finite, or of another model.
+        """
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None or args:
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return load_folder(load, cls, pretrained_model_name_or_path, config, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the text's tokens."""

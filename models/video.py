@@ -164,7 +164,7 @@ class VideoTower(nn.Module):
         grid = (frames, self.config.grid_size, self.config.grid_size)
         device = torch.device("cpu")  # also where the default device is "meta"
         with device:
-            order = token_order(self.config.token_order, grid)
+            order = token_order(self.config.token_order, grid, compat=self.config.compat)
             return order, so.position_codes(grid, device=device)[order]
 
     def _layout(

@@ -93,7 +93,10 @@ class BlockLayout:
         check_count(op, "num_random", num_random)
         blocks = -(-num_tokens // block_size)
         noise_device = device if generator is None else generator.device
-        noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
+        if num_random:
+            noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
+        else:  # nothing is drawn, so that the generator stays where it is
+            noise = torch.zeros(blocks, blocks, device=noise_device)
         if generator is not None and device is not None:
             noise = noise.to(device)
         drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from svitt_ops.training.checkpoints import model_folder
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import ClipSpec, PairDataset
 from svitt_ops.training.recipes import Corpus, Data, Recipe
-from svitt_ops.training.text import load_tokenizer, train_tokenizer
+from svitt_ops.training.text import append_sep, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTConfig, SViTTForPreTraining
@@ -54,7 +55,17 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
 
 
 def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer, train it, or take that of the weights it starts from."""
+    """Load the recipe's tokenizer, train it, or take that of the weights it starts from.
+
+    Texts for an official file end without [SEP], unless the recipe says otherwise.
+    """
+    tokenizer, append = _find_tokenizer(recipe, entries), recipe.tokenizer.append_sep
+    if append is None and recipe.init.checkpoint and Path(recipe.init.checkpoint).is_file():
+        append = False
+    return tokenizer if append is None else append_sep(tokenizer, append)
+
+
+def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
     wanted = recipe.tokenizer
     if wanted.train_vocab_size:
         captions = [caption for entry in entries for caption in entry.captions]
@@ -76,7 +87,7 @@ def build_dataset(recipe: Recipe, entries: Sequence[Entry], num_frames: int) -> 
         num_frames=num_frames,
         mode=data.sampling,
         official=data.official_sampling,
-        short_side=data.short_side,
+        short_side=None if data.resize == "official" else data.short_side,
         cache=data.cache,
     )
     return PairDataset(entries, spec, seed=recipe.seed, positives=data.positives)
@@ -101,7 +112,8 @@ def build_collator(
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForPreTraining:
     """The model, from the weights that the recipe starts from.
 
-    Frames of an earlier stage are expanded to those of this one.
+    Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
+    interpolated.
     """
     from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
 
@@ -117,25 +129,41 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
     start = recipe.init.checkpoint
     if start is None:
         model = SViTTForPreTraining(SViTTConfig(**changes, **text))
-        if recipe.init.beit:
-            convert.load_beit(model, recipe.init.beit)
-        if recipe.init.bert:
-            convert.load_bert(model, recipe.init.bert)
+        for key, load in (("beit", convert.load_beit), ("bert", convert.load_bert)):
+            source = getattr(recipe.init, key)
+            if source:
+                with _named(f"init.{key}"):
+                    load(model, source)
         return model
-    num_frames = changes.pop("num_frames", None)
     if Path(start).is_file():
-        model = convert.load_official(start, SViTTConfig(**changes, **text))
-    else:
+        config = SViTTConfig(**changes, **text)
+        with _named("init.checkpoint"):
+            model = convert.load_official(start, config)
+        # A head that is missing there starts from random weights, to be trained.
+        model.config.loss_weights = config.loss_weights
+        frames = changes.get("num_frames", model.config.num_frames)
+        return model if frames == model.config.num_frames else expand_frames(model, frames)
+    with _named("init.checkpoint"):
         folder = model_folder(start)
         config = SViTTConfig.from_pretrained(folder)
-        if config.vocab_size != len(tokenizer):
-            raise ValueError(
-                f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
-                f" init.checkpoint, got {len(tokenizer)}"
-            )
-        for key, value in changes.items():
-            setattr(config, key, value)
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
+            f" init.checkpoint, got {len(tokenizer)}"
+        )
+    for key, value in changes.items():
+        setattr(config, key, value)
+    config.check()
+    with _named("init.checkpoint"):
         model = SViTTForPreTraining.from_pretrained(folder, config=config)
-    if num_frames is not None and num_frames != model.config.num_frames:
-        model = expand_frames(model, num_frames)
     return model
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name the recipe's key in the error about what it says."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"recipe: {key}: {line}") from error

@@ -54,7 +54,7 @@ class Collator:
         return batch
 
     def _mask(self, ids: Tensor, attended: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """BERT's masking: 80 % [MASK], 10 % another token, 10 % kept; [CLS] and padding never."""
+        """BERT's masking: 80 % [MASK], 10 % another token, 10 % kept; special tokens never."""
         rows = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
@@ -62,8 +62,8 @@ class Collator:
             draws = torch.rand(3, self.text_length, generator=generator)
             rows.append(draws[:, : ids.shape[1]])
         chosen, how, other = torch.stack(rows, dim=1)
-        masked = (chosen < self.mask_probability) & attended.bool()
-        masked &= ids != self.tokenizer.cls_token_id
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        masked = (chosen < self.mask_probability) & attended.bool() & ~special
         replaced = torch.where(how < 0.8, self.tokenizer.mask_token_id, ids)
         random_ids = (other * len(self.tokenizer)).long()
         replaced = torch.where(how >= 0.9, random_ids, replaced)

@@ -41,6 +41,7 @@ def find_survivors(
     caption: str,
     *,
     text_length: int = 32,
+    resize: str = "antialias",
 ) -> Survivors:
     """Run a clip and its caption, and note which patches survive.
 
@@ -50,11 +51,12 @@ def find_survivors(
         frames: uint8 (frames, 3, height, width).
         caption: what the multimodal pruning looks for.
         text_length: longest text, in tokens.
+        resize: as in `to_pixel_values`.
     """
     model.eval()
     config = model.config
     device = next(model.parameters()).device
-    pixels = to_pixel_values(frames[None].to(device), config.image_size)
+    pixels = to_pixel_values(frames[None].to(device), config.image_size, resize=resize)
     video = model.encode_video(pixels)
     ids, mask = (
         t.to(device) for t in encode_texts(tokenizer, [caption], text_length, "longest").values()

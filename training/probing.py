@@ -60,6 +60,7 @@ def pair_accuracy(
     draws: int = 1,
     text_length: int = 32,
     short_side: int | None = None,
+    resize: str = "antialias",
 ) -> float:
     """Share of right choices between a video's own text and its minimal pair's, in percent.
 
@@ -74,6 +75,7 @@ def pair_accuracy(
         draws: how often to draw a "shuffled" order; the mean is returned.
         text_length: longest text, in tokens.
         short_side: as in `ClipSpec`.
+        resize: as in `to_pixel_values`.
     """
     model.eval()
     texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length).embeds
@@ -82,7 +84,7 @@ def pair_accuracy(
         clips = GalleryClips(
             gallery, model.config.num_frames, order=order, seed=draw, short_side=short_side
         )
-        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False)
+        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False, resize=resize)
         if unusable:
             raise ValueError(f"pairs: video {gallery.videos[unusable[0]]} cannot be read")
         right.append(pair_choices(texts @ encoded.embeds.T, pairs.to(texts.device)))

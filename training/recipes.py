@@ -11,6 +11,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+RESIZES = ("antialias", "official")
+
 
 @dataclass
 class Corpus:
@@ -40,12 +42,15 @@ class Init:
 
 @dataclass
 class TokenizerRecipe:
-    """Exactly one of the two; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
+    """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
 
     name: str | None = None
     """Folder, or name of a downloaded Hugging Face tokenizer."""
     train_vocab_size: int | None = None
     """Train WordPiece on the captions, with at most so many pieces."""
+    append_sep: bool | None = None
+    """Whether texts end with [SEP]; default: as the tokenizer has it, and not where
+    `init.checkpoint` is an official file, whose texts did not."""
 
 
 @dataclass
@@ -69,6 +74,9 @@ class Data:
     """Share of the picture that a random crop keeps."""
     flip: bool = True
     """Mirror half of the clips."""
+    resize: str = "antialias"
+    """How pictures are made smaller: "antialias", or "official": as the released SViTT does,
+    bicubic without antialiasing, rounded to whole numbers, from frames decoded at full size."""
     positives: str = "video"
     """Pairs with the same "video" or "caption" are positives of each other."""
     keep_together: str | None = None
@@ -218,6 +226,7 @@ def _check_values(recipe: Recipe) -> None:
         ("run.precision", run.precision, ("bf16", "fp32")),
         ("data.pad_to", data.pad_to, ("longest", "max")),
         ("data.positives", data.positives, ("video", "caption")),
+        ("data.resize", data.resize, RESIZES),
     ]
     for corpus in data.train:
         choices.append(("data corpus kind", corpus.kind, ("video", "image")))

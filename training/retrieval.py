@@ -91,6 +91,7 @@ def encode_gallery_videos(
     workers: int = 0,
     keep_states: bool = True,
     progress: Progress | None = None,
+    resize: str = "antialias",
 ) -> tuple[EncodedVideos, list[int], SkipLog]:
     """Embeddings and states of a gallery's videos; the numbers of those that cannot be read."""
     device = next(model.parameters()).device
@@ -112,7 +113,8 @@ def encode_gallery_videos(
         on_device = (
             frames.to(device) if isinstance(frames, Tensor) else [f.to(device) for f in frames]
         )
-        output = model.encode_video(to_pixel_values(on_device, model.config.image_size))
+        pixels = to_pixel_values(on_device, model.config.image_size, resize=resize)
+        output = model.encode_video(pixels)
         per_video = (len(read) - sum(clip.frames is None for clip in read), -1)
         embeds.append(output.embeds.float().unflatten(0, per_video).mean(1))
         if keep_states:
@@ -134,6 +136,7 @@ def retrieval(
     bf16: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
+    resize: str = "antialias",
 ) -> dict[str, Any]:
     """Evaluate retrieval in both directions.
 
@@ -147,6 +150,7 @@ def retrieval(
         bf16: run under autocast.
         workers: processes that decode.
         progress: wraps the loops, such as tqdm; called with the iterable and desc=.
+        resize: as in `to_pixel_values`.
 
     Returns:
         Percentages `text_to_video` and `video_to_text`, each {"R1", "R5", "R10", "mean"},
@@ -169,6 +173,7 @@ def retrieval(
                 workers=workers,
                 keep_states=rerank,
                 progress=progress,
+                resize=resize,
             )
             gallery = clips.gallery.without(unusable)
             texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length)

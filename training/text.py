@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -35,6 +40,47 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if getattr(tokenizer, token) is None:
             raise ValueError(f"tokenizer.name: must have a {token}, {name_or_path!r} has none")
     return tokenizer
+
+
+def append_sep(tokenizer: PreTrainedTokenizerBase, append: bool) -> PreTrainedTokenizerBase:
+    """A tokenizer whose texts end with [SEP], or with their last piece.
+
+    BERT's texts are `[CLS] ... [SEP]`; those that SViTT, Singularity, ALBEF and SIMLA were trained
+    on are `[CLS] ...`, with room for one piece more. Saving keeps it.
+
+    Raises:
+        ValueError: the tokenizer is not one of the `tokenizers` library.
+    """
+    # Imported here, as the trainer is below.
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    cls, sep = str(tokenizer.cls_token), str(tokenizer.sep_token)
+    if (tokenizer("")["input_ids"][-1:] == [tokenizer.sep_token_id]) == append:
+        return tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(
+            f"tokenizer.append_sep: must be null with a tokenizer that is not of the tokenizers"
+            f" library, got {append} with {type(tokenizer).__name__}"
+        )
+    pieces = Tokenizer.from_str(backend.to_str())
+    end = f" {sep}" if append else ""
+    pieces.post_processor = TemplateProcessing(
+        single=f"{cls} $A{end}",
+        pair=f"{cls} $A {sep} $B:1" + (f"{end}:1" if append else ""),
+        special_tokens=[(cls, tokenizer.cls_token_id), (sep, tokenizer.sep_token_id)],
+    )
+    # Not the class it was: that of BERT puts its own template back when it is loaded.
+    special = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        **{name: getattr(tokenizer, name) for name in special},
+    )
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -162,7 +162,13 @@ class PretrainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        pixels = to_pixel_values(inputs["clips"], self._size, inputs["boxes"], inputs["flips"])
+        pixels = to_pixel_values(
+            inputs["clips"],
+            self._size,
+            inputs["boxes"],
+            inputs["flips"],
+            resize=self.recipe.data.resize,
+        )
         tensors = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(pixel_values=pixels, **tensors)
         for name in LOSSES:

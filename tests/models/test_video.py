@@ -187,3 +187,30 @@ def test_curves() -> None:
         assert (places.diff(dim=1).abs().sum(0) == 1).all()  # the curve never jumps
     with pytest.raises(ValueError, match="'standard', 'morton' or 'hilbert', got 'peano'"):
         token_order("peano", (1, 2, 2))
+
+
+def test_official_curves() -> None:
+    """What the packages that the released code draws its curves with say of small grids."""
+    official = {"compat": "svitt-official"}
+    morton = [0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15]
+    assert token_order("morton", (2, 2, 4), **official).tolist() == morton
+    morton = [0, 9, 3, 12, 1, 10, 4, 13, 6, 15, 7, 16, 2, 11, 5, 14, 8, 17]
+    assert token_order("morton", (2, 3, 3), **official).tolist() == morton
+    hilbert = [0, 8, 9, 1, 5, 13, 12, 4, 7, 15, 14, 6, 2, 10, 11, 3]
+    assert token_order("hilbert", (2, 2, 4), **official).tolist() == hilbert
+    hilbert = [0, 4, 5, 1, 3, 7, 6, 2, 11, 10, 14, 15, 13, 12, 8, 9]
+    assert token_order("hilbert", (4, 2, 2), **official).tolist() == hilbert
+    for frames in (1, 4, 8, 16, 32):
+        grid = (frames, 14, 14)
+        for order in ("morton", "hilbert"):
+            ours, theirs = token_order(order, grid), token_order(order, grid, **official)
+            assert theirs.sort().values.equal(ours.sort().values)
+            longest_is_a_power = frames in (16, 32)
+            assert torch.equal(ours, theirs) == (order == "hilbert" and not longest_is_a_power)
+
+
+def test_order_of_a_model_is_that_of_its_code(make_config: MakeConfig) -> None:
+    for compat in (None, "svitt-official"):
+        model = build(make_config(token_order="morton", compat=compat))
+        wanted = token_order("morton", (4, 4, 4), compat=compat)
+        assert torch.equal(model.video.order, wanted)
