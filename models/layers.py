@@ -63,3 +63,14 @@ def random_scores(tokens: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.rand(shape, device=tokens.device)
     # Alike for all samples, so that what becomes of one does not depend on its batch.
     return torch.rand(1, shape[1], generator=generator).to(tokens.device).expand(shape)
+
+
+def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
+    """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
+    device = states.device.type
+    if not torch.amp.is_autocast_available(device):
+        return layer(states)  # type: ignore[no-any-return]
+    with torch.autocast(device, enabled=False):
+        # The dtype of the weights is fp32 unless somebody cast the model.
+        out: Tensor = layer(states.to(next(layer.parameters()).dtype))
+    return out
