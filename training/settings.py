@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svitt_ops.training.checkpoints import FINAL
+
+if TYPE_CHECKING:
+    from svitt_ops.models import SViTTForPreTraining
 
 log = logging.getLogger(__name__)
 RECIPE = "recipe.yaml"
@@ -55,13 +58,39 @@ def run_settings(folder: str | Path) -> RunSettings:
     return RunSettings(**found)
 
 
+def load_for_use(
+    path: str | Path, *, frames: int | None = None, text_length: int | None = None
+) -> tuple[SViTTForPreTraining, Any, RunSettings, Path]:
+    """A trained model for clips of so many frames, its tokenizer, how it reads, and its folder.
+
+    Args:
+        path: folder of a run or of a model.
+        frames: of a clip; another number than the model's expands it. Default: the model's.
+        text_length: tokens; default: what training chose.
+    """
+    from svitt_ops.models import expand_frames
+    from svitt_ops.training.collate import check_text_length
+    from svitt_ops.training.engine import load_trained
+
+    model, tokenizer, folder = load_trained(path)
+    settings = run_settings(folder)
+    longest = model.config.max_position_embeddings
+    if text_length is None:
+        text_length = min(settings.text_length, longest)
+    check_text_length(text_length, tokenizer, longest, "--text-length")
+    settings = replace(settings, text_length=text_length)
+    if frames is not None and frames != model.config.num_frames:
+        expand_frames(model, frames)
+    return model, tokenizer, settings, folder
+
+
 def _read_data(path: Path) -> tuple[dict[str, Any], str]:
     """The mapping `data` of a recipe, and why there is none."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         return {}, f"cannot be read as YAML ({str(error).splitlines()[0]})"
     data = content.get("data", {}) if isinstance(content, dict) else None
     return (data, "") if isinstance(data, dict) else ({}, "is no recipe")
