@@ -110,6 +110,8 @@ def encode_gallery_videos(
     Raises:
         ValueError: no video can be read, or embeddings are not finite.
     """
+    if not len(clips):
+        raise ValueError("retrieval: the gallery has no videos")
     device = next(model.parameters()).device
     skipped = SkipLog()
     usable: list[int] = []
