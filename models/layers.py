@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,8 +71,7 @@ def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
     """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
     device = states.device.type
     if not torch.amp.is_autocast_available(device):
-        return layer(states)  # type: ignore[no-any-return]
+        return cast(Tensor, layer(states))
     with torch.autocast(device, enabled=False):
         # The dtype of the weights is fp32 unless somebody cast the model.
-        out: Tensor = layer(states.to(next(layer.parameters()).dtype))
-    return out
+        return cast(Tensor, layer(states.to(next(layer.parameters()).dtype)))

@@ -304,9 +304,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         "progress": lambda items, desc: tqdm(items, desc=desc, dynamic_ncols=True),
     }
     if arguments.probe:
-        facts = probe_retrieval(
-            model, tokenizer, gallery, short_side=reading.short_side, **options
-        )
+        facts = probe_retrieval(model, tokenizer, gallery, short_side=reading.short_side, **options)
     else:
         clips = GalleryClips(
             gallery,
@@ -350,7 +348,9 @@ def _visualize(arguments: argparse.Namespace) -> int:
     captions = [clean_caption(caption) for caption in arguments.caption]
     length = reading.text_length
     if cut := count_cut(tokenizer, captions, length):
-        log.warning("--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length)
+        log.warning(
+            "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
+        )
 
     def choose(times: Sequence[float]) -> list[int]:
         return sample_positions(times, model.config.num_frames, "middle")

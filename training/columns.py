@@ -75,6 +75,16 @@ class Items(Sequence[Item]):
         """Number of the value that an item is to stay together by; -1: it stands alone."""
         self._names = Strings(names)
 
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> Items:
+        """The same items, each as an entry of its own."""
+        return cls(
+            [
+                Entry(media=(i.path,), captions=i.captions, kind=i.kind, together=i.together)
+                for i in items
+            ]
+        )
+
     def __len__(self) -> int:
         return len(self.entry)
 

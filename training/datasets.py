@@ -187,15 +187,9 @@ class GlobalBatches:
         self.rank = rank
         self.world_size = world_size
         self.start = start
-        if not isinstance(items, Items):
-            items = Items(
-                [
-                    Entry(media=(i.path,), captions=i.captions, kind=i.kind, together=i.together)
-                    for i in items
-                ]
-            )
-        self._bundles = _Bundles(items)
-        counts = np.bincount(items.is_image, minlength=2)
+        columns = items if isinstance(items, Items) else Items.of(items)
+        self._bundles = _Bundles(columns)
+        counts = np.bincount(columns.is_image, minlength=2)
         self.batches_per_epoch = int((counts // batch_size).sum())
         if not self.batches_per_epoch:
             raise ValueError(

@@ -25,8 +25,8 @@ from svitt_ops.training.build import (
 )
 from svitt_ops.training.callbacks import ProgressBar
 from svitt_ops.training.checkpoints import FINAL, last_checkpoint, model_folder, whole_folder
-from svitt_ops.training.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.checks import check_weights
+from svitt_ops.training.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.recipes import Recipe, load_recipe, recipe_text
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
 from svitt_ops.training.trainer import PretrainTrainer

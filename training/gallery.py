@@ -50,7 +50,9 @@ def build_gallery(entries: Sequence[Entry]) -> Gallery:
     group_of: dict[str, int] = {}
     name_of = FileNames()
     for entry in entries:
-        names = {name_of(path): path for path in entry.media}
+        names: dict[str, str] = {}
+        for path in entry.media:
+            names.setdefault(name_of(path), path)
         shared = {group_of[name] for name in names if name in group_of}
         group = min(shared, default=len(group_of))
         if len(shared) > 1:  # this entry joins groups

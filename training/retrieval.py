@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.augment import to_pixel_values
+from svitt_ops.training.checks import check_finite
 from svitt_ops.training.collate import count_cut, encode_texts
 from svitt_ops.training.datasets import SkipLog
-from svitt_ops.training.checks import check_finite
 from svitt_ops.training.gallery import Gallery, GalleryClips, stack_clips
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`svitt evaluate retrieval` and `svitt visualize`: what they take from training, say and refuse."""
+"""`svitt evaluate retrieval` and `svitt visualize`: what training chose, said and refused."""
 
 import json
 import math

@@ -158,9 +158,7 @@ def test_one_broken_video_is_named(trained: Any, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(model, "encode_video", fourth_is_nan)
     with pytest.raises(ValueError) as caught:
-        retrieval(
-            model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(batch_size=1)
-        )
+        retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(batch_size=1))
     assert f"1 of 8 not finite, the first: video 3 ({gallery.videos[3]})" in str(caught.value)
     calls.clear()
     with pytest.raises(ValueError, match="not finite"):
