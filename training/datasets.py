@@ -182,6 +182,7 @@ class GlobalBatches:
             raise ValueError(
                 f"batch_size: must be a multiple of the {world_size} processes, got {batch_size}"
             )
+        self.items = items
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
