@@ -310,8 +310,8 @@ def _rerank(
     match = torch.stack(rows)
     names = gallery.videos if by_video else gallery.texts
     check_finite(match, f"retrieval: match scores, {what}", lambda k: f"those of {names[k]!r}")
-    # The others keep their order, below. In fp64, since an fp32 score of 0.9 that is moved by a
-    # match score of 100 has 13 bits left, and ties.
+    # The others keep their order, below. In fp64: of the 24 bits of an fp32 score of 0.9, 17 are
+    # left beside a match score of 100, and scores that differ in the others would tie.
     match = match.double()
     below = queries.amax(1, keepdim=True) - match.amin(1, keepdim=True) + 1
     merged = (queries.double() - below).scatter(1, candidates, match)
