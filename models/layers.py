@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,3 +65,13 @@ def random_scores(tokens: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.rand(shape, device=tokens.device)
     # Alike for all samples, so that what becomes of one does not depend on its batch.
     return torch.rand(1, shape[1], generator=generator).to(tokens.device).expand(shape)
+
+
+def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
+    """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
+    device = states.device.type
+    if not torch.amp.is_autocast_available(device):
+        return cast(Tensor, layer(states))
+    with torch.autocast(device, enabled=False):
+        # The dtype of the weights is fp32 unless somebody cast the model.
+        return cast(Tensor, layer(states.to(next(layer.parameters()).dtype)))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
-from svitt_ops.models.layers import Residual
+from svitt_ops.models.layers import Residual, in_fp32
 from svitt_ops.models.loading import load_folder
 from svitt_ops.models.outputs import (
     FusionOutput,
@@ -115,7 +115,7 @@ class SViTTModel(TwoTowers):
         found = self.video(pixel_values)
         tokens = found.tokens
         pooled = tokens[:, 0] if self.config.video_pooling == "cls" else tokens[:, 1:].mean(1)
-        embeds = self.video_projection(self.pooler_norm(pooled))
+        embeds = in_fp32(self.video_projection, self.pooler_norm(pooled))
         return VideoOutput(
             embeds=F.normalize(embeds.float(), dim=-1),
             states=self.video_norm(tokens),
@@ -126,7 +126,7 @@ class SViTTModel(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        embeds = self.text_projection(states[:, 0])
+        embeds = in_fp32(self.text_projection, states[:, 0])
         return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
 
     def fuse(
@@ -197,8 +197,7 @@ class SViTTForPreTraining(SViTTModel):
     ) -> Tensor:
         """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
         fused = self.fuse(text_states, attention_mask, video_states)
-        logits: Tensor = self.match_head(fused.states[:, 0])
-        return logits
+        return in_fp32(self.match_head, fused.states[:, 0])
 
     def forward(
         self,

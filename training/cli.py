@@ -13,6 +13,7 @@ from typing import Any
 import svitt_ops
 from svitt_ops.info import collect, render
 
+log = logging.getLogger(__name__)
 DESCRIPTION = """\
 svitt-ops: sparse video-text transformers, from kernels to trained models.
 
@@ -37,6 +38,9 @@ Find videos by text and texts by video, in annotation files like those of traini
 
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --root videos
   svitt evaluate retrieval runs/svitt-4f --annotations test.json --probe
+
+R@K is the share of queries with a right answer among the first K. Candidates with the same score
+as the right answer come before it, so a model that gives everything one score finds nothing.
 """
 NO_BENCH = """\
 svitt bench: runs from a checkout of svitt-ops, whose bench/ folder is not part of an installation:
@@ -143,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="best candidates that the match head ranks anew; 0: none (default: 128)",
     )
-    found.add_argument(
-        "--text-length", type=int, default=32, help="tokens; longer texts are cut (default: 32)"
-    )
+    _add_reading(found)
     found.add_argument(
         "--probe",
         action="store_true",
@@ -174,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     visualize.add_argument(
         "--output", default="survivors.png", metavar="PNG", help="figure (default: %(default)s)"
     )
+    _add_reading(visualize)
     visualize.set_defaults(run=_visualize)
 
     sparsity = commands.add_parser(
@@ -196,6 +199,29 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="of a clip; a model of another number is expanded (default: the model's)",
+    )
+    parser.add_argument(
+        "--text-length",
+        type=int,
+        metavar="N",
+        help="tokens; longer texts are cut, and counted (default: that of training, else 32)",
+    )
+
+
+def _at_least(arguments: argparse.Namespace, **least: int) -> None:
+    for name, minimum in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: must be at least {minimum}, got {value}")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -233,18 +259,24 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _retrieval(arguments: argparse.Namespace) -> int:
+    _at_least(arguments, frames=1, text_length=1, clips=1, top_k=0, batch_size=1, workers=0)
+    if arguments.kind == "image" and (arguments.probe or arguments.clips > 1):
+        option = "--probe" if arguments.probe else "--clips"
+        raise ValueError(f"{option}: needs videos, got --kind image")
     import torch
     from tqdm.auto import tqdm
 
     from svitt_ops.training.build import read_corpora
-    from svitt_ops.training.engine import load_trained
     from svitt_ops.training.gallery import GalleryClips, build_gallery
     from svitt_ops.training.probing import probe_retrieval
     from svitt_ops.training.recipes import Corpus, Data
     from svitt_ops.training.retrieval import Evaluation, retrieval
+    from svitt_ops.training.settings import load_for_use
     from svitt_ops.training.table import render_retrieval
 
-    model, tokenizer, _ = load_trained(arguments.model)
+    model, tokenizer, reading, folder = load_for_use(
+        arguments.model, frames=arguments.frames, text_length=arguments.text_length
+    )
     if torch.cuda.is_available() and not arguments.cpu:
         model = model.to("cuda")
     corpora = [
@@ -266,50 +298,72 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     )
     options: dict[str, Any] = {
         "settings": settings,
-        "text_length": arguments.text_length,
+        "text_length": reading.text_length,
         "bf16": arguments.bf16,
         "workers": arguments.workers,
         "progress": lambda items, desc: tqdm(items, desc=desc, dynamic_ncols=True),
     }
     if arguments.probe:
-        facts = probe_retrieval(model, tokenizer, gallery, short_side=256, **options)
+        facts = probe_retrieval(model, tokenizer, gallery, short_side=reading.short_side, **options)
     else:
         clips = GalleryClips(
             gallery,
             model.config.num_frames,
             num_clips=settings.clips,
             strided=settings.strided,
-            short_side=256,
+            short_side=reading.short_side,
         )
         facts = retrieval(model, tokenizer, clips, **options)
     print(render_retrieval(facts))
     if arguments.json:
+        chosen = ("annotations", "root", "kind", "paragraph", "clips", "strided", "merge", "top_k")
+        facts["settings"] = {
+            "model": str(folder),
+            "frames": model.config.num_frames,
+            "text_length": reading.text_length,
+            "short_side": reading.short_side,
+            **{name: getattr(arguments, name) for name in (*chosen, "probe", "bf16")},
+        }
         Path(arguments.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _visualize(arguments: argparse.Namespace) -> int:
+    _at_least(arguments, frames=1, text_length=1)
     if len(arguments.caption) != len(arguments.video):
         raise ValueError(
             f"--caption: must be one for each of the {len(arguments.video)} videos,"
             f" got {len(arguments.caption)}"
         )
-    from svitt_ops.training.engine import load_trained
+    from svitt_ops.training.collate import count_cut
     from svitt_ops.training.figures import draw_survivors, find_survivors
     from svitt_ops.training.sampling import sample_positions
+    from svitt_ops.training.settings import load_for_use
     from svitt_ops.training.text import clean_caption
     from svitt_ops.training.video import read_frames
 
-    model, tokenizer, _ = load_trained(arguments.model)
+    model, tokenizer, reading, _ = load_for_use(
+        arguments.model, frames=arguments.frames, text_length=arguments.text_length
+    )
+    captions = [clean_caption(caption) for caption in arguments.caption]
+    length = reading.text_length
+    if cut := count_cut(tokenizer, captions, length):
+        log.warning(
+            "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
+        )
 
     def choose(times: Sequence[float]) -> list[int]:
         return sample_positions(times, model.config.num_frames, "middle")
 
     samples = [
         find_survivors(
-            model, tokenizer, read_frames(video, choose, short_side=256), clean_caption(caption)
+            model,
+            tokenizer,
+            read_frames(video, choose, short_side=reading.short_side),
+            caption,
+            text_length=length,
         )
-        for video, caption in zip(arguments.video, arguments.caption, strict=True)
+        for video, caption in zip(arguments.video, captions, strict=True)
     ]
     print(draw_survivors(samples, arguments.output))
     return 0

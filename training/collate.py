@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.augment import Augmentation
 from svitt_ops.training.datasets import Clip
+from svitt_ops.training.transport import Batch
 
 IGNORED = -100
 
@@ -30,7 +30,7 @@ class Collator:
     mask_probability: float = 0.0
     """Share of tokens to mask for masked language modelling; 0: none is prepared."""
 
-    def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
+    def __call__(self, clips: Sequence[Clip]) -> Batch:
         rngs = [random.Random(clip.seed) for clip in clips]
         drawn = [
             self.augmentation.draw(rng, *clip.frames.shape[-2:])
@@ -38,13 +38,13 @@ class Collator:
         ]
         frames = [clip.frames for clip in clips]
         same = len({frame.shape for frame in frames}) == 1
-        batch: dict[str, Any] = {
-            "clips": torch.stack(frames) if same else frames,
-            "boxes": [box for box, _ in drawn],
-            "flips": [flip for _, flip in drawn],
-            "pair_ids": torch.tensor([clip.pair_id for clip in clips]),
-            "skipped": [entry for clip in clips for entry in clip.skipped],
-        }
+        batch = Batch(
+            clips=torch.stack(frames) if same else frames,
+            boxes=[box for box, _ in drawn],
+            flips=[flip for _, flip in drawn],
+            pair_ids=torch.tensor([clip.pair_id for clip in clips]),
+            skipped=[entry for clip in clips for entry in clip.skipped],
+        )
         batch |= encode_texts(
             self.tokenizer, [clip.caption for clip in clips], self.text_length, self.pad_to
         )
@@ -87,3 +87,21 @@ def encode_texts(
         return_tensors="pt",
     )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def count_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], text_length: int) -> int:
+    """How many texts are longer than `text_length` tokens."""
+    lengths = encode_texts(tokenizer, texts, text_length + 1, "longest")["attention_mask"].sum(1)
+    return int((lengths > text_length).sum())
+
+
+def check_text_length(
+    text_length: int, tokenizer: PreTrainedTokenizerBase, limit: int, name: str = "text_length"
+) -> None:
+    """Refuse a length without room for a word, or with more tokens than the text tower's limit."""
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if not least <= text_length <= limit:
+        raise ValueError(
+            f"{name}: must be {least} to {limit} tokens (the model's max_position_embeddings),"
+            f" got {text_length}"
+        )

@@ -25,6 +25,7 @@ from svitt_ops.training.build import (
 )
 from svitt_ops.training.callbacks import ProgressBar
 from svitt_ops.training.checkpoints import FINAL, last_checkpoint, model_folder, whole_folder
+from svitt_ops.training.checks import check_weights
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.recipes import Recipe, load_recipe, recipe_text
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
@@ -76,6 +77,7 @@ def pretrain(
         _report_changes(output, recipe)
     model = build_model(recipe, tokenizer)
     dataset = build_dataset(recipe, entries, model.config.num_frames)
+    del entries  # or forked workers would each come to own a copy
     settings = recipe.optimizer
     if settings.batch_size % (world * settings.accumulation):
         raise ValueError(
@@ -131,7 +133,9 @@ def load_trained(path: str | Path) -> tuple[SViTTForPreTraining, Any, Path]:
 
     _quiet_transformers()
     folder = model_folder(path)
-    return SViTTForPreTraining.from_pretrained(folder), load_tokenizer(str(folder)), folder
+    model = SViTTForPreTraining.from_pretrained(folder)
+    check_weights(model, folder)
+    return model, load_tokenizer(str(folder)), folder
 
 
 def _quiet_transformers() -> None:
