@@ -233,6 +233,8 @@ def convert_into(
             )
         if target.endswith("bias.table"):
             value = resize_bias_table(value, model.config.grid_size, model.config.num_frames)
+        if target == "temperature":
+            value = value.reshape(-1)  # a scalar elsewhere
         if value.shape != state[target].shape:
             raise ValueError(
                 f"convert: {name} must have shape {tuple(state[target].shape)}, "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.annotations import Entry, read_annotations
@@ -135,7 +136,39 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
             )
         for key, value in changes.items():
             setattr(config, key, value)
+        refuse_other_shapes(config, folder, "init.checkpoint")
         model = SViTTForPreTraining.from_pretrained(folder, config=config)
     if num_frames is not None and num_frames != model.config.num_frames:
         model = expand_frames(model, num_frames)
     return model
+
+
+def refuse_other_shapes(config: SViTTConfig, folder: Path, where: str) -> None:
+    """Raise a ValueError that names the key by which a folder's weights do not fit a model."""
+    from svitt_ops.models import SViTTConfig
+
+    stored = SViTTConfig.from_pretrained(folder)
+    before = _shapes(stored)
+    if _shapes(config) == before:
+        return
+    old, new = stored.to_dict(), config.to_dict()
+    changed = [key for key in new if new[key] != old.get(key)]
+    # Alone, a key may make no model at all: then it is one of those that must change together.
+    alone = (k for k in changed if _shapes(stored, **{k: new[k]}) != before)
+    key = next(alone, changed[0])
+    raise ValueError(
+        f"recipe: model.{key} is {new[key]!r}, but {old.get(key)!r} in the weights of {where}"
+        f" ({folder})"
+    )
+
+
+def _shapes(config: SViTTConfig, **changes: Any) -> dict[str, Any] | None:
+    """Shapes of a model's weights by name, without making them; None: there is no such model."""
+    from svitt_ops.models import SViTTConfig, SViTTForPreTraining
+
+    try:
+        with torch.device("meta"):
+            model = SViTTForPreTraining(SViTTConfig(**{**config.to_dict(), **changes}))
+    except ValueError:
+        return None
+    return {name: value.shape for name, value in model.state_dict().items()}

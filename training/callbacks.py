@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from svitt_ops.training.checkpoints import write_whole
 
 
 class ProgressBar(TrainerCallback):
@@ -72,3 +76,32 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class WriteRecipe(TrainerCallback):
+    """Writes the run's recipe when training begins: whatever it goes on from has been loaded."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self.text = text
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        write_whole(self.path, self.text)
+
+
+class TensorBoard(TensorBoardCallback):
+    """Points of a run, across its resumptions.
+
+    Args:
+        folder: of the event files.
+        step: that the run goes on from. Points of later steps, of before it was killed, are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(SummaryWriter(str(folder), purge_step=step + 1))
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Bring the points to the disk with the checkpoint that a run may go on from."""
+        self.tb_writer.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,26 @@ from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.checkpoints import (
     PARTIAL,
+    RECIPE,
     keep_last,
     last_checkpoint,
     publish,
-    remove_partial,
+    set_aside,
+    writing,
 )
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import GlobalBatches, PairDataset, SkipLog
-from svitt_ops.training.recipes import Recipe
+from svitt_ops.training.finite import first_not_finite
+from svitt_ops.training.recipes import Recipe, recipe_text
 from svitt_ops.training.schedule import learning_rate_factor
+from svitt_ops.training.sharding import (
+    Sharding,
+    fit_optimizer_state,
+    gather,
+    read_sharding,
+    shard,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 LOSSES = ("loss_vtc", "loss_vtm", "loss_mlm")
@@ -39,6 +51,9 @@ class PretrainTrainer(Trainer):
     that is made of the run's seed and the step, and everything random in a clip from the clip's
     own. So a run that was killed goes on exactly as it would have, from any checkpoint, and
     processes that share a batch draw the same patterns.
+
+    A loss or gradient that is not finite ends the run before the optimizer sees it, and weights
+    that are not finite before they are saved, on all processes at once.
     """
 
     def __init__(
@@ -63,21 +78,24 @@ class PretrainTrainer(Trainer):
         self._folder: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._part = 0
+        self._sharding: Sharding | None = read_sharding(recipe)
+        self._norm: Tensor | None = None
+        self._weights: dict[str, Tensor] | None = None
+        self._moments: dict[str, Any] = {}
 
-    def train_from_last(self) -> int:
-        """Train to the end, from the newest checkpoint if there is one; the step it began at."""
-        output = self.output
+    def train_from(self, last: tuple[int, Path] | None, broken: Iterable[Path] = ()) -> None:
+        """Train to the end.
+
+        Args:
+            last: step and folder of the checkpoint to go on from; None: from the start.
+            broken: newer checkpoints, which are renamed.
+        """
+        _wait()  # until every process has looked at them
         if self.is_world_process_zero():
-            remove_partial(output)
-        _wait()
-        last = last_checkpoint(output)
-        step = 0 if last is None else last[0]
-        if last is not None and step >= self.args.max_steps:
-            self._load_from_checkpoint(str(last[1]))
-            return step
-        self.batches.start = step * self.args.gradient_accumulation_steps
+            set_aside(broken)
+        if last is not None:
+            self.batches.start = last[0] * self.args.gradient_accumulation_steps
         self.train(resume_from_checkpoint=None if last is None else str(last[1]))
-        return step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by accelerate: the sampler knows its process, and where to start.
@@ -94,11 +112,17 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
         if self.optimizer is None:
-            whole = self.model if model is None else model
-            assert whole is not None
+            target = self.model if model is None else model
+            assert target is not None
+            if self._sharding is not None:
+                # Here the weights of a checkpoint are in the model, and no optimizer has them.
+                shard(self.model, self._sharding, self.args.device)
+                self.accelerator.prepare_model(
+                    self.model, device_placement=False, evaluation_mode=True
+                )  # autocast; and what is prepared is not wrapped in DDP
             settings = self.recipe.optimizer
-            tables = {m.table for m in whole.modules() if isinstance(m, RelativePositionBias3D)}
-            wanted = [p for p in whole.parameters() if p.requires_grad]
+            tables = {m.table for m in target.modules() if isinstance(m, RelativePositionBias3D)}
+            wanted = [p for p in target.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
                 {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
                 {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
@@ -116,6 +140,7 @@ class PretrainTrainer(Trainer):
                 # One pass over all parameters, where the kernel exists: CPU and CUDA.
                 fused=self.args.device.type in ("cpu", "cuda"),
             )
+            self.optimizer.register_load_state_dict_pre_hook(fit_optimizer_state)
         return self.optimizer
 
     def create_scheduler(
@@ -147,7 +172,41 @@ class PretrainTrainer(Trainer):
         torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
         with torch.no_grad():
             self.accelerator.unwrap_model(model).clamp_temperature()
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._refuse_not_finite(self.accelerator.unwrap_model(model))
+        return loss
+
+    def _refuse_not_finite(self, model: torch.nn.Module) -> None:
+        """Stop before a step whose losses, or gradient, are not finite on any process.
+
+        Costs one read of a few numbers, for which the next batch's transfer would have waited.
+        """
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self._norm = whole(torch.nn.utils.get_total_norm(gradients))
+        name = first_not_finite([*self._sums.items(), ("the gradient", self._norm)])
+        if name is None:
+            return
+        if name not in self._sums:
+            named = ((n, p if p.grad is None else p.grad) for n, p in model.named_parameters())
+            parameter = first_not_finite(named)  # none: the sum of squares overflows
+            name = f"the gradient of {parameter}" if parameter else "the norm of the gradient"
+        self._stop(f"{name} is not finite in step {self.state.global_step + 1}")
+
+    def refuse_weights_not_finite(self) -> None:
+        """Stop if a weight is not finite on any process."""
+        name = first_not_finite(self.accelerator.unwrap_model(self.model).state_dict().items())
+        if name is not None:
+            self._stop(f"{name} is not finite after step {self.state.global_step}")
+
+    def _stop(self, what: str) -> None:
+        last = last_checkpoint(self.output)
+        kept = f"the last checkpoint is {last[1]}" if last else "no checkpoint was saved before"
+        raise ValueError(f"{what}: training stopped, {kept}; a lower optimizer.lr may help")
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Spares a second pass over the gradients where nothing is clipped.
+        return self._norm if grad_norm is None else grad_norm
 
     def _next_part(self) -> int:
         """Which of a step's accumulated batches this is."""
@@ -185,7 +244,7 @@ class PretrainTrainer(Trainer):
             self._sums = {}
             temperature = getattr(self.accelerator.unwrap_model(self.model), "temperature", None)
             if temperature is not None:
-                logs["temperature"] = temperature.item()
+                logs["temperature"] = whole(temperature.detach()).item()
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)
@@ -195,23 +254,74 @@ class PretrainTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         """Write beside the checkpoints, and rename when everything is on the disk."""
+        self.refuse_weights_not_finite()
         output = self.output
         name = f"checkpoint-{self.state.global_step}"
         partial = output / f"{PARTIAL}{name}"
         if self.is_world_process_zero() and partial.exists():
             shutil.rmtree(partial)
+        if self._sharding is not None:
+            assert self.optimizer is not None
+            self._weights = self.whole_weights()
+            self._moments = gather(self.optimizer.state_dict(), keep=self.args.should_save)
         _wait()
         self._folder = str(partial)
+        problem = ""
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(output / name):
+                super()._save_checkpoint(model, trial)
+                if self.is_world_process_zero():
+                    text = recipe_text(self.recipe)
+                    (partial / name / RECIPE).write_text(text, encoding="utf-8")
+        except ValueError as error:
+            problem = str(error)
         finally:
-            self._folder = None
-        _wait()
-        if self.is_world_process_zero():
-            publish(partial / name, output / name)
-            partial.rmdir()
-            keep_last(output, self.recipe.run.keep_checkpoints)
-        _wait()
+            self._folder, self._weights, self._moments = None, None, {}
+        self._agree(problem, partial)
+        try:
+            if self.is_world_process_zero():
+                with writing(output / name):
+                    publish(partial / name, output / name)
+                    partial.rmdir()
+                    keep_last(output, self.recipe.run.keep_checkpoints)
+        except ValueError as error:
+            problem = str(error)
+        self._agree(problem, partial)
+
+    def _agree(self, problem: str, partial: Path) -> None:
+        """Go on when every process has come here, or stop all if one has a problem."""
+        problems: list[Any] = [problem]
+        if dist.is_initialized():
+            problems = [""] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+        problem = next(filter(None, problems), "")
+        if problem:
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)
+            last = last_checkpoint(self.output)
+            raise ValueError(problem + (f"; the last checkpoint is {last[1]}" if last else ""))
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights where they are in shards, on the process that saves; None: they are not."""
+        if self._sharding is None:
+            return None
+        assert self.model is not None
+        state: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.args.should_save)
+        return state
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._weights is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, state_dict=self._weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._moments:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self._moments, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
 
 def hash_seed(*numbers: int) -> int:
