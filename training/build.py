@@ -136,14 +136,14 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
             )
         for key, value in changes.items():
             setattr(config, key, value)
-        refuse_other_shapes(config, folder, "init.checkpoint")
+        refuse_other_shapes(config, folder)
         model = SViTTForPreTraining.from_pretrained(folder, config=config)
     if num_frames is not None and num_frames != model.config.num_frames:
         model = expand_frames(model, num_frames)
     return model
 
 
-def refuse_other_shapes(config: SViTTConfig, folder: Path, where: str) -> None:
+def refuse_other_shapes(config: SViTTConfig, folder: Path) -> None:
     """Raise a ValueError that names the key by which a folder's weights do not fit a model."""
     from svitt_ops.models import SViTTConfig
 
@@ -157,8 +157,8 @@ def refuse_other_shapes(config: SViTTConfig, folder: Path, where: str) -> None:
     alone = (k for k in changed if _shapes(stored, **{k: new[k]}) != before)
     key = next(alone, changed[0])
     raise ValueError(
-        f"recipe: model.{key} is {new[key]!r}, but {old.get(key)!r} in the weights of {where}"
-        f" ({folder})"
+        f"recipe: model.{key} must be {old.get(key)!r} as in the weights of {folder},"
+        f" got {new[key]!r}"
     )
 
 

@@ -167,7 +167,7 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def keep_last(output: Path, count: int) -> None:
-    """Delete all checkpoints but the newest ones."""
+    """Delete all checkpoints but the newest ones; 0 keeps all."""
     for _, path in checkpoints(output)[:-count]:
         doomed = path.with_name(f"{PARTIAL}old-{path.name}")
         path.rename(doomed)  # so that it never looks whole while it is not

@@ -27,6 +27,7 @@ from svitt_ops.training.build import (
 from svitt_ops.training.callbacks import ProgressBar, TensorBoard, WriteRecipe
 from svitt_ops.training.changes import report_changes
 from svitt_ops.training.checkpoints import (
+    BROKEN,
     FINAL,
     RECIPE,
     model_folder,
@@ -37,7 +38,7 @@ from svitt_ops.training.checkpoints import (
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.lock import own_folder
 from svitt_ops.training.recipes import Recipe, recipe_text
-from svitt_ops.training.sharding import KEYS
+from svitt_ops.training.sharding import KEYS, read_sharding
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
 from svitt_ops.training.trainer import PretrainTrainer
 
@@ -87,6 +88,7 @@ def _pretrain(
 ) -> Trained:
     world = int(os.environ.get("WORLD_SIZE", 1))
     settings = recipe.optimizer
+    read_sharding(recipe)  # refused before anything is read
     set_seed(recipe.seed)  # the initial weights, on every process
     resumed, broken = newest_whole(output)
     if resumed is not None and settings.steps and resumed[0] >= settings.steps:
@@ -98,7 +100,7 @@ def _pretrain(
     else:
         tokenizer = load_tokenizer(str(resumed[1]))
         model = build_model(recipe, tokenizer)
-        refuse_other_shapes(model.config, resumed[1], "this run; choose another output")
+        refuse_other_shapes(model.config, resumed[1])
     dataset = build_dataset(recipe, entries, model.config.num_frames)
     if settings.batch_size % (world * settings.accumulation):
         raise ValueError(
@@ -118,7 +120,8 @@ def _pretrain(
     if resumed is not None and rank == 0:
         report_changes(output / RECIPE, recipe)
         for path, reason in broken.items():
-            log.warning("%s: %s; going on from %s", path, reason, resumed[1].name)
+            text = "%s: %s; going on from %s, and it is renamed to %s"
+            log.warning(text, path, reason, resumed[1].name, f"{BROKEN}{path.name}")
     arguments = _arguments(recipe, world, steps, model)
     trainer = PretrainTrainer(
         model,

@@ -6,6 +6,7 @@ number of processes, sharded or not, goes on from them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from svitt_ops.training.recipes import Recipe
 
 KEYS = ("fsdp", "fsdp_config")
 """Of `run.trainer`: read here, and kept from transformers, which shards on GPUs alone."""
+WAYS = (["full_shard"], ["shard_grad_op"])
 CONFIG = ("version", "reshard_after_forward", "transformer_layer_cls_to_wrap")
 
 
@@ -44,21 +46,23 @@ def read_sharding(recipe: Recipe) -> Sharding | None:
     if not wanted:
         return None
     words = "full_shard" if wanted is True else wanted
-    words = words.split() if isinstance(words, str) else list(words)
-    if not {"full_shard", "shard_grad_op"} & set(words) or set(words) - {
-        "full_shard",
-        "shard_grad_op",
-        "auto_wrap",
-    }:
+    words = words.split() if isinstance(words, str) else words
+    # transformers' words; "auto_wrap" says what is done anyway.
+    if not isinstance(words, list) or sorted({*words} - {"auto_wrap"}) not in WAYS:
         raise ValueError(
             "recipe: run.trainer.fsdp must be true, 'full_shard' or 'shard_grad_op',"
             f" got {wanted!r}"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise ValueError(
+            "recipe: run.trainer.fsdp shares a model among processes, and there is one: start"
+            " several with torchrun --nproc-per-node N -m svitt_ops.training pretrain ..."
         )
     if not isinstance(config, Mapping):
         raise ValueError(f"recipe: run.trainer.fsdp_config must be a mapping, got {config!r}")
     config = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
     for key, value in config.items():
-        if key not in CONFIG or (key == "version" and int(value) != 2):
+        if key not in CONFIG or (key == "version" and str(value) != "2"):
             raise ValueError(
                 f"recipe: run.trainer.fsdp_config has {key}={value!r}; known: version=2,"
                 " reshard_after_forward, transformer_layer_cls_to_wrap"
@@ -74,11 +78,6 @@ def shard(model: PreTrainedModel, sharding: Sharding, device: torch.device) -> N
     """Shard a model in place over all processes, layer by layer."""
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_initialized():
-        raise ValueError(
-            "recipe: run.trainer.fsdp shares a model among processes, and there is one: start"
-            " several with torchrun --nproc-per-node N -m svitt_ops.training pretrain ..."
-        )
     classes = sharding.layers or tuple(model._no_split_modules or ())
     found = [m for m in model.modules() if type(m).__name__ in classes]
     missing = set(sharding.layers or ()) - {type(m).__name__ for m in found}

@@ -1,6 +1,7 @@
 """A small corpus of real mp4 files and a recipe for a tiny model, shared by these tests."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
+sys.path.append(str(Path(__file__).parent))  # for running.py
 
 from svitt_ops.training.corpus import CorpusSpec, plan, write_video
 from svitt_ops.training.recipes import Recipe, load_recipe
