@@ -233,12 +233,12 @@ def convert_into(
             )
         if target.endswith("bias.table"):
             value = resize_bias_table(value, model.config.grid_size, model.config.num_frames)
-        if target == "temperature":
-            value = value.reshape(-1)  # a scalar elsewhere
-        if value.shape != state[target].shape:
+        shape = state[target].shape
+        if target == "temperature":  # a scalar elsewhere
+            shape, value = torch.Size(), value.squeeze()
+        if value.shape != shape:
             raise ValueError(
-                f"convert: {name} must have shape {tuple(state[target].shape)}, "
-                f"got {tuple(value.shape)}"
+                f"convert: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
             )
         state[target].copy_(value)
         loaded[target] = name

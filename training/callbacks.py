@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from svitt_ops.training.checkpoints import write_whole
+
+log = logging.getLogger(__name__)
 
 
 class ProgressBar(TrainerCallback):
@@ -90,7 +95,7 @@ class WriteRecipe(TrainerCallback):
 
 
 class TensorBoard(TensorBoardCallback):
-    """Points of a run, across its resumptions.
+    """Points of a run, across its resumptions; without space for them it goes on, and says so.
 
     Args:
         folder: of the event files.
@@ -100,8 +105,37 @@ class TensorBoard(TensorBoardCallback):
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        super().__init__(SummaryWriter(str(folder), purge_step=step + 1))
+        self.folder = folder
+        self.failed = False
+        with self._guard():
+            super().__init__(SummaryWriter(str(folder), purge_step=step + 1))
+
+    def on_train_begin(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_train_begin(*given, **more)
+
+    def on_log(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_log(*given, **more)
 
     def on_save(self, *_: Any, **__: Any) -> None:
         """Bring the points to the disk with the checkpoint that a run may go on from."""
-        self.tb_writer.flush()
+        with self._guard():
+            if not self.failed:
+                self.tb_writer.flush()
+
+    def on_train_end(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_train_end(*given, **more)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = True
+            reason = error.strerror or error
+            log.warning("%s: no more points are written here: %s", self.folder, reason)

@@ -34,6 +34,7 @@ from svitt_ops.training.checkpoints import (
     newest_whole,
     remove_partial,
     whole_folder,
+    writing,
 )
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.lock import own_folder
@@ -248,6 +249,7 @@ def _arguments(
         "ignore_data_skip": True,  # the batch sampler starts where the run stopped
         "disable_tqdm": True,
         "report_to": [],
+        "log_level_replica": "error",  # as this one's: what changed is said by key
         "seed": recipe.seed,
     }
     given = {key: value for key, value in run.trainer.items() if key not in KEYS}
@@ -267,5 +269,6 @@ def _arguments(
 def _report_skipped(skipped: SkipLog, output: Path, rank: int) -> None:
     if skipped.reasons:
         path = output / f"skipped-{rank}.tsv"
-        skipped.write(path)
+        with writing(path):
+            skipped.write(path)
         log.warning("%s: %s", skipped.summary(), path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,39 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.augment import to_pixel_values
-from svitt_ops.training.checkpoints import (
-    PARTIAL,
-    RECIPE,
-    keep_last,
-    last_checkpoint,
-    publish,
-    set_aside,
-    writing,
-)
+from svitt_ops.training.checkpoints import set_aside
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import GlobalBatches, PairDataset, SkipLog
 from svitt_ops.training.finite import first_not_finite
-from svitt_ops.training.recipes import Recipe, recipe_text
+from svitt_ops.training.recipes import Recipe
+from svitt_ops.training.saving import SavingTrainer, wait
 from svitt_ops.training.schedule import learning_rate_factor
-from svitt_ops.training.sharding import (
-    Sharding,
-    fit_optimizer_state,
-    gather,
-    read_sharding,
-    shard,
-    whole,
-)
+from svitt_ops.training.sharding import fit_optimizer_state, shard, whole
 
 log = logging.getLogger(__name__)
 LOSSES = ("loss_vtc", "loss_vtm", "loss_mlm")
 MODEL_INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SavingTrainer):
     """The engine.
 
     Everything random in a step (sparse patterns, drop path, hard negatives) is drawn from a seed
@@ -66,22 +51,18 @@ class PretrainTrainer(Trainer):
         collator: Collator,
         warmup_steps: int,
     ) -> None:
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=dataset)
-        self.recipe = recipe
+        super().__init__(
+            recipe, model=model, args=args, data_collator=collator, train_dataset=dataset
+        )
         self.dataset = dataset
-        self.output = Path(recipe.output)
         self._size = int(model.config.image_size)
         self.batches = batches
         self.warmup_steps = warmup_steps
         self.skipped = SkipLog()
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
-        self._folder: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._part = 0
-        self._sharding: Sharding | None = read_sharding(recipe)
         self._norm: Tensor | None = None
-        self._weights: dict[str, Tensor] | None = None
-        self._moments: dict[str, Any] = {}
 
     def train_from(self, last: tuple[int, Path] | None, broken: Iterable[Path] = ()) -> None:
         """Train to the end.
@@ -90,7 +71,7 @@ class PretrainTrainer(Trainer):
             last: step and folder of the checkpoint to go on from; None: from the start.
             broken: newer checkpoints, which are renamed.
         """
-        _wait()  # until every process has looked at them
+        wait()  # until every process has looked at them
         if self.is_world_process_zero():
             set_aside(broken)
         if last is not None:
@@ -114,9 +95,9 @@ class PretrainTrainer(Trainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
-            if self._sharding is not None:
+            if self.sharding is not None:
                 # Here the weights of a checkpoint are in the model, and no optimizer has them.
-                shard(self.model, self._sharding, self.args.device)
+                shard(self.model, self.sharding, self.args.device)
                 self.accelerator.prepare_model(
                     self.model, device_placement=False, evaluation_mode=True
                 )  # autocast; and what is prepared is not wrapped in DDP
@@ -191,18 +172,7 @@ class PretrainTrainer(Trainer):
             named = ((n, p if p.grad is None else p.grad) for n, p in model.named_parameters())
             parameter = first_not_finite(named)  # none: the sum of squares overflows
             name = f"the gradient of {parameter}" if parameter else "the norm of the gradient"
-        self._stop(f"{name} is not finite in step {self.state.global_step + 1}")
-
-    def refuse_weights_not_finite(self) -> None:
-        """Stop if a weight is not finite on any process."""
-        name = first_not_finite(self.accelerator.unwrap_model(self.model).state_dict().items())
-        if name is not None:
-            self._stop(f"{name} is not finite after step {self.state.global_step}")
-
-    def _stop(self, what: str) -> None:
-        last = last_checkpoint(self.output)
-        kept = f"the last checkpoint is {last[1]}" if last else "no checkpoint was saved before"
-        raise ValueError(f"{what}: training stopped, {kept}; a lower optimizer.lr may help")
+        self.stop(f"{name} is not finite in step {self.state.global_step + 1}")
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # Spares a second pass over the gradients where nothing is clipped.
@@ -249,80 +219,6 @@ class PretrainTrainer(Trainer):
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return self._folder or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """Write beside the checkpoints, and rename when everything is on the disk."""
-        self.refuse_weights_not_finite()
-        output = self.output
-        name = f"checkpoint-{self.state.global_step}"
-        partial = output / f"{PARTIAL}{name}"
-        if self.is_world_process_zero() and partial.exists():
-            shutil.rmtree(partial)
-        if self._sharding is not None:
-            assert self.optimizer is not None
-            self._weights = self.whole_weights()
-            self._moments = gather(self.optimizer.state_dict(), keep=self.args.should_save)
-        _wait()
-        self._folder = str(partial)
-        problem = ""
-        try:
-            with writing(output / name):
-                super()._save_checkpoint(model, trial)
-                if self.is_world_process_zero():
-                    text = recipe_text(self.recipe)
-                    (partial / name / RECIPE).write_text(text, encoding="utf-8")
-        except ValueError as error:
-            problem = str(error)
-        finally:
-            self._folder, self._weights, self._moments = None, None, {}
-        self._agree(problem, partial)
-        try:
-            if self.is_world_process_zero():
-                with writing(output / name):
-                    publish(partial / name, output / name)
-                    partial.rmdir()
-                    keep_last(output, self.recipe.run.keep_checkpoints)
-        except ValueError as error:
-            problem = str(error)
-        self._agree(problem, partial)
-
-    def _agree(self, problem: str, partial: Path) -> None:
-        """Go on when every process has come here, or stop all if one has a problem."""
-        problems: list[Any] = [problem]
-        if dist.is_initialized():
-            problems = [""] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), "")
-        if problem:
-            if self.is_world_process_zero():
-                shutil.rmtree(partial, ignore_errors=True)
-            last = last_checkpoint(self.output)
-            raise ValueError(problem + (f"; the last checkpoint is {last[1]}" if last else ""))
-
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights where they are in shards, on the process that saves; None: they are not."""
-        if self._sharding is None:
-            return None
-        assert self.model is not None
-        state: dict[str, Tensor] = gather(self.model.state_dict(), keep=self.args.should_save)
-        return state
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self._weights is None:
-            super().save_model(output_dir, _internal_call)
-        else:
-            self._save(output_dir, state_dict=self._weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._moments:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self._moments, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-
 
 def hash_seed(*numbers: int) -> int:
     """A seed from several numbers, without the collisions of their sum."""
@@ -332,8 +228,3 @@ def hash_seed(*numbers: int) -> int:
         seed = (seed ^ seed >> 31) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         seed ^= seed >> 29
     return seed & 0x7FFFFFFFFFFFFFFF
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

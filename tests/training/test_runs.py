@@ -354,6 +354,25 @@ def test_tensorboard_keeps_the_point_of_the_checkpoint(output: Path) -> None:
     assert points[1].value == pytest.approx(wanted[2])
 
 
+def test_training_goes_on_without_space_for_points(
+    make_recipe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    recipe = make_recipe(tmp_path / "run", "optimizer.steps=2", "run.tensorboard=true")
+    assert sorted(losses(pretrain(recipe))) == [1, 2]
+    folder = tmp_path / "run" / "tensorboard"
+    wanted = f"{folder}: no more points are written here: No space left on device"
+    assert [r.getMessage() for r in caplog.records] == [wanted]
+
+
 def test_several_gpus_without_torchrun(
     original: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
