@@ -145,9 +145,13 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file that holds the old text or the new one, whenever the process dies."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            _sync(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

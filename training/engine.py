@@ -97,10 +97,10 @@ def _pretrain(
     entries = read_corpora(recipe.data.train, recipe.data, "train")
     if resumed is None:
         tokenizer = build_tokenizer(recipe, entries)
-        model = build_model(recipe, tokenizer)
     else:
         tokenizer = load_tokenizer(str(resumed[1]))
-        model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer)
+    if resumed is not None:
         refuse_other_shapes(model.config, resumed[1])
     dataset = build_dataset(recipe, entries, model.config.num_frames)
     if settings.batch_size % (world * settings.accumulation):
@@ -179,7 +179,8 @@ def _write_final(
     with whole_folder(output / FINAL) as folder:
         model.save_pretrained(folder, state_dict=weights)
         save_tokenizer(tokenizer, folder)
-        (folder / RECIPE).write_text(recipe, encoding="utf-8")
+        if recipe:
+            (folder / RECIPE).write_text(recipe, encoding="utf-8")
 
 
 def load_trained(path: str | Path) -> tuple[SViTTForPreTraining, Any, Path]:

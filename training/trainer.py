@@ -41,6 +41,9 @@ class PretrainTrainer(SavingTrainer):
     that are not finite before they are saved, on all processes at once.
     """
 
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None
+
     def __init__(
         self,
         model: PreTrainedModel,

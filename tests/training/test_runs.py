@@ -337,6 +337,7 @@ def test_a_full_disk_at_the_end(
     monkeypatch.setattr(module, "_sync", full)
     with pytest.raises(ValueError, match=r"recipe.yaml: cannot be written: No space left"):
         write_whole(output / "recipe.yaml", "")
+    assert not list(output.glob(".*"))
     assert (output / "recipe.yaml").read_text() == recipe_text(recipe)
 
 
