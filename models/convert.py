@@ -222,10 +222,12 @@ def convert_into(
             source = _geometry(value, tensors, config.grid_size, frames)
             grid = source[1]
             value = resize_bias_table(value, config.grid_size, config.num_frames, source_grid=grid)
-        if value.shape != state[target].shape:
+        shape = state[target].shape
+        if target == "temperature":  # a scalar elsewhere
+            shape, value = torch.Size(), value.squeeze()
+        if value.shape != shape:
             raise ValueError(
-                f"convert: {name} must have shape {tuple(state[target].shape)}, "
-                f"got {tuple(value.shape)}"
+                f"convert: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
             )
         check_finite("convert", [(name, value)])
         state[target].copy_(value)

@@ -54,6 +54,12 @@ HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder
 SHOWN = 6
 
 
+def fixed_fields(stored: SViTTConfig, wanted: SViTTConfig) -> list[str]:
+    """Fields of a configuration that weights of another one cannot be changed in."""
+    scaled = stored.layer_scale_init_value and wanted.layer_scale_init_value
+    return [*FIXED, *([] if scaled else ["layer_scale_init_value"])]  # 0 leaves the scales out
+
+
 def check_fixed(who: str, found: Mapping[str, Any], config: SViTTConfig, source: object) -> None:
     """Refuse weights whose fields, where ``found`` tells them, are not the configuration's."""
     for field, value in found.items():
@@ -122,9 +128,7 @@ def load_folder(
     wanted.check()
     lenient = options.pop("ignore_mismatched_sizes", False)
     if not lenient:
-        fixed = list(FIXED)
-        if not (stored.layer_scale_init_value and wanted.layer_scale_init_value):
-            fixed.append("layer_scale_init_value")  # 0 leaves the scales out
+        fixed = fixed_fields(stored, wanted)
         check_fixed(who, {field: getattr(stored, field) for field in fixed}, wanted, source)
     own = copy.deepcopy(wanted)
     own.image_size, own.num_frames = stored.image_size, stored.num_frames

@@ -177,7 +177,8 @@ class SViTTForPreTraining(SViTTModel):
         super().__init__(config)
         self.match_head = nn.Linear(config.text_hidden_size, 2)
         self.token_head = MaskedTokenHead(config)
-        self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init)))
+        # Not a scalar, which `fully_shard` refuses.
+        self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,6 +187,12 @@ class SViTTForPreTraining(SViTTModel):
             nn.init.constant_(self.temperature, self.config.temperature_init)
         elif isinstance(module, MaskedTokenHead):
             nn.init.zeros_(module.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}temperature"
+        if name in state_dict and state_dict[name].ndim == 0:  # as earlier versions had it
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

@@ -154,6 +154,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
     for key, value in changes.items():
         setattr(config, key, value)
     config.check()
+    refuse_other_shapes(config, folder)
     with _named("init.checkpoint"):
         model = SViTTForPreTraining.from_pretrained(folder, config=config)
     return model
@@ -167,3 +168,24 @@ def _named(key: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"recipe: {key}: {line}") from error
+
+
+def refuse_other_shapes(config: SViTTConfig, folder: Path, *, also: Sequence[str] = ()) -> None:
+    """Raise a ValueError that names the key by which a folder's weights do not fit a model.
+
+    Args:
+        config: of the model.
+        folder: with the weights and their configuration.
+        also: fields that weights can be resized in, but are not here.
+    """
+    from svitt_ops.models import SViTTConfig
+    from svitt_ops.models.loading import fixed_fields
+
+    stored = SViTTConfig.from_pretrained(folder)
+    for key in (*fixed_fields(stored, config), *also):
+        before, after = getattr(stored, key), getattr(config, key)
+        if before != after:
+            raise ValueError(
+                f"recipe: model.{key} must be {before!r} as in the weights of {folder},"
+                f" got {after!r}"
+            )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_finite(values: Tensor, what: str, describe: Callable[[int], str]) -> None:
@@ -27,18 +26,4 @@ def check_finite(values: Tensor, what: str, describe: Callable[[int], str]) -> N
         raise ValueError(
             f"{what}: {count} of {len(values)} not finite, the first: {describe(first)};"
             " the model is broken, or its precision too low"
-        )
-
-
-def check_weights(model: nn.Module, source: str | Path) -> None:
-    """Refuse a model with a NaN or an infinity in its weights, as a diverged run leaves them."""
-    wrong = [
-        name
-        for name, weight in model.state_dict().items()
-        if weight.is_floating_point() and not torch.isfinite(weight).all()
-    ]
-    if wrong:
-        raise ValueError(
-            f"checkpoint {source}: {len(wrong)} weights not finite, the first: {wrong[0]};"
-            " the run that wrote it diverged"
         )

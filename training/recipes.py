@@ -132,7 +132,7 @@ class Run:
     device: str | None = None
     """"cpu" to leave a GPU alone; default: a GPU if there is one."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """More arguments of transformers.TrainingArguments, such as fsdp."""
+    """More arguments of transformers.TrainingArguments, such as fsdp: FSDP2, under torchrun."""
 
 
 @dataclass

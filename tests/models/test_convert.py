@@ -88,6 +88,7 @@ def official_name(name: str, fusion_layer: int) -> str:
 def official_tensors(model: SViTTForPreTraining) -> OrderedDict[str, Tensor]:
     layer = model.config.fusion_layer
     tensors = OrderedDict((official_name(k, layer), v) for k, v in model.state_dict().items())
+    tensors["temp"] = tensors["temp"].reshape(())
     tensors["text_encoder.cls.predictions.decoder.weight"] = model.text.embeddings.word.weight
     tensors["text_encoder.cls.predictions.decoder.bias"] = model.token_head.bias
     tensors["text_encoder.bert.embeddings.position_ids"] = torch.arange(16)[None]

@@ -1,6 +1,7 @@
 """A small corpus of real mp4 files and a recipe for a tiny model, shared by these tests."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
+sys.path.append(str(Path(__file__).parent))  # for running.py
 
 from svitt_ops.training.annotations import read_annotations
 from svitt_ops.training.build import build_model

@@ -118,7 +118,7 @@ def test_a_diverged_model_gets_an_error(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "2 weights not finite" in err
+    assert "temperature must be finite, got NaN or infinity" in err
     assert not (tmp_path / "x.json").exists()
     clip = str(corpus / json.loads((corpus / "test.json").read_text())[0]["video"])
     figure = tmp_path / "figure.png"

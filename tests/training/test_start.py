@@ -62,8 +62,6 @@ def test_what_cannot_be_is_one_line(
     (tmp_path / "page.pth").write_text("<html>404</html>")
     (tmp_path / "empty").mkdir()
     wrong = [
-        ("checkpoint", folder, {"hidden_size": 32}, "hidden_size must be 16, .*, got 32"),
-        ("checkpoint", folder, {"patch_size": 4}, "patch_size must be 8, .*, got 4"),
         ("checkpoint", tmp_path / "page.pth", {}, "page.pth cannot be read as a checkpoint"),
         ("beit", tmp_path / "none", {}, "source must be the folder of a beit model"),
         ("bert", tmp_path / "empty", {}, "source must be the folder of a bert model"),
@@ -74,6 +72,13 @@ def test_what_cannot_be_is_one_line(
         with pytest.raises(ValueError, match=rf"^recipe: init\.{key}: .*{message}") as caught:
             build_model(recipe, tokenizer)
         assert "\n" not in str(caught.value)
+    for changes, message in (
+        ({"hidden_size": 32}, "hidden_size must be 16 as in the weights of .*, got 32"),
+        ({"patch_size": 4}, "patch_size must be 8 as in the weights of .*, got 4"),
+    ):
+        recipe = make_recipe(tmp_path / "next", f"init.checkpoint={folder}", **changes)
+        with pytest.raises(ValueError, match=rf"^recipe: model\.{message}$"):
+            build_model(recipe, tokenizer)
 
 
 def test_a_beit_of_another_resolution(make_recipe: Any, tokenizer: Any, tmp_path: Path) -> None:
