@@ -114,6 +114,7 @@ def test_a_diverged_model_gets_an_error(
     weights["temperature"].fill_(math.inf)
     model.save_pretrained(tmp_path, state_dict=weights)
     save_tokenizer(tokenizer, tmp_path)
+    capsys.readouterr()
     assert evaluate(tmp_path, corpus / "test.json", "--json", str(tmp_path / "x.json")) == 2
     out, err = capsys.readouterr()
     assert out == ""
