@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -107,6 +108,10 @@ class VideoConfig(PreTrainedConfig):
         self._check_divides("num_attention_heads", "hidden_size")
         self._check_rate("keep_rate")
         self._check_drop_rate("drop_path_rate")
+        self._check_numbers("layer_norm_eps", "layer_scale_init_value")
+        self._check_numbers("initializer_range", "bias_init_std")
+        if not isinstance(self.eval_pattern_seed, int | None):
+            self._refuse("eval_pattern_seed", "an integer or None", self.eval_pattern_seed)
         self._check_one_of("edge_sparsity", (True, False))
         self._check_one_of("token_order", TOKEN_ORDERS)
         self._check_one_of("prune_by", ("saliency", "random"))
@@ -119,8 +124,14 @@ class VideoConfig(PreTrainedConfig):
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 self._refuse(name, f"an integer of at least {least}", value)
+
+    def _check_numbers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                self._refuse(name, "a number of at least 0", value)
 
     def _check_divides(self, name: str, whole: str) -> None:
         if getattr(self, whole) % getattr(self, name):
@@ -217,9 +228,13 @@ class SViTTConfig(VideoConfig):
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:
             limits = f"{self.temperature_min} to {self.temperature_max}"
             self._refuse("temperature_init", limits, self.temperature_init)
-        unknown = sorted(set(self.loss_weights) - set(LOSSES))
-        if unknown:
-            self._refuse("loss_weights", f"keyed by {LOSSES}", self.loss_weights)
+        self._check_numbers("text_layer_norm_eps")
+        weights = self.loss_weights
+        if not isinstance(weights, dict) or set(weights) - set(LOSSES):
+            self._refuse("loss_weights", f"keyed by {LOSSES}", weights)
+        for weight in weights.values():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                self._refuse("loss_weights", "numbers of at least 0", weights)
         if not any(self.loss_weights.get(name, 1) for name in LOSSES):
             self._refuse("loss_weights", "positive for one loss at least", self.loss_weights)
 

@@ -26,6 +26,7 @@ from svitt_ops.training.build import (
 from svitt_ops.training.callbacks import ProgressBar
 from svitt_ops.training.checkpoints import FINAL, last_checkpoint, model_folder, whole_folder
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
+from svitt_ops.training.gate import check_run, report_unbatched
 from svitt_ops.training.recipes import Recipe, load_recipe, recipe_text
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
 from svitt_ops.training.trainer import PretrainTrainer
@@ -63,11 +64,13 @@ def pretrain(
         label: of the progress bar.
     """
     _quiet_transformers()
+    recipe = check_run(recipe)
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
     set_seed(recipe.seed)  # the initial weights, on every process
     entries = read_corpora(recipe.data.train, recipe.data, "train")
+    report_unbatched(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     resumed = last_checkpoint(output)
     if resumed is None:
         tokenizer = build_tokenizer(recipe, entries)
@@ -144,7 +147,12 @@ def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps of the run and of its warm-up."""
     settings = recipe.optimizer
     per_epoch = batches_per_epoch / settings.accumulation
-    total = settings.steps or max(1, math.floor(settings.epochs * per_epoch))
+    total = settings.steps or math.floor(settings.epochs * per_epoch)
+    if total < 1:
+        raise ValueError(
+            f"recipe: optimizer.epochs must make at least one step, of {per_epoch:g} an epoch,"
+            f" got {settings.epochs:g}"
+        )
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(settings.warmup_epochs * per_epoch)
