@@ -22,26 +22,28 @@ DESCRIPTION = """\
 svitt-ops: sparse video-text transformers, from kernels to trained models.
 
   svitt demo                                  see all of it work, in minutes, without a GPU
-  svitt pretrain --config my-recipe.yaml      train on your videos
-  svitt evaluate retrieval runs/my-model ...  find videos by text and texts by video
+  svitt pretrain --config small ...           train on your videos
+  svitt evaluate retrieval runs/small ...     find videos by text and texts by video
   svitt bench --quick                         how fast the kernels are on your machine
 """
 PRETRAIN = """\
 Train a model from a recipe: a YAML file, or the name of one that comes with the package.
 Any value of the recipe can be overridden by key=value:
 
-  svitt pretrain --config pretrain-4f data.train.0.annotations=my.json data.train.0.root=videos
+  svitt pretrain --config small data.annotations=my.json data.root=videos
+  svitt pretrain --config small --show > my-recipe.yaml
   torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml
 
-An annotation file is a JSON list of {"video": path, "caption": text}. Unusable videos are
-skipped, counted and listed in the output folder. A run that was killed goes on where its last
-checkpoint was when the same command is given again.
+An annotation file is a JSON list of {"video": path, "caption": text}, or JSON lines, CSV, TSV or
+parquet with these fields. Paths are relative to the working folder, and ~ is the home folder.
+Unusable videos are skipped, counted and listed in the output folder. A run that was killed goes on
+where its last checkpoint was when the same command is given again.
 """
 RETRIEVAL = """\
 Find videos by text and texts by video, in annotation files like those of training:
 
-  svitt evaluate retrieval runs/svitt-4f --annotations test.json --root videos
-  svitt evaluate retrieval runs/svitt-4f --annotations test.json --probe
+  svitt evaluate retrieval runs/small --annotations my.json --root videos
+  svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
@@ -186,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         required=True,
         metavar="RECIPE",
-        help="a YAML file, or the name of a recipe of the package, such as pretrain-4f",
+        help="a YAML file, or the name of a recipe of the package, such as small",
     )
     pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
     _add_overrides(pretrain)
@@ -202,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         nargs="+",
         metavar="JSON",
-        help='lists of {"video": path, "caption": text, or a list of texts}',
+        help='{"video": path, "caption": text or texts}, in any form that training reads',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")

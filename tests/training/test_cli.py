@@ -37,7 +37,7 @@ print(cli.main(["pretrain", "--config", "pretrain-4f", "--show"]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert run.stdout.split("\n")[:2] == ["[]", "2"]
-    assert "needs omegaconf, of the extra `train`: pip install 'svitt-ops[train]'" in run.stderr
+    assert "needs omegaconf, of the extra `train`: in a checkout" in run.stderr
 
 
 def test_pretrain_shows_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
