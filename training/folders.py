@@ -29,7 +29,7 @@ def check_folder(name: str, source: str | Path, kinds: Sequence[str], advice: st
     advice = advice and f"; {advice}"
     folder = _folder(source, name)
     if folder is None:
-        reason = "which is neither on this machine"
+        reason = "which is not on this machine"
         if expand(source).is_file():
             reason = "which is a file"
         raise ValueError(f"{wanted} got {str(source)!r}, {reason}{advice}")

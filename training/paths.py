@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,6 @@ def input_file(path: str | Path, name: str) -> Path:
     """A file that can be read, or a pipe; refused otherwise."""
     expanded = expand(path, name)
     reason = _reason_against(expanded, os.R_OK)
-    if reason is None and expanded.is_dir():
-        reason = "it is a folder"
     if reason:
         raise ValueError(
             f"{name}: must be a file, got {str(path)!r}, which cannot be read: {reason}"
@@ -44,8 +43,6 @@ def input_folder(path: str | Path, name: str) -> Path:
     """A folder that can be read; refused otherwise."""
     expanded = expand(path, name)
     reason = _reason_against(expanded, os.R_OK | os.X_OK)
-    if reason is None and not expanded.is_dir():
-        reason = "it is no folder"
     if reason:
         raise ValueError(f"{name}: must be a folder, got {str(path)!r}: {reason}")
     return expanded
@@ -100,8 +97,11 @@ def saving(path: str | Path) -> Iterator[None]:
 
 
 def _reason_against(path: Path, mode: int) -> str | None:
+    """Why a path is not there for this use; that of a folder includes entering it."""
     try:
-        path.stat()
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:
         return error.strerror or str(error)
+    if is_folder != bool(mode & os.X_OK):
+        return "it is a folder" if is_folder else "it is no folder"
     return None if os.access(path, mode) else os.strerror(errno.EACCES)

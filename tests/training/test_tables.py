@@ -26,7 +26,7 @@ FORMS: dict[str, bytes] = {
     "csv, old Mac": CSV.replace("\n", "\r").encode(),
     "csv, Windows": CSV.replace("\n", "\r\n").encode(),
     "csv, semicolons": b"Video; Caption \na.mp4;a dog jumps\nb.mp4;a cat, then a dog\n",
-    "csv, more fields": b',duration,caption,video\n0,3,a dog jumps,a.mp4\n1,5,"a cat, then a dog",b.mp4\n',
+    "csv, more fields": b',n,caption,video\n0,3,a dog jumps,a.mp4\n1,5,"a cat, then a dog",b.mp4\n',
     "csv, all quoted": b'"video","caption"\n"a.mp4","a dog jumps"\n"b.mp4","a cat, then a dog"\n',
     "tsv": TSV.encode(),
     "tsv, an index": b"\tvideo\tcaption\n0\ta.mp4\ta dog jumps\n1\tb.mp4\ta cat, then a dog\n",
