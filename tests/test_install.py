@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture
 def cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CUDA toolkit whose nvcc compiles with the C++ compiler, and a torch that is built for it."""
+    """A CUDA toolkit whose nvcc is the C++ compiler, and a torch that is built for it."""
     import torch
     from torch.utils import cpp_extension
 

@@ -79,7 +79,7 @@ def check_values(recipe: Recipe) -> None:
     for number, corpus in enumerate(recipe.data.train):
         for name, rule in OF_A_CORPUS.items():
             _check(f"data.train.{number}.{name}", getattr(corpus, name), rule)
-    map_paths(recipe, lambda key, path: str(expand(path, f"recipe: {key}")))
+    map_paths(recipe, _path)
     optimizer, data = recipe.optimizer, recipe.data
     if optimizer.batch_size % optimizer.accumulation:
         raise ValueError(
@@ -141,6 +141,13 @@ def _check(key: str, value: Any, rule: Rule) -> None:
     words, holds = rule
     if value is not None and not holds(value):
         raise ValueError(f"recipe: {key} must be {words}, got {value!r}")
+
+
+def _path(key: str, path: str) -> str:
+    expanded = str(expand(path, f"recipe: {key}"))
+    if not expanded.isascii() and any("\ud800" <= letter <= "\udfff" for letter in expanded):
+        raise ValueError(f"recipe: {key} must be UTF-8, as the recipe itself, got {path!r}")
+    return expanded
 
 
 def _is_sampling(mode: str) -> bool:

@@ -150,6 +150,7 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("model.loss_weights={vtc: -1}", "model.loss_weights must be numbers of at least 0"),
         ("model.vocab_size=3", "model.vocab_size is the tokenizer's"),
         ("output=", "output: must be a path, got ''"),
+        ("data.train.0.root=caf\udce9", "data.train.0.root must be UTF-8, .*'caf.udce9'"),
         ("lr=1e-3", "Did you mean: 'optimizer.lr'"),
         ("optimizer.lrr=1e-3", "Did you mean: 'lr'"),
         ("optimizer.lr={", "override: optimizer.lr must be YAML, got '{'"),
