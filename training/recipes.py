@@ -250,26 +250,22 @@ def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _override(merged: Any, key: str, value: str) -> Any:
+    parts = key.split(".")
+    place = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+    if place is not None:
+        _append(OmegaConf.select(merged, ".".join(parts[:place])), key, int(parts[place]))
+    if _is_path(key):  # as it is: it may hold a colon, brackets, or look like a number
+        OmegaConf.update(merged, key, None if value == "null" else value)
+        return merged
     import yaml
 
     try:
         nested = OmegaConf.from_dotlist([f"{key}={value}"])
-    except yaml.YAMLError as error:
-        if not _is_path(key):
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"override: {key} must be YAML, got {value!r}: {reason}") from error
-        nested = OmegaConf.from_dotlist([f"{key}="])
-    content = OmegaConf.select(nested, key)
-    if _is_path(key) and value != "null":
-        content = value  # as it is: it may hold a colon, brackets, or look like a number
-    parts = key.split(".")
-    if any(part.isdigit() for part in parts):  # an element of a list: merge replaces lists
-        place = next(k for k, part in enumerate(parts) if part.isdigit())
-        _append(OmegaConf.select(merged, ".".join(parts[:place])), key, int(parts[place]))
-        OmegaConf.update(merged, key, content, merge=True)
-        return merged
-    if _is_path(key):
-        OmegaConf.update(merged, key, content)
+    except (yaml.YAMLError, UnicodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"override: {key} must be YAML, got {value!r}: {reason}") from error
+    if place is not None:  # an element of a list: merge replaces lists
+        OmegaConf.update(merged, key, OmegaConf.select(nested, key), merge=True)
         return merged
     return OmegaConf.merge(merged, nested)
 

@@ -150,7 +150,7 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("model.loss_weights={vtc: -1}", "model.loss_weights must be numbers of at least 0"),
         ("model.vocab_size=3", "model.vocab_size is the tokenizer's"),
         ("output=", "output: must be a path, got ''"),
-        ("data.train.0.root=caf\udce9", "data.train.0.root must be UTF-8, .*'caf.udce9'"),
+        ("data.train.0.root=x\udce9", "data.train.0.root must be UTF-8, as the recipe itself, got"),
         ("lr=1e-3", "Did you mean: 'optimizer.lr'"),
         ("optimizer.lrr=1e-3", "Did you mean: 'lr'"),
         ("optimizer.lr={", "override: optimizer.lr must be YAML, got '{'"),
@@ -223,7 +223,7 @@ def test_a_folder_does_not_hide_a_shipped_recipe(
     (tmp_path / "small").mkdir()
     assert load_recipe("small").output == "runs/small"
     with pytest.raises(ValueError, match="did you mean 'small'"):
-        load_recipe("smal")
+        load_recipe("smallest-4f")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"cannot be read as YAML: .*Is a directory"):
         load_recipe("folder")
