@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from svitt_ops import keep_count
+from svitt_ops.layout import MAX_BLOCK_SIZE
 
 OFFICIAL = "svitt-official"
 """Value of `compat` that reproduces what the authors' released code does."""
@@ -105,7 +106,9 @@ class VideoConfig(PreTrainedConfig):
         self._check_counts("num_hidden_layers", "num_attention_heads", "intermediate_size")
         self._check_counts("num_local", "num_random", least=0)
         self._check_divides("patch_size", "image_size")
-        self._check_divides("num_attention_heads", "hidden_size")
+        self._check_heads("num_attention_heads", "hidden_size")
+        if self.edge_sparsity and self.block_size > MAX_BLOCK_SIZE:
+            self._refuse("block_size", f"1 to {MAX_BLOCK_SIZE}", self.block_size)
         self._check_rate("keep_rate")
         self._check_drop_rate("drop_path_rate")
         self._check_numbers("layer_norm_eps", "layer_scale_init_value")
@@ -138,6 +141,12 @@ class VideoConfig(PreTrainedConfig):
             self._refuse(
                 name, f"a divisor of {whole} ({getattr(self, whole)})", getattr(self, name)
             )
+
+    def _check_heads(self, name: str, width: str) -> None:
+        self._check_divides(name, width)
+        size = getattr(self, width) // getattr(self, name)
+        if not 8 <= size <= 256:  # as the ops want it
+            self._refuse(name, f"such that {width} / {name} is 8 to 256", getattr(self, name))
 
     def _check_rate(self, name: str) -> None:
         value = getattr(self, name)
@@ -217,7 +226,7 @@ class SViTTConfig(VideoConfig):
         self._check_counts("vocab_size", "text_hidden_size", "text_num_attention_heads")
         self._check_counts("text_intermediate_size", "max_position_embeddings", "projection_dim")
         self._check_counts("text_num_hidden_layers", "fusion_layer", "type_vocab_size", least=0)
-        self._check_divides("text_num_attention_heads", "text_hidden_size")
+        self._check_heads("text_num_attention_heads", "text_hidden_size")
         self._check_rate("multimodal_keep_rate")
         self._check_drop_rate("text_dropout")
         self._check_one_of("hard_negatives", (True, False))

@@ -143,6 +143,8 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("model.hiden_size=3", "model has no key 'hiden_size'; did you mean 'hidden_size'"),
         ("model.keep_rate=2", "model.keep_rate must be more than 0 and at most 1, got 2"),
         ("model.num_frames=0", "model.num_frames must be an integer of at least 1, got 0"),
+        ("model.block_size=257", "model.block_size must be 1 to 256, got 257"),
+        ("model.num_attention_heads=384", "model.num_attention_heads must be such that hidden"),
         ("model.layer_norm_eps=-1", "model.layer_norm_eps must be a number of at least 0"),
         ("model.bias_init_std=.nan", "model.bias_init_std must be a number of at least 0, got nan"),
         ("model.eval_pattern_seed=x", "model.eval_pattern_seed must be an integer or None"),
