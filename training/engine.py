@@ -26,7 +26,7 @@ from svitt_ops.training.build import (
 from svitt_ops.training.callbacks import ProgressBar
 from svitt_ops.training.checkpoints import FINAL, last_checkpoint, model_folder, whole_folder
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
-from svitt_ops.training.gate import check_run, report_unbatched
+from svitt_ops.training.gate import check_batches, check_run
 from svitt_ops.training.recipes import Recipe, load_recipe, recipe_text
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
 from svitt_ops.training.trainer import PretrainTrainer
@@ -70,7 +70,7 @@ def pretrain(
     output = Path(recipe.output)
     set_seed(recipe.seed)  # the initial weights, on every process
     entries = read_corpora(recipe.data.train, recipe.data, "train")
-    report_unbatched(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
+    check_batches(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     resumed = last_checkpoint(output)
     if resumed is None:
         tokenizer = build_tokenizer(recipe, entries)

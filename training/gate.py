@@ -52,20 +52,27 @@ def check_media(entries: Sequence[Entry], name: str) -> None:
         raise ValueError(f"{name}: must be the folder of the files, {those} is there: {paths[0]!r}")
 
 
-def report_unbatched(entries: Sequence[Entry], batch_size: int) -> None:
-    """Say how many pairs are never trained on: videos and images come in batches of their own."""
+def check_batches(entries: Sequence[Entry], batch_size: int) -> None:
+    """Say how many pairs are never trained on; refuse a batch that no kind of pairs fills."""
     pairs: Counter[str] = Counter()
     for entry in entries:
         pairs[entry.kind] += len(entry.media)
-    for kind, count in pairs.items():
-        if count < batch_size and len(pairs) > 1:
-            log.warning(
-                "the %d %s pairs fill no batch of %d, and are never trained on:"
-                " a smaller optimizer.batch_size uses them",
-                count,
-                kind,
-                batch_size,
-            )
+    small = {kind: count for kind, count in pairs.items() if count < batch_size}
+    if len(small) == len(pairs):
+        counts = " and ".join(f"{count} {kind} pairs" for kind, count in pairs.items())
+        apart = ", which come in batches of their own" if len(pairs) > 1 else ""
+        raise ValueError(
+            f"recipe: optimizer.batch_size: must not exceed the pairs of the corpus, got"
+            f" {batch_size} for {counts}{apart}"
+        )
+    for kind, count in small.items():
+        log.warning(
+            "the %d %s pairs fill no batch of %d, and are never trained on:"
+            " a smaller optimizer.batch_size uses them",
+            count,
+            kind,
+            batch_size,
+        )
 
 
 def _whole(key: str, path: str) -> str:

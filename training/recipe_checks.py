@@ -162,9 +162,15 @@ def _check_trainer(options: dict[str, Any]) -> None:
 
     from transformers import TrainingArguments
 
-    known = [f.name for f in fields(TrainingArguments)]
-    for name in options:
-        if name not in known:
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    known = [*defaults]
+    for name, value in options.items():
+        if name in defaults and isinstance(defaults[name], int | float):
+            wanted = bool if isinstance(defaults[name], bool) else (int, float)
+            if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):
+                kind = "true or false" if wanted is bool else "a number"
+                raise ValueError(f"recipe: run.trainer.{name} must be {kind}, got {value!r}")
+        if name not in defaults:
             raise ValueError(
                 f"recipe: run.trainer has {name!r}, no TrainingArguments has;"
                 f" {unknown_key(name, known)}"

@@ -158,9 +158,13 @@ def test_pairs_that_fill_no_batch_are_counted(caplog: pytest.LogCaptureFixture) 
         Entry(media=("d.jpg",), captions=("x",), kind="image"),
     ]
     with caplog.at_level(logging.WARNING):
-        gate.report_unbatched(entries, 3)
+        gate.check_batches(entries, 3)
     assert "the 1 image pairs fill no batch of 3, and are never trained on" in caplog.text
     assert "video" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"got 4 for 3 video pairs and 1 image pairs, which come in"
+    ):
+        gate.check_batches(entries, 4)
 
 
 def test_weights_that_are_not_read_are_named(
