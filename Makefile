@@ -44,7 +44,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(wildcard svitt_ops models training)
+	$(BIN)/mypy $(wildcard svitt_cli.py svitt_ops models training)
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/codespell
 

@@ -15,6 +15,8 @@ from svitt_ops.training.augment import Augmentation
 from svitt_ops.training.checkpoints import model_folder
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import ClipSpec, PairDataset
+from svitt_ops.training.gate import check_media
+from svitt_ops.training.recipe_checks import check_model_keys
 from svitt_ops.training.recipes import Corpus, Data, Recipe
 from svitt_ops.training.text import append_sep, load_tokenizer, train_tokenizer
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 5
-# Of the shape of the weights, or of the tokenizer: not to be changed for loaded weights.
-OWN_KEYS = ("vocab_size", "pad_token_id")
 
 
 def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry]:
@@ -32,7 +32,7 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
     if not corpora:
         raise ValueError(f"recipe: data.{name} must list at least one corpus")
     entries: list[Entry] = []
-    for corpus in corpora:
+    for number, corpus in enumerate(corpora):
         read = read_annotations(
             corpus.annotations,
             root=corpus.root,
@@ -41,6 +41,8 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
             keep_together=data.keep_together,
             max_words=data.max_words,
         )
+        root = f"recipe: data.train.{number}.root" if name == "train" else "--root"
+        check_media(read.entries, root)
         entries += read.entries
         for problem in read.problems[:SHOWN_PROBLEMS]:
             log.warning("left out: %s", problem)
@@ -74,9 +76,9 @@ def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedToken
         return load_tokenizer(wanted.name)
     start = recipe.init.checkpoint
     if start and Path(start).is_dir():
-        return load_tokenizer(str(model_folder(start)))
+        return load_tokenizer(model_folder(start), "init.checkpoint")
     if recipe.init.bert:
-        return load_tokenizer(recipe.init.bert)
+        return load_tokenizer(recipe.init.bert, "init.bert")
     raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
 
 
@@ -118,13 +120,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
     from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
 
     changes = dict(recipe.model)
-    known = set(SViTTConfig().to_dict())
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        raise ValueError(f"recipe: model has no key {unknown[0]!r}; known: {sorted(known)}")
-    for key in OWN_KEYS:
-        if key in changes:
-            raise ValueError(f"recipe: model.{key} is the tokenizer's, and not to be set")
+    check_model_keys(recipe)
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = recipe.init.checkpoint
     if start is None:

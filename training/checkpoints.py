@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from svitt_ops.training.paths import expand
+
 PARTIAL = ".partial-"
 BROKEN = "broken-"
 STATE = "trainer_state.json"
@@ -89,18 +91,18 @@ def last_checkpoint(output: Path) -> tuple[int, Path] | None:
     return found[-1] if found else None
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(
+    path: str | Path, must: str = "checkpoint: must be the folder of a model or of a run"
+) -> Path:
     """The folder with the weights: the given one, or in a run's folder the final or last ones."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / FINAL / "config.json").is_file():
-        return path / FINAL
-    last = last_checkpoint(path) if path.is_dir() else None
+    folder = expand(path, must.partition(": must")[0])
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / FINAL / "config.json").is_file():
+        return folder / FINAL
+    last = last_checkpoint(folder) if folder.is_dir() else None
     if last is None:
-        raise ValueError(
-            f"checkpoint: must be the folder of a model or of a run, got {str(path)!r}"
-        )
+        raise ValueError(f"{must}, got {str(path)!r}")
     return last[1]
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.augment import Augmentation
 from svitt_ops.training.datasets import Clip
+from svitt_ops.training.text import names_a_side
 from svitt_ops.training.transport import Batch
 
 IGNORED = -100
@@ -41,7 +42,10 @@ class Collator:
         batch = Batch(
             clips=torch.stack(frames) if same else frames,
             boxes=[box for box, _ in drawn],
-            flips=[flip for _, flip in drawn],
+            flips=[
+                flip and not names_a_side(clip.caption)
+                for (_, flip), clip in zip(drawn, clips, strict=True)
+            ],
             pair_ids=torch.tensor([clip.pair_id for clip in clips]),
             skipped=[entry for clip in clips for entry in clip.skipped],
         )

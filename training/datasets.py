@@ -281,7 +281,8 @@ class SkipLog:
     def write(self, path: Path) -> None:
         """One line per file: how often, and why."""
         lines = [f"{self.counts[name]}\t{reason}\n" for name, reason in self.reasons.items()]
-        path.write_text("".join(sorted(lines)), encoding="utf-8")
+        # Names of files may hold bytes that are no text.
+        path.write_text("".join(sorted(lines)), encoding="utf-8", errors="backslashreplace")
 
 
 def _first(times: Sequence[float]) -> list[int]:

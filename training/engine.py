@@ -37,6 +37,7 @@ from svitt_ops.training.checkpoints import (
     writing,
 )
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
+from svitt_ops.training.gate import check_batches, check_run
 from svitt_ops.training.lock import own_folder
 from svitt_ops.training.recipes import Recipe, recipe_text
 from svitt_ops.training.sharding import KEYS, read_sharding
@@ -76,6 +77,7 @@ def pretrain(
         label: of the progress bar.
     """
     _quiet_transformers()
+    recipe = check_run(recipe)
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
     with own_folder(output) if rank == 0 else nullcontext():
@@ -95,6 +97,7 @@ def _pretrain(
     if resumed is not None and settings.steps and resumed[0] >= settings.steps:
         return _trained_before(output, resumed, settings.steps, rank)
     entries = read_corpora(recipe.data.train, recipe.data, "train")
+    check_batches(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     if resumed is None:
         tokenizer = build_tokenizer(recipe, entries)
     else:
@@ -204,7 +207,12 @@ def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps of the run and of its warm-up."""
     settings = recipe.optimizer
     per_epoch = batches_per_epoch / settings.accumulation
-    total = settings.steps or max(1, math.floor(settings.epochs * per_epoch))
+    total = settings.steps or math.floor(settings.epochs * per_epoch)
+    if total < 1:
+        raise ValueError(
+            f"recipe: optimizer.epochs must make at least one step, of {per_epoch:g} an epoch,"
+            f" got {settings.epochs:g}"
+        )
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(settings.warmup_epochs * per_epoch)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from svitt_ops.training.augment import to_pixel_values
 from svitt_ops.training.checks import check_finite
 from svitt_ops.training.collate import encode_texts
+from svitt_ops.training.paths import output_file
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
@@ -86,6 +87,23 @@ def find_survivors(
         multimodal=None if left is None else left[0].cpu(),
         fusion_trained=any(config.loss_weights.get(name, 1) for name in ("vtm", "mlm")),
     )
+
+
+def figure_file(path: str | Path, name: str) -> Path:
+    """A file that a figure can be written to; without a suffix it gets that of PNG.
+
+    Raises:
+        ValueError: it cannot be written, or has a suffix of no known format; begins with `name`.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    file = output_file(path, name)
+    if not file.suffix:
+        return output_file(file.with_name(f"{file.name}.png"), name)
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"{name}: must end in one of .{', .'.join(known)}, got {str(path)!r}")
+    return file
 
 
 def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:

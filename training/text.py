@@ -13,7 +13,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from svitt_ops.training.paths import expand
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+_SIDES = re.compile(r"\b(?:left|right)|clockwise")
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a clean caption speaks of left, right or a sense of rotation, which mirrors swap."""
+    return _SIDES.search(caption) is not None
 
 
 def clean_caption(caption: str, max_words: int | None = None) -> str:
@@ -27,18 +36,29 @@ def clean_caption(caption: str, max_words: int | None = None) -> str:
     return " ".join(words if max_words is None else words[:max_words])
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """A Hugging Face tokenizer: a folder on this machine, or the name of a downloaded one."""
+def load_tokenizer(
+    name_or_path: str | Path, name: str = "tokenizer.name"
+) -> PreTrainedTokenizerBase:
+    """A Hugging Face tokenizer: a folder on this machine, or the name of a downloaded one.
+
+    Raises:
+        ValueError: there is none, or it lacks a token; begins with `name`, the key or the option.
+    """
+    source = str(expand(name_or_path, name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # of the parsers of several formats, about files of any content
+        advice = "" if Path(source).exists() else f"; get it by: hf download {source}"
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"tokenizer.name: must be a folder or a downloaded Hugging Face tokenizer, got"
-            f" {name_or_path!r} ({str(error).splitlines()[0]})"
+            f"{name}: must be a folder with a tokenizer or a downloaded Hugging Face tokenizer, got"
+            f" {source!r} ({type(error).__name__}: {reason}){advice}"
         ) from error
     for token in ("pad_token", "cls_token", "sep_token", "mask_token"):
         if getattr(tokenizer, token) is None:
-            raise ValueError(f"tokenizer.name: must have a {token}, {name_or_path!r} has none")
+            raise ValueError(f"{name}: must have a {token}, {source!r} has none")
+    if len(tokenizer) <= len(SPECIAL_TOKENS):  # what transformers makes of a missing vocabulary
+        raise ValueError(f"{name}: must have a vocabulary, {source!r} has {len(tokenizer)} pieces")
     return tokenizer
 
 

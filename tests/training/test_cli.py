@@ -37,7 +37,7 @@ print(cli.main(["pretrain", "--config", "pretrain-4f", "--show"]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert run.stdout.split("\n")[:2] == ["[]", "2"]
-    assert "needs omegaconf, of the extra `train`: pip install 'svitt-ops[train]'" in run.stderr
+    assert "needs omegaconf, of the extra `train`: in a checkout" in run.stderr
 
 
 def test_pretrain_shows_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,3 +179,31 @@ def test_demo_refuses_folders_of_others(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["demo", "--output", str(tmp_path)]) == 2
     assert "holds something that is no demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_demo_removes_its_own_files_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    quick = ["optimizer.steps=1", "optimizer.batch_size=8", "run.tensorboard=false"]
+    assert cli.main(["demo", "--output", str(folder), *quick]) == 0
+    mine = [
+        "thesis.tex",
+        "notes/a.txt",
+        "corpus/mine.json",
+        "corpus/videos/holiday.mp4",
+        "8f/b.txt",
+    ]
+    for name in mine:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    demos = {path for path in folder.rglob("*") if path.is_file()} - {folder / x for x in mine}
+    assert cli.main(["demo", "--output", str(folder), "optimizer.lr=-1"]) == 2
+    assert demos == {path for path in demos if path.is_file()}  # nothing is removed for nothing
+    demo._prepare(folder, resume=False)
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == sorted(
+        [*mine, "demo.json"]
+    )
+    assert not (folder / "4f").exists()
+    assert all((folder / name).read_text() == name for name in mine)
