@@ -114,6 +114,8 @@ def _json(path: Path, text: str) -> list[Row]:
         ) from error
     except RecursionError as error:
         raise ValueError(f"annotations {path}: nested too deeply to be annotations") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"annotations {path}: must be JSON, but {error}") from error
     if isinstance(content, list):
         return [Row(f"entry {number}", item) for number, item in enumerate(content)]
     if isinstance(content, dict):
@@ -137,7 +139,7 @@ def _json_lines(text: str) -> list[Row] | None:
         place = f"line {number}"
         try:
             rows.append(Row(place, json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if not rows:
                 return None
             rows.append(Row(place, None, f"must be JSON, but {str(error).split(':')[0]}"))

@@ -47,6 +47,7 @@ def test_training_chose_the_text_length(
         "frames": 4,
         "text_length": 7,
         "short_side": None,
+        "resize": "official",
         "clips": 1,
         "strided": False,
         "merge": "logsumexp",
@@ -147,6 +148,10 @@ def test_pictures(run: Path, tmp_path: Path, capsys: Capture) -> None:
 def test_nothing_to_search(run: Path, tmp_path: Path, options: list[str], capsys: Capture) -> None:
     entries = [{"video": f"{k}.mp4", "caption": "gone"} for k in range(3)]
     (tmp_path / "test.json").write_text(json.dumps(entries))
+    assert evaluate(run, tmp_path / "test.json", *options) == 2
+    assert "--root: must be the folder of the files, none of its files" in capsys.readouterr().err
+    for entry in entries:
+        (tmp_path / entry["video"]).write_text("no film")
     assert evaluate(run, tmp_path / "test.json", *options) == 2
     assert "retrieval: no video could be read; the first:" in capsys.readouterr().err
 

@@ -136,7 +136,7 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm must be at least 0"),
         ("optimizer.mask_probability=1.1", "optimizer.mask_probability must be 0 to 1"),
         ("run.save_steps=0", "run.save_steps must be at least 1"),
-        ("run.keep_checkpoints=-1", "run.keep_checkpoints must be at least 1, got -1"),
+        ("run.keep_checkpoints=-1", "run.keep_checkpoints must be at least 0, got -1"),
         ("run.log_steps=0", "run.log_steps must be at least 1"),
         ("run.device=tpu", "run.device must be one of cpu, cuda, got 'tpu'"),
         ("run.trainer.fdsp=x", "run.trainer has 'fdsp'.*did you mean 'fsdp'"),

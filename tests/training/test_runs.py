@@ -132,10 +132,12 @@ def test_no_checkpoint_is_whole(output: Path) -> None:
     assert sorted(output.rglob("*")) == before
 
 
-def test_a_complete_run_given_again(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_complete_run_given_again(
+    output: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = stored(output)
     text = (output / "recipe.yaml").read_text()
-    recipe.data.train[0].annotations = "elsewhere.json"
+    recipe.data.train[0].annotations = str(corpus / "test.json")
     recipe.seed = 5
     shutil.rmtree(output / "final")  # killed before it was written
     again = pretrain(recipe)
@@ -221,7 +223,7 @@ def test_weights_of_another_shape(output: Path, make_recipe: Any, tmp_path: Path
     wrong = r"^recipe: model.text_hidden_size must be 16 as in the weights of .*final, got 24$"
     with pytest.raises(ValueError, match=wrong):
         pretrain(start)
-    assert not (tmp_path / "next").exists()
+    assert not any((tmp_path / "next").iterdir())
 
 
 def test_two_runs_in_one_folder(make_recipe: Any, tmp_path: Path) -> None:
@@ -264,7 +266,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 def test_an_output_that_is_no_folder(make_recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"^recipe: output must be a folder to write to, got"):
+        with pytest.raises(ValueError, match=r"^recipe: output: must be a folder to write to, got"):
             pretrain(make_recipe(output))
 
 

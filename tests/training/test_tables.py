@@ -176,6 +176,7 @@ def test_a_comma_without_quotes_is_named(tmp_path: Path) -> None:
         (b"\x00\x00\x00\x20ftypisom", "holds NUL bytes"),
         (b"video,caption\na.mp4,na\xefve\n", "must be UTF-8, got byte 0xef at offset 22"),
         (b'{"data": [], "version": 1}', "got dict with the fields 'data', 'version'"),
+        (b"[" + b"9" * 5000 + b"]", "must be JSON, but Exceeds the limit"),
         (b'"a text"', "must be a JSON list of objects, got str"),
         (b'{"video": 1}\n{"video"', "must be JSON|no usable entry"),
     ],
