@@ -69,6 +69,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _retrieval(arguments: argparse.Namespace) -> int:
+    numbers = _check_retrieval(arguments)
     import torch
     from tqdm.auto import tqdm
 
@@ -80,7 +81,6 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from svitt_ops.training.retrieval import Evaluation, retrieval
     from svitt_ops.training.table import render_retrieval
 
-    numbers = _check_retrieval(arguments)
     model, tokenizer, _ = load_trained(arguments.model)
     if torch.cuda.is_available() and not arguments.cpu:
         model = model.to("cuda")
