@@ -83,6 +83,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     if arguments.kind == "image" and (arguments.probe or arguments.clips > 1):
         option = "--probe" if arguments.probe else "--clips"
         raise ValueError(f"{option}: needs videos, got --kind image")
+    numbers = _check_retrieval(arguments)
     import torch
     from tqdm.auto import tqdm
 
@@ -94,7 +95,6 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from svitt_ops.training.settings import load_for_use
     from svitt_ops.training.table import render_retrieval
 
-    numbers = _check_retrieval(arguments)
     model, tokenizer, reading, folder = load_for_use(
         arguments.model,
         frames=arguments.frames,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,15 +37,16 @@ class Step:
     """Killed once this exists, and then given again."""
 
 
-SMALL = "svitt pretrain --config small data.annotations=my.json data.root=videos"
+OWN = "data.annotations=my.json data.root=videos"
+SMALL = f"svitt pretrain --config small {OWN}"
 PICTURES = (
     "svitt pretrain --config small data.annotations=pictures.json data.root=pictures"
     " data.kind=image output=runs/pictures"
 )
 FOUND = "svitt evaluate retrieval runs/small --annotations my.json --root videos"
 SEEN = 'svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png'
+RANKS = "torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml"
 STAGES = {n: f"svitt pretrain --config pretrain-{n}f" for n in (4, 8)}
-OWN = " data.annotations=my.json data.root=videos"
 PLAN = (
     Step("svitt info"),
     Step("svitt sparsity --frames 4 8 16"),
@@ -59,24 +59,28 @@ PLAN = (
         leaves="runs/small/final/model.safetensors",
         killed_at="runs/small/checkpoint-3",
     ),
+    Step("svitt pretrain --config small --show > my-recipe.yaml", leaves="my-recipe.yaml"),
+    Step(RANKS, f"{OWN} {SHORT} output=runs/ranks", leaves="runs/ranks/final/config.json"),
     Step(PICTURES, SHORT, leaves="runs/pictures/final/model.safetensors"),
     Step(f"{FOUND} --probe", "--json probe.json", leaves="probe.json"),
     Step(FOUND, "--json found.json", leaves="found.json"),
     Step(SEEN, leaves="survivors.png"),
     Step(STAGES[4], "--show"),
     Step(
-        STAGES[4] + OWN,
+        f"{STAGES[4]} {OWN}",
         f"{SHORT} optimizer.batch_size=8 {TINY}",
         leaves="runs/svitt-4f/final/config.json",
     ),
     Step(
-        STAGES[8] + OWN, f"{SHORT} optimizer.batch_size=8", leaves="runs/svitt-8f/final/config.json"
+        f"{STAGES[8]} {OWN}",
+        f"{SHORT} optimizer.batch_size=8",
+        leaves="runs/svitt-8f/final/config.json",
     ),
 )
 ELSEWHERE = {
     "svitt bench --quick": "needs the checkout: `make bench`",
-    "svitt pretrain --config my-recipe.yaml": "shown by name alone",
-    "svitt evaluate retrieval runs/my-model ...": "shown by name alone",
+    "svitt pretrain --config small ...": "an abbreviation",
+    "svitt evaluate retrieval runs/small ...": "an abbreviation",
 }
 
 
@@ -92,11 +96,11 @@ def main(programs: Path, folder: Path) -> None:
     environment = dict(os.environ, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
     environment |= {"HF_HUB_OFFLINE": "1"}
     for step in PLAN:
-        words = [*shlex.split(step.command), *shlex.split(step.more)]
+        line = f"{step.command} {step.more}".replace("per-node 8", "per-node 2")
         began = time.monotonic()
         if step.killed_at:
-            _kill(words, folder, environment, folder / step.killed_at)
-        _run(words, folder, environment)
+            _kill(line, folder, environment, folder / step.killed_at)
+        _run(line, folder, environment)
         if step.leaves and not (folder / step.leaves).is_file():
             sys.exit(f"{step.command}: did not leave {step.leaves}")
         print(f"{time.monotonic() - began:5.0f} s  {step.command}", flush=True)
@@ -105,9 +109,9 @@ def main(programs: Path, folder: Path) -> None:
     print(f"{len(PLAN)} documented commands ran, {len(ELSEWHERE)} are run elsewhere")
 
 
-def _run(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+def _run(line: str, folder: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        words,
+        ["bash", "-c", line],
         cwd=folder,
         env=environment,
         text=True,
@@ -115,19 +119,24 @@ def _run(words: list[str], folder: Path, environment: dict[str, str]) -> None:
         stderr=subprocess.STDOUT,
     )
     if done.returncode or "Traceback" in done.stdout:
-        sys.exit(f"{done.stdout}\nexit {done.returncode}: {shlex.join(words)}")
+        sys.exit(f"{done.stdout}\nexit {done.returncode}: {line}")
 
 
-def _kill(words: list[str], folder: Path, environment: dict[str, str], seen: Path) -> None:
+def _kill(line: str, folder: Path, environment: dict[str, str], seen: Path) -> None:
     """Start a command, and kill it with all of its processes once a file is there."""
     log = folder / "killed.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         while not seen.exists():
             if process.poll() is not None:
-                sys.exit(f"{log.read_text()}\nended before {seen}: {shlex.join(words)}")
+                sys.exit(f"{log.read_text()}\nended before {seen}: {line}")
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

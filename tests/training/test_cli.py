@@ -172,22 +172,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "figure.png").exists()
     assert cli.main(["visualize", str(folder / "8f"), *videos, *figure]) == 2
     assert "one for each of the 2 videos" in capsys.readouterr().err
+    removes_its_own_files_alone(folder)
 
 
-def test_demo_refuses_folders_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    assert cli.main(["demo", "--output", str(tmp_path)]) == 2
-    assert "holds something that is no demo" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
-
-
-@pytest.mark.usefixtures("small")
-def test_demo_removes_its_own_files_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "demo"
-    quick = ["optimizer.steps=1", "optimizer.batch_size=8", "run.tensorboard=false"]
-    assert cli.main(["demo", "--output", str(folder), *quick]) == 0
+def removes_its_own_files_alone(folder: Path) -> None:
+    """Of a folder with a demo, and files of the user's."""
     mine = [
         "thesis.tex",
         "notes/a.txt",
@@ -198,12 +187,18 @@ def test_demo_removes_its_own_files_alone(
     for name in mine:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    demos = {path for path in folder.rglob("*") if path.is_file()} - {folder / x for x in mine}
+    everything = sorted(folder.rglob("*"))
     assert cli.main(["demo", "--output", str(folder), "optimizer.lr=-1"]) == 2
-    assert demos == {path for path in demos if path.is_file()}  # nothing is removed for nothing
+    assert sorted(folder.rglob("*")) == everything  # nothing is removed for nothing
     demo._prepare(folder, resume=False)
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == sorted(
-        [*mine, "demo.json"]
-    )
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert left == sorted([*mine, "demo.json"])
     assert not (folder / "4f").exists()
     assert all((folder / name).read_text() == name for name in mine)
+
+
+def test_demo_refuses_folders_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+    assert "holds something that is no demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
