@@ -1,30 +1,39 @@
-"""Frames of video and image files through PyAV, whose wheel carries FFmpeg."""
+"""Frames of video and image files: whatever a file is, pictures or an `UnusableVideoError`.
+
+Videos go through PyAV, whose wheel carries FFmpeg; pictures through Pillow, which knows more of
+their kinds and reads them to the same values as the rest of this field. The frames of a video are
+listed first, where the container allows it without reading its payload, and only the groups of
+pictures that hold a wanted frame are decoded. A list, a seek or a time that decoding contradicts
+is not believed: what was wanted is then decoded from an earlier key frame, and in the end from the
+start of the freshly opened file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from torch import Tensor
 
+from svitt_ops.training.decoding import Pass, fit, pixels
+from svitt_ops.training.files import MediaFile, UnusableVideoError, blame
+from svitt_ops.training.pictures import open_pictures
+from svitt_ops.training.timeline import WHOLE, Shown, count_frames, timelines
+
+__all__ = ["Choose", "UnusableVideoError", "read_frames"]
+
 Choose = Callable[[Sequence[float]], Sequence[int]]
-WHOLE = 0.95  # a file with fewer of the frames that it declares is cut off
-
-
-class UnusableVideoError(ValueError):
-    """A file that no clip can be read from; the message says which and why."""
-
-
-@dataclass(frozen=True)
-class _Packet:
-    pts: int
-    dts: int
-    keyframe: bool
+INTRA = 1  # FFmpeg's type of a picture that needs no other
+FEWEST = 0.5  # of the frames that a container lists: both fields of a frame may be listed
+OVERRUN = 256  # packets more than frames, after which a seek has missed
 
 
 def read_frames(
@@ -32,138 +41,188 @@ def read_frames(
 ) -> Tensor:
     """Decode some frames of a video, or the one frame of an image.
 
-    The packets are listed first, without decoding. So the number of frames and their times are
-    exact, also under a variable frame rate, and only the groups of pictures that hold a wanted
-    frame are decoded.
+    A frame depends on the file and its position alone, not on which others are read. All have the
+    size of the file's first. Where a container lists a frame that decoding does not show, although
+    it meets no error, the one nearest to it stands in.
 
     Args:
-        path: a file in any format that FFmpeg reads.
+        path: a regular file in any format that FFmpeg or Pillow reads, whatever it is called.
         choose: given the seconds of all frames, the positions wanted, in any order and with
-            repetitions; default: all.
+            repetitions; default: all. It is called once.
         short_side: frames whose shorter side is longer than this are scaled down to it.
 
     Returns:
-        uint8 (frames, 3, height, width), RGB.
+        uint8 (frames, 3, height, width), RGB; transparency is dropped.
 
     Raises:
-        UnusableVideoError: the file is missing, empty or corrupt, has no video, or a frame that
-            was wanted cannot be decoded, as in a truncated file.
+        UnusableVideoError: the file is missing, empty, corrupt or no regular file, has no video,
+            holds less than 95% of what it declares, or a frame that was wanted cannot be decoded.
+        ValueError: `short_side` is not positive, or `choose` returned no positions or some
+            outside of the video.
     """
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            return _read(container, path, choose, short_side)
-    except UnusableVideoError:
-        raise
-    except (av.FFmpegError, OSError, EOFError, MemoryError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnusableVideoError(f"{path}: {reason}") from error
+    if short_side is not None and short_side < 1:
+        raise ValueError(f"read_frames: short_side must be at least 1, got {short_side}")
+    path = os.fspath(path)
+    with blame(path):
+        file = MediaFile(path)
+    with file:
+        with blame(path):
+            source = open_pictures(file) or Film(file)
+        seconds = source.seconds
+        chosen = range(len(seconds)) if choose is None else choose(seconds)
+        positions = [_check_position(position, len(seconds)) for position in chosen]
+        if not positions:
+            raise ValueError("read_frames: choose must return at least one position, got none")
+        with blame(path):
+            frames = source.read(set(positions), short_side)
+            return torch.stack([frames[position] for position in positions])
 
 
-def _read(
-    container: av.container.InputContainer,
-    path: str | Path,
-    choose: Choose | None,
-    short_side: int | None,
-) -> Tensor:
-    stream = next((s for s in container.streams.video if not _is_cover(s)), None)
-    if stream is None:
-        raise UnusableVideoError(f"{path}: has no video stream")
-    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
-    packets, count = _list_packets(container, stream)
-    if count < WHOLE * stream.frames:
-        raise UnusableVideoError(f"{path}: is cut off, has {count} of {stream.frames} frames")
-    if packets is None:
-        return _read_through(container, path, stream, choose, short_side)
-    if not packets:
-        raise UnusableVideoError(f"{path}: has no frames")
-    scale = float(stream.time_base or 0)
-    order = sorted(p.pts for p in packets)
-    positions = list(range(len(order)))
-    if choose is not None:
-        positions = list(choose([pts * scale for pts in order]))
-    wanted = sorted({order[position] for position in positions})
-    frames: dict[int, Tensor] = {}
-    for seek, group in _groups(packets, wanted):
-        container.seek(seek, stream=stream, backward=True)
-        missing = set(group)
-        for frame in container.decode(stream):
-            if frame.pts in missing and not frame.is_corrupt:
-                missing.discard(frame.pts)
-                frames[frame.pts] = _pixels(frame, short_side)
-            if not missing:
+def _check_position(position: int, count: int) -> int:
+    number = operator.index(position)
+    if not -count <= number < count:
+        raise ValueError(f"read_frames: choose must return positions below {count}, got {number}")
+    return number % count
+
+
+class Film:
+    """The frames of a video file."""
+
+    def __init__(self, file: MediaFile) -> None:
+        self._file = file
+        self._line = timelines.get(file)
+        self.seconds: list[float] = self._line.seconds.tolist()
+
+    def read(self, positions: set[int], short_side: int | None) -> dict[int, Tensor]:
+        """The frames at some positions."""
+        size = fit(self._line.size, short_side)
+        found: dict[int, Tensor] = {}
+        left = sorted(positions)
+        if self._line.pts is not None:
+            left = self._by_time(left, found, size)
+        if left:
+            self._by_number(left, found, size)
+        return found
+
+    def _by_time(
+        self, wanted: list[int], found: dict[int, Tensor], size: tuple[int, int]
+    ) -> list[int]:
+        """Decode the groups of pictures that hold what is wanted; returns what was not found."""
+        left: list[int] = []
+        with Pass(self._file) as run:
+            for key, group in self._groups(wanted):
+                if key < 1:  # the first: a fresh file needs no seek
+                    done = self._follow(run, group, found, size)
+                else:
+                    done = any(
+                        self._follow(run, group, found, size, key=start)
+                        for start in dict.fromkeys((key, key // 2))
+                        if start
+                    )
+                if not done:
+                    left += group
+        if left and self._line.shown is None:
+            with Pass(self._file) as run:
+                if self._follow(run, left, found, size):
+                    return []
+        return left
+
+    def _groups(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
+        """What is wanted by the number of the key frame to begin from."""
+        times = self._line.pts
+        starts = np.array([time for time, _ in self._line.keys], dtype=np.int64)
+        groups: list[tuple[int, list[int]]] = []
+        last = -2
+        for position, run in zip(
+            wanted, np.searchsorted(starts, times[wanted], side="right") - 1, strict=True
+        ):
+            if groups and run <= last + 1:  # decoding on is cheaper than another seek
+                groups[-1][1].append(position)
+            else:
+                groups.append((int(run), [position]))
+            last = run
+        return groups
+
+    def _follow(
+        self,
+        run: Pass,
+        wanted: list[int],
+        found: dict[int, Tensor],
+        size: tuple[int, int],
+        key: int | None = None,
+    ) -> bool:
+        """Decode on; false as soon as a frame is not the one that the timeline has there."""
+        times, packets, position = self._line.pts, None, None
+        if key is not None:
+            time, target = self._line.keys[key]
+            try:
+                run.container.seek(target, stream=run.stream)
+            except av.FFmpegError:
+                return False
+            most = wanted[-1] - int(np.searchsorted(times, time)) + OVERRUN
+            packets = itertools.islice(self._known(run), most)
+        taken: dict[int, Tensor] = {}
+        for frame in run.frames(packets):
+            if position is None:
+                if key is not None and not _begins(frame, run):
+                    return False
+                position = int(np.searchsorted(times, -(2**63) if frame.pts is None else frame.pts))
+            if position >= len(times) or frame.pts != times[position] or frame.is_corrupt:
+                return False
+            if position in wanted:
+                taken[position] = pixels(frame, size)
+            position += 1
+            if position > wanted[-1] + self._line.doubt:
                 break
-        if missing:
-            number = order.index(min(missing))
-            raise UnusableVideoError(f"{path}: frame {number} of {len(order)} cannot be decoded")
-    return torch.stack([frames[order[position]] for position in positions])
+        if len(taken) < len(wanted):
+            return False
+        found.update(taken)
+        return True
 
+    def _known(self, run: Pass) -> Iterator[Packet]:
+        """Packets after a seek, as long as they are those that were listed, in their order."""
+        listed, place = self._line.packets, None
+        for packet in run.packets():
+            if place is None:
+                same = (listed == (packet.pts, packet.size)).all(1)
+                place = int(same.argmax())
+            if place == len(listed) or (packet.pts, packet.size) != tuple(listed[place]):
+                return
+            yield packet
+            place += 1
 
-def _list_packets(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[list[_Packet] | None, int]:
-    """The packets of shown frames, None where the format gives no times; and how many in all."""
-    packets: list[_Packet] = []
-    count, timed = 0, True
-    for packet in container.demux(stream):
-        if packet.size == 0:
-            continue  # it ends the stream
-        count += 1
-        if packet.pts is None:
-            timed = False
-        elif not packet.is_discard:  # an edit list hides some
-            dts = packet.pts if packet.dts is None else packet.dts
-            packets.append(_Packet(packet.pts, dts, packet.is_keyframe))
-    timed = timed and len({packet.pts for packet in packets}) == len(packets)
-    return packets if timed else None, count
+    def _by_number(
+        self, wanted: list[int], found: dict[int, Tensor], size: tuple[int, int]
+    ) -> None:
+        """Decode from the start and count: nothing that the container says is believed."""
+        shown = self._line.shown = self._line.shown or count_frames(self._file)
+        places: dict[int, list[int]] = {}
+        for position in wanted:
+            places.setdefault(self._stand_in(position, shown), []).append(position)
+        with Pass(self._file) as run:
+            for number, frame in enumerate(run.frames()):
+                if number in places:
+                    picture = pixels(frame, size)
+                    found.update((position, picture) for position in places.pop(number))
+                if not places:
+                    return
+        raise UnusableVideoError("cannot be decoded the same way twice")
 
-
-def _groups(packets: list[_Packet], wanted: list[int]) -> list[tuple[int, list[int]]]:
-    """Wanted times by the run of pictures to decode for them, and where to seek for each run."""
-    keys = sorted((p for p in packets if p.keyframe), key=lambda p: p.pts)
-    starts = np.array([key.pts for key in keys], dtype=np.int64)
-    groups: list[tuple[int, list[int]]] = []
-    last = -2
-    for pts in wanted:
-        run = int(np.searchsorted(starts, pts, side="right")) - 1
-        if groups and run <= last + 1:  # decoding on is cheaper than another seek
-            groups[-1][1].append(pts)
+    def _stand_in(self, position: int, shown: Shown) -> int:
+        """The number of the frame that decoding shows for a position."""
+        count, listed = len(shown.numbers), len(self.seconds)
+        if self._line.pts is not None and shown.pts is not None:
+            gaps = np.abs(shown.pts - self._line.pts[position])
+            nearest = int(gaps.argmin())
+            exact = not gaps[nearest]
         else:
-            # A seek by the key frame's decoding time never lands behind it.
-            seek = keys[run].dts if run >= 0 else min(p.dts for p in packets)
-            groups.append((seek, [pts]))
-        last = run
-    return groups
+            nearest = position if count == listed else round(position * (count - 1) / (listed - 1))
+            exact = count == listed
+        if not exact and count < listed * (WHOLE if shown.damaged else FEWEST):
+            raise UnusableVideoError(f"frame {position} of {listed} cannot be decoded")
+        return int(shown.numbers[nearest])
 
 
-def _read_through(
-    container: av.container.InputContainer,
-    path: str | Path,
-    stream: av.VideoStream,
-    choose: Choose | None,
-    short_side: int | None,
-) -> Tensor:
-    """Decode every frame: for formats whose packets carry no times."""
-    container.seek(0)
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    pictures = [_pixels(f, short_side) for f in container.decode(stream) if not f.is_corrupt]
-    if not pictures:
-        raise UnusableVideoError(f"{path}: has no frames")
-    positions: Sequence[int] = range(len(pictures))
-    if choose is not None:
-        positions = choose([number / rate for number in range(len(pictures))])
-    return torch.stack([pictures[position] for position in positions])
-
-
-def _is_cover(stream: av.VideoStream) -> bool:
-    """Whether a stream is the cover picture of an audio file."""
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _pixels(frame: VideoFrame, short_side: int | None) -> Tensor:
-    width, height = frame.width, frame.height
-    if short_side is not None and min(width, height) > short_side:
-        shrink = short_side / min(width, height)
-        width, height = round(width * shrink), round(height * shrink)
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as phones store it
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, turns).transpose(2, 0, 1)))
+def _begins(frame: VideoFrame, run: Pass) -> bool:
+    """Whether a frame after a seek needs nothing before it, whatever the container's flag says."""
+    return frame.pict_type == INTRA or run.stream.codec_context.codec.intra_only
