@@ -136,6 +136,11 @@ def _register_autograd(
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+        if any(x.is_inference() for x in args if isinstance(x, Tensor)):
+            # They cannot be saved. A layout or ids from inference mode may be trained with.
+            args = tuple(
+                x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args
+            )
         args = prepare(args)
         if torch._C._are_functorch_transforms_active():
             # A Function switches both modes off, and the transforms outside of this one need them.
@@ -195,6 +200,18 @@ def _register_vmap(name: str) -> None:
         return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
     torch.library.register_vmap(f"{NAMESPACE}::{name}", loop, lib=_library)
+
+
+def rand(
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`torch.rand`, which cannot be traced for symbolic sizes with ``generator=None`` given."""
+    if generator is None:
+        return torch.rand(shape, device=device, dtype=dtype)
+    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

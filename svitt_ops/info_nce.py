@@ -77,6 +77,8 @@ def info_nce(
     temperature = check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    symmetric = _validation.check_flag(_OP, "symmetric", symmetric)
+    label_smoothing = _validation.check_float(_OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
@@ -114,10 +116,7 @@ def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Ten
             )
         scalar = temperature.float()
         return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat):
-        raise TypeError(
-            f"{op}: temperature must be a float or a tensor, got {type(temperature).__name__}"
-        )
+    temperature = _validation.check_float(op, "temperature", temperature, "a float or a tensor")
     if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     return like.new_full((), temperature, dtype=torch.float32)

@@ -75,6 +75,7 @@ def queue_info_nce(
     for name, x in (("query", query), ("queue", queue)):
         if x.shape[0] == 0:
             raise ValueError(f"{_OP}: {name} must have at least one row, got {tuple(x.shape)}")
+    alpha = _validation.check_float(_OP, "alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{_OP}: alpha must be in [0, 1], got {alpha}")
     if teacher_query is not None:
