@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
+from svitt_ops._library import SeededGenerator
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
 from svitt_ops.models.official import PaddedSelfAttention, padded
@@ -163,12 +165,15 @@ class VideoTower(nn.Module):
     def _positions(self, frames: int) -> tuple[Tensor, Tensor]:
         grid = (frames, self.config.grid_size, self.config.grid_size)
         device = torch.device("cpu")  # also where the default device is "meta"
-        with device:
+        with nullcontext() if torch.compiler.is_compiling() else device:
             order = token_order(self.config.token_order, grid)
             return order, so.position_codes(grid, device=device)[order]
 
     def _layout(
-        self, num_tokens: int, device: torch.device, generator: torch.Generator | None
+        self,
+        num_tokens: int,
+        device: torch.device,
+        generator: torch.Generator | SeededGenerator | None,
     ) -> so.BlockLayout:
         config = self.config
         if not config.edge_sparsity:

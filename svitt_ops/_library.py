@@ -7,6 +7,7 @@ adds its kernels to the CPU key when it is loaded, and the CUDA key imports Trit
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -202,16 +203,51 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"{NAMESPACE}::{name}", loop, lib=_library)
 
 
+class SeededGenerator:
+    """The numbers of ``torch.Generator().manual_seed(seed)``, for graphs, which cannot hold one."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.drawn = seed, 0
+
+    def rand(self, shape: tuple[int, ...]) -> Tensor:
+        """The next fp32 numbers of `torch.rand`."""
+        count = math.prod(shape)
+        numbers: Tensor = torch.ops.svitt_ops.seeded_rand(self.seed, self.drawn, count)
+        self.drawn += count
+        return numbers.view(shape)
+
+
+def _seeded_rand(seed: int, start: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.rand(start + count, generator=generator, device="cpu", dtype=torch.float32)
+    return numbers[start:].clone()
+
+
+_library.define("seeded_rand(int seed, SymInt start, SymInt count) -> Tensor")
+_library.impl("seeded_rand", _seeded_rand, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    f"{NAMESPACE}::seeded_rand",
+    lambda seed, start, count: torch.empty(count, device="cpu", dtype=torch.float32),
+    lib=_library,
+)
+
+
 def rand(
     shape: tuple[int, ...],
-    generator: torch.Generator | None,
+    generator: torch.Generator | SeededGenerator | None,
     device: torch.device | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`torch.rand`, which cannot be traced for symbolic sizes with ``generator=None`` given."""
-    if generator is None:
+    """`torch.rand` on ``device``, drawn where the generator is."""
+    if generator is None:  # torch traces no symbolic sizes where generator=None is written out
         return torch.rand(shape, device=device, dtype=dtype)
-    return torch.rand(shape, generator=generator, device=device, dtype=dtype)
+    if isinstance(generator, SeededGenerator):
+        drawn = generator.rand(shape)
+    else:
+        drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
+    return drawn if device is None else drawn.to(device)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svitt_ops._library import SeededGenerator
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -82,7 +84,7 @@ def check_device(op: str, device: Any) -> torch.device | None:
 
 def check_generator(op: str, generator: Any) -> None:
     """A generator or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if generator is not None and not isinstance(generator, torch.Generator | SeededGenerator):
         raise TypeError(
             f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}"
         )

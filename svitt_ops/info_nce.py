@@ -261,6 +261,8 @@ def _over_ranks(
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"{_OP}: group must be of an initialised torch.distributed, got {group!r}")
+    if not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
     result: Tensor = _RankLoss.apply(

@@ -77,7 +77,7 @@ class BlockLayout:
         num_local: int = 1,
         num_random: int = 3,
         num_global: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | _library.SeededGenerator | None = None,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """Draw SViTT's pattern: a wrapping local window and random blocks per query block.
@@ -105,10 +105,7 @@ class BlockLayout:
         device = check_device(op, device)
         check_generator(op, generator)
         blocks = -(-sizes[0] // sizes[1])
-        noise_device = device if generator is None else generator.device
-        noise = _library.rand((blocks, blocks), generator, noise_device)
-        if generator is not None and device is not None:
-            noise = noise.to(device)
+        noise = _library.rand((blocks, blocks), generator, device)
         drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
         return cls(*sizes, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True)
 
