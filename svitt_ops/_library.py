@@ -164,7 +164,7 @@ def _register_autograd(
 
     def autograd(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            _refuse_tangents(public_name, args)
+            refuse_tangents(public_name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if torch._C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
@@ -175,7 +175,7 @@ def _register_autograd(
     _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Without a rule of its own an op would drop tangents, which reads as a derivative of 0."""
     for x in args:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
@@ -187,6 +187,8 @@ def _register_vmap(name: str) -> None:
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise NotImplementedError(f"{name}: vmap over no samples is not available")
         # Contiguous, since a sample's strides must be what the op's arguments may have.
         moved = [
             x if dim is None else x.movedim(dim, 0).contiguous()

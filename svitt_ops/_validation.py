@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,20 +17,24 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 _INTS = (int, torch.SymInt)
-_FLOATS = (float, torch.SymFloat, *_INTS)
+_FLOATS: tuple[type, ...] = (float, torch.SymFloat, *_INTS)
 _NO_NUMBERS = (bool, Tensor)
+_INT64 = 2**63
 
 
 def check_int(op: str, name: str, value: Any) -> int:
     """``value`` as an int: numpy's count, bools and tensors do not, a symbolic one stays."""
-    if isinstance(value, _INTS) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, _NO_NUMBERS):
+    if not isinstance(value, _INTS) or isinstance(value, bool):
         try:
-            return operator.index(value)
+            number = None if isinstance(value, _NO_NUMBERS) else operator.index(value)
         except TypeError:
-            pass
-    raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+            number = None
+        if number is None:
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        value = number
+    if not -_INT64 <= value < _INT64:
+        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
+    return value
 
 
 def check_count(op: str, name: str, value: Any, least: int = 0) -> int:
@@ -43,8 +47,10 @@ def check_count(op: str, name: str, value: Any, least: int = 0) -> int:
 
 def check_float(op: str, name: str, value: Any, what: str = "a float") -> float:
     """``value`` as a float: numpy's and ints count, bools and tensors do not."""
+    if type(value) is int:
+        return float(check_int(op, name, value))
     if isinstance(value, _FLOATS) and not isinstance(value, bool):
-        return value
+        return cast(float, value)
     if not isinstance(value, _NO_NUMBERS) and isinstance(value, numbers.Real):
         # A narrow float stands for the decimal that it prints as: numpy.float32(0.55) for 0.55.
         return float(str(value) if hasattr(value, "dtype") else value)
@@ -72,14 +78,13 @@ def check_device(op: str, device: Any) -> torch.device | None:
     """A device or its name; None stays."""
     if device is None or isinstance(device, torch.device):
         return device
+    wanted = f"{op}: device must be a torch.device or its name"
     if not isinstance(device, str | int) or isinstance(device, bool):
-        raise TypeError(
-            f"{op}: device must be a torch.device or its name, got {type(device).__name__}"
-        )
+        raise TypeError(f"{wanted}, got {type(device).__name__}")
     try:
         return torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"{op}: device must be a torch.device or its name, got {device!r}") from None
+    except (RuntimeError, ValueError):
+        raise ValueError(f"{wanted}, got {device!r}") from None
 
 
 def check_generator(op: str, generator: Any) -> None:

@@ -67,7 +67,8 @@ def cross_attention(
         _check_mask(key_padding_mask, key)
         key_padding_mask = key_padding_mask.contiguous()
     scale = query.shape[-1] ** -0.5 if scale is None else _validation.check_scale(_OP, scale)
-    if isinstance(return_saliency, Tensor) or return_saliency not in _SALIENCIES:
+    known = return_saliency is None or isinstance(return_saliency, str)
+    if not known or return_saliency not in _SALIENCIES:
         got = repr(return_saliency).partition("\n")[0]
         raise ValueError(f"{_OP}: return_saliency must be None, 'cls' or 'mean', got {got}")
     out, _, saliency = torch.ops.svitt_ops.cross_attention(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -337,7 +337,8 @@ def _flatten_with_keys(layout: BlockLayout) -> tuple[list[Any], tuple[int, ...]]
 
 def _unflatten(lists: Iterable[Any], sizes: tuple[int, ...]) -> BlockLayout:
     """Unchecked: torch also puts other things than tensors in their places."""
-    return BlockLayout(*sizes, *lists, trusted=True)  # type: ignore[call-arg, misc]
+    build: Any = BlockLayout
+    return cast(BlockLayout, build(*sizes, *lists, trusted=True))
 
 
 # A tree of four tensors to torch: an input of `torch.export`, an argument of `torch.func`.
@@ -373,8 +374,8 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and ascending numbers of the marked entries of each row; unused entries are 0."""
     counts = mask.sum(-1, dtype=torch.int32)
     # A stable sort of the inverted mask brings the marked columns to the front, in order.
-    numbers = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-    return counts, numbers.masked_fill(~_used(counts, numbers), 0)
+    numbers = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return counts, numbers.masked_fill(_used(counts, numbers).logical_not(), 0)
 
 
 def _check_numbers(op: str, direction: str, counts: Tensor, numbers: Tensor, blocks: int) -> None:
@@ -394,9 +395,9 @@ def _check_numbers(op: str, direction: str, counts: Tensor, numbers: Tensor, blo
 def _marked(counts: Tensor, numbers: Tensor, blocks: int) -> Tensor:
     """The mask that lists describe."""
     # Unused entries go to a spare column that is cut off.
-    target = numbers.long().masked_fill(~_used(counts, numbers), blocks)
+    target = numbers.long().masked_fill(_used(counts, numbers).logical_not(), blocks)
     mask = torch.zeros(*numbers.shape[:-1], blocks + 1, dtype=torch.bool, device=numbers.device)
-    return mask.scatter_(-1, target, True)[..., :blocks]
+    return mask.scatter_(-1, target, True).narrow(-1, 0, blocks)
 
 
 def _draw(noise: Tensor, num_local: int, num_random: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -97,6 +97,8 @@ class BlockSparseSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         dim, self.num_heads = _check_heads("BlockSparseSelfAttention", dim, num_heads)
+        qkv_bias = _validation.check_flag("BlockSparseSelfAttention", "qkv_bias", qkv_bias)
+        key_bias = _validation.check_flag("BlockSparseSelfAttention", "key_bias", key_bias)
         if bias is not None and not isinstance(bias, RelativePositionBias3D):
             raise TypeError(
                 "BlockSparseSelfAttention: bias must be a RelativePositionBias3D or None, "
@@ -177,6 +179,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         dim, self.num_heads = _check_heads("CrossAttention", dim, num_heads)
+        bias = _validation.check_flag("CrossAttention", "bias", bias)
         source = dim
         if context_dim is not None:
             source = _validation.check_count("CrossAttention", "context_dim", context_dim, least=1)
