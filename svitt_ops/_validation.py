@@ -108,8 +108,11 @@ def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = No
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """What autocast makes of an op's tensors, by the first one's device; the rest as it is."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors  # "meta", for one, has no autocast to ask for
+    # "meta", for one, has no autocast to ask for.
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
+        return tensors
     cast = torch.get_autocast_dtype(device)
     return tuple(x.to(cast) if isinstance(x, Tensor) else x for x in tensors)
 
