@@ -33,7 +33,7 @@ def check_int(op: str, name: str, value: Any) -> int:
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
         value = number
     if not -_INT64 <= value < _INT64:
-        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value}")
+        raise ValueError(f"{op}: {name} must fit into 64 bits")
     return value
 
 

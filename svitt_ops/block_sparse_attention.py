@@ -65,6 +65,7 @@ def block_sparse_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 * head_dim * layout.num_edges`` FLOP per batch and head forward, 2.5 times that

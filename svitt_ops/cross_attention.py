@@ -52,6 +52,7 @@ def cross_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 * head_dim * queries * keys`` FLOP per batch and head forward, 2.5 times that backward;

@@ -59,6 +59,7 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``2 B B D`` FLOP forward and 3 times that backward; memory ``O(B D)``.

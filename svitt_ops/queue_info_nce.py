@@ -58,6 +58,7 @@ def queue_info_nce(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 B (B + Q) D`` FLOP, twice that with a teacher, all of it forward; memory

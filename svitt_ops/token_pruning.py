@@ -96,6 +96,7 @@ def prune_tokens(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         No FLOP. Forward reads and writes ``batch * (num_global + keep)`` rows of ``dim``; backward
