@@ -14,8 +14,6 @@ from torch import Tensor
 from svitt_ops._library import SeededGenerator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 _INTS = (int, torch.SymInt)
 _FLOATS: tuple[type, ...] = (float, torch.SymFloat, *_INTS)
 _NO_NUMBERS = (bool, Tensor)
@@ -85,6 +83,12 @@ def check_device(op: str, device: Any) -> torch.device | None:
         return torch.device(device)
     except (RuntimeError, ValueError):
         raise ValueError(f"{wanted}, got {device!r}") from None
+
+
+def check_dtype(op: str, dtype: Any) -> None:
+    """What parameters can have: a floating dtype, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{op}: dtype must be a floating torch.dtype, got {dtype!r:.60}")
 
 
 def check_generator(op: str, generator: Any) -> None:

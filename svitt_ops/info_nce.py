@@ -328,6 +328,8 @@ class _RankLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
+        dist = torch.distributed
+        ctx.strip = (dist.get_rank(group), dist.get_world_size(group), query.shape[0])
         ctx.label_smoothing = label_smoothing
         # A loss that outlives its group must not keep it: gloo's threads abort a process at exit.
         ctx.group = weakref.ref(group)
@@ -343,11 +345,10 @@ class _RankLoss(torch.autograd.Function):
         if torch._C._functorch.is_batchedtensor(grad_loss):
             _RankLoss.vmap()
         query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
+        rank, ranks, local = ctx.strip
         group = ctx.group()
-        if group is None:
+        if group is None or not torch.distributed.is_initialized():
             raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
-        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        local = query.shape[0]
         grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
             grad_loss,
             query,

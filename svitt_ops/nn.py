@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svitt_ops import _validation
-from svitt_ops.block_sparse_attention import (
-    block_sparse_attention,
-    check_grid,
-    position_codes,
-)
+from svitt_ops.block_sparse_attention import block_sparse_attention, check_grid, position_codes
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.layout import BlockLayout
 from svitt_ops.token_pruning import PrunedTokens, prune_tokens
@@ -55,6 +51,8 @@ class RelativePositionBias3D(nn.Module):
         std = _validation.check_float(op, "std", std)
         if not 0 <= std < math.inf:
             raise ValueError(f"{op}: std must be at least 0 and finite, got {std}")
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
         self.grid, self.num_heads, self.num_global, self.std = grid, num_heads, num_global, std
         rows = (2 * frames - 1) * (2 * height - 1) * (2 * width - 1)
         rows += 2 * num_global + num_global**2
@@ -96,13 +94,15 @@ class BlockSparseSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim, self.num_heads = _check_heads("BlockSparseSelfAttention", dim, num_heads)
-        qkv_bias = _validation.check_flag("BlockSparseSelfAttention", "qkv_bias", qkv_bias)
-        key_bias = _validation.check_flag("BlockSparseSelfAttention", "key_bias", key_bias)
+        op = "BlockSparseSelfAttention"
+        dim, self.num_heads = _check_heads(op, dim, num_heads)
+        qkv_bias = _validation.check_flag(op, "qkv_bias", qkv_bias)
+        key_bias = _validation.check_flag(op, "key_bias", key_bias)
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
         if bias is not None and not isinstance(bias, RelativePositionBias3D):
             raise TypeError(
-                "BlockSparseSelfAttention: bias must be a RelativePositionBias3D or None, "
-                f"got {type(bias).__name__}"
+                f"{op}: bias must be a RelativePositionBias3D or None, got {type(bias).__name__}"
             )
         self.query = nn.Linear(dim, dim, qkv_bias, device, dtype)
         self.key = nn.Linear(dim, dim, qkv_bias and key_bias, device, dtype)
@@ -178,11 +178,14 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim, self.num_heads = _check_heads("CrossAttention", dim, num_heads)
-        bias = _validation.check_flag("CrossAttention", "bias", bias)
+        op = "CrossAttention"
+        dim, self.num_heads = _check_heads(op, dim, num_heads)
+        bias = _validation.check_flag(op, "bias", bias)
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
         source = dim
         if context_dim is not None:
-            source = _validation.check_count("CrossAttention", "context_dim", context_dim, least=1)
+            source = _validation.check_count(op, "context_dim", context_dim, least=1)
         self.query = nn.Linear(dim, dim, bias, device, dtype)
         self.key = nn.Linear(source, dim, bias, device, dtype)
         self.value = nn.Linear(source, dim, bias, device, dtype)

@@ -143,16 +143,10 @@ def prune_tokens(
 
 
 def _count(op: str, keep_rate: float, num_tokens: int) -> int:
-    keep_rate = check_keep_rate(op, keep_rate)
-    return math.ceil(round(keep_rate * num_tokens, 9))
-
-
-def check_keep_rate(op: str, keep_rate: Any) -> float:
-    """The share of tokens to keep."""
     keep_rate = _validation.check_float(op, "keep_rate", keep_rate, "a number")
     if not 0 < keep_rate <= 1:
         raise ValueError(f"{op}: keep_rate must be more than 0 and at most 1, got {keep_rate}")
-    return keep_rate
+    return math.ceil(round(keep_rate * num_tokens, 9))
 
 
 def _check_keep(op: str, keep: Any, num_tokens: int) -> int:

@@ -46,6 +46,7 @@ WRONG: dict[str, list[Any]] = {
     "saliency": [True, 1, "max", ["cls"], torch.ones(2), np.array(["cls", "mean"])],
     "layout": [None, 5, "a", torch.ones(5, 5).bool(), list(LISTS.values())],
     "device": [torch.float16, 1.5, True, "nowhere", ["cpu"], torch.ones(1), "cpu:x", 10**30],
+    "dtype": ["float32", 1, True, torch.int64, torch.complex64, np.float32, [torch.float32]],
     "generator": [5, "a", torch.default_generator.get_state()],
     "grid": [8, None, "abc", (1, 2), (1, 4, 5, 6), (0, 4, 5), (1, 4.0, 5), (True, 4, 5), 2.5],
     "group": [5, "a", object(), torch.ones(2, 2)],
@@ -144,17 +145,19 @@ CASES: dict[str, Case] = {
     "RelativePositionBias3D": (
         RelativePositionBias3D,
         dict(grid=(1, 4, 5), num_heads=2),
-        dict(grid="grid", num_heads="count", num_global="count", std="float"),
+        dict(grid="grid", num_heads="count", num_global="count", std="float")
+        | dict(device="device", dtype="dtype"),
     ),
     "BlockSparseSelfAttention": (
         BlockSparseSelfAttention,
         dict(dim=16, num_heads=2),
-        dict(dim="count", num_heads="int", qkv_bias="flag", key_bias="flag", bias="group"),
+        dict(dim="count", num_heads="int", qkv_bias="flag", key_bias="flag", bias="group")
+        | dict(device="device", dtype="dtype"),
     ),
     "CrossAttention": (
         CrossAttention,
         dict(dim=16, num_heads=2, context_dim=8),
-        dict(dim="count", num_heads="int", bias="flag"),
+        dict(dim="count", num_heads="int", bias="flag", device="device", dtype="dtype"),
     ),
     "TokenPruning": (
         TokenPruning,
