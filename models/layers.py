@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svitt_ops._library import SeededGenerator, rand
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
+from svitt_ops.randomness import SeededGenerator, rand
 
 
 class FeedForward(nn.Module):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
-from svitt_ops._library import SeededGenerator
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
 from svitt_ops.models.layers import FeedForward, Residual, eval_generator, random_scores
 from svitt_ops.models.official import PaddedSelfAttention, padded
 from svitt_ops.models.token_order import token_order
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
+from svitt_ops.randomness import SeededGenerator
 
 DENSE_BLOCK = 56
 """Block size of dense attention, for which it has no meaning: the one the kernels are best at."""

@@ -7,7 +7,6 @@ adds its kernels to the CPU key when it is loaded, and the CUDA key imports Trit
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +72,14 @@ def define(
         cuda_kernels.add(name)
         _library.define(schema.replace("(", "_cuda(", 1), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}_cuda", fake, lib=_library)
+
+
+def define_random(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op without tensors among its arguments, which runs alike for all devices."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
@@ -203,53 +210,6 @@ def _register_vmap(name: str) -> None:
         return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
     torch.library.register_vmap(f"{NAMESPACE}::{name}", loop, lib=_library)
-
-
-class SeededGenerator:
-    """The numbers of ``torch.Generator().manual_seed(seed)``, for graphs, which cannot hold one."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, seed: int) -> None:
-        self.seed, self.drawn = seed, 0
-
-    def rand(self, shape: tuple[int, ...]) -> Tensor:
-        """The next fp32 numbers of `torch.rand`."""
-        count = math.prod(shape)
-        numbers: Tensor = torch.ops.svitt_ops.seeded_rand(self.seed, self.drawn, count)
-        self.drawn += count
-        return numbers.view(shape)
-
-
-def _seeded_rand(seed: int, start: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.rand(start + count, generator=generator, device="cpu", dtype=torch.float32)
-    return numbers[start:].clone()
-
-
-_library.define("seeded_rand(int seed, SymInt start, SymInt count) -> Tensor")
-_library.impl("seeded_rand", _seeded_rand, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    f"{NAMESPACE}::seeded_rand",
-    lambda seed, start, count: torch.empty(count, device="cpu", dtype=torch.float32),
-    lib=_library,
-)
-
-
-def rand(
-    shape: tuple[int, ...],
-    generator: torch.Generator | SeededGenerator | None,
-    device: torch.device | None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`torch.rand` on ``device``, drawn where the generator is."""
-    if generator is None:  # torch traces no symbolic sizes where generator=None is written out
-        return torch.rand(shape, device=device, dtype=dtype)
-    if isinstance(generator, SeededGenerator):
-        drawn = generator.rand(shape)
-    else:
-        drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=dtype)
-    return drawn if device is None else drawn.to(device)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from svitt_ops._library import SeededGenerator
+from svitt_ops.randomness import SeededGenerator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTS = (int, torch.SymInt)

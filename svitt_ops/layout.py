@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from svitt_ops import _library
 from svitt_ops._validation import check_count, check_device, check_generator, readable
+from svitt_ops.randomness import SeededGenerator, rand
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -77,7 +78,7 @@ class BlockLayout:
         num_local: int = 1,
         num_random: int = 3,
         num_global: int = 1,
-        generator: torch.Generator | _library.SeededGenerator | None = None,
+        generator: torch.Generator | SeededGenerator | None = None,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """Draw SViTT's pattern: a wrapping local window and random blocks per query block.
@@ -105,7 +106,7 @@ class BlockLayout:
         device = check_device(op, device)
         check_generator(op, generator)
         blocks = -(-sizes[0] // sizes[1])
-        noise = _library.rand((blocks, blocks), generator, device)
+        noise = rand((blocks, blocks), generator, device)
         drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
         return cls(*sizes, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True)
 

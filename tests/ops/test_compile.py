@@ -17,7 +17,7 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 import svitt_ops as so
-from svitt_ops._library import SeededGenerator
+from svitt_ops.randomness import SeededGenerator
 
 ways = pytest.mark.parametrize("dynamic", [None, True, False])
 
