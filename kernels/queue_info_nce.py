@@ -455,6 +455,7 @@ def queue_info_nce(
 def queue_info_nce_backward(
     grad_loss: torch.Tensor,
     query: torch.Tensor,
+    temperature: torch.Tensor,
     grad_query: torch.Tensor,
     grad_temperature: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:

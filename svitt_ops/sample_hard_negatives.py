@@ -7,6 +7,7 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
+from svitt_ops.randomness import rand
 from svitt_ops.reference.info_nce import positives
 from svitt_ops.reference.sample_hard_negatives import choose
 
@@ -57,11 +58,10 @@ def sample_hard_negatives(
     temperature = check_temperature(_OP, temperature, query).detach()
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    _validation.check_generator(_OP, generator)
     if generator is not None and generator.device.type != query.device.type:
         raise ValueError(f"{_OP}: generator must be on {query.device}, got {generator.device}")
-    uniform = torch.rand(
-        query.shape[0], generator=generator, device=query.device, dtype=torch.float64
-    )
+    uniform = rand(query.shape[:1], generator, query.device, torch.float64)
     query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query.detach(), key.detach()))
     found: Tensor = torch.ops.svitt_ops.sample_hard_negatives(
         query, key, temperature, ids, ids, uniform
