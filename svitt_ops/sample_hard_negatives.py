@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
-from svitt_ops.reference.info_nce import positives
+from svitt_ops.reference.info_nce import finite_logits, positives
 from svitt_ops.reference.sample_hard_negatives import choose
 
 _OP = "sample_hard_negatives"
@@ -81,7 +81,7 @@ def _cpu(
     key_ids: Tensor | None,
     uniform: Tensor,
 ) -> Tensor:
-    logits = query.double() @ key.double().T / temperature.double()
+    logits = finite_logits(query.double() @ key.double().T, temperature.double())
     same = positives(query_ids, key_ids, 0, logits.shape, query.device)
     return choose(logits, same, uniform)
 

@@ -28,16 +28,24 @@ def pytest_configure() -> None:
 def _round_interpreted_products_once() -> None:
     """The interpreter multiplies in fp32 through numpy's BLAS, which adds up in an order of the
     processor's: no verdict may hang on that. Sums in fp64 round to the same fp32 in any order.
+    And it multiplies the bits of bf16 as integers.
     """
     import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    in_fp32 = interpreter.InterpreterBuilder.create_dot
+    as_they_are = interpreter.InterpreterBuilder.create_dot
+
+    def values(x: Any) -> Any:
+        if x.dtype.scalar == tl.bfloat16:
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data
 
     def create_dot(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
-        if {a.data.dtype.kind, b.data.dtype.kind, d.data.dtype.kind} != {"f"}:
-            return in_fp32(builder, a, b, d, *how)
-        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        left, right = values(a), values(b)
+        if {left.dtype.kind, right.dtype.kind, d.data.dtype.kind} != {"f"}:
+            return as_they_are(builder, a, b, d, *how)
+        product = np.matmul(left, right, dtype=np.float64) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
