@@ -23,6 +23,7 @@ if find_spec("hypothesis"):  # a GPU machine without a network may lack it
 def pytest_configure() -> None:
     if not HAS_GPU and find_spec("triton"):
         _round_interpreted_products_once()
+        _index_by_numbers()
 
 
 def _round_interpreted_products_once() -> None:
@@ -49,6 +50,19 @@ def _round_interpreted_products_once() -> None:
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _index_by_numbers() -> None:
+    """Triton 3.6 takes an array of one element for a number, as numpy did before 2.4."""
+    from triton.runtime import interpreter
+
+    before = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 @pytest.fixture
