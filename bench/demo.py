@@ -53,7 +53,7 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         ("with shuffled frames", "{:.1f} %", [x["pair_accuracy"]["shuffled"] for x in demos]),
     ]
     lines = [
-        f"**{hardware}**, torch {where['versions']['torch']}, commit {where['commit'][:10]}: "
+        f"**{hardware}**, torch {where['versions']['torch']}, commit {(where['commit'] or 'unknown')[:10]}: "
         f"`svitt demo --seed N`, {first['frames']} frames, {first['retrieval']['videos']} clips of "
         f"scenes never trained on; {first['edges']['edges']:,} edges of "
         f"{first['edges']['dense']:,}, visual tokens "

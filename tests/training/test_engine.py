@@ -107,7 +107,7 @@ from svitt_ops.training.cli import main
 main(["pretrain", "--config", sys.argv[1]])
 """
     process = run(sys.executable, "-c", dying, str(path))
-    assert process.wait(timeout=50) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     output = tmp_path / "killed"
     assert [step for step, _ in checkpoints(output)] == [3, 6]
     assert list(output.glob(".partial-*"))
@@ -123,8 +123,7 @@ def test_killed_from_outside_and_resumed(make_recipe: Any, tmp_path: Path) -> No
     recipe = make_recipe(tmp_path / "killed", *options)
     path = write(recipe, tmp_path / "killed.yaml")
     process = run(sys.executable, "-m", "svitt_ops.training", "pretrain", "--config", str(path))
-    end = time.monotonic() + 50
-    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < end:
+    while last_checkpoint(tmp_path / "killed") is None and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -147,7 +146,7 @@ def test_two_ranks_equal_one_process(make_recipe: Any, tmp_path: Path) -> None:
     command = ["--nproc-per-node", "2", "-m", "svitt_ops.training", "pretrain"]
     process = run(*torchrun, *command, "--config", str(path))
     one = pretrain(make_recipe(tmp_path / "one", *options, **model))
-    assert process.wait(timeout=55) == 0
+    assert process.wait() == 0
     state = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())
     two = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
     wanted = {step: parts[0] for step, parts in losses(one).items()}
