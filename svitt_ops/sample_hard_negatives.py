@@ -38,7 +38,9 @@ def sample_hard_negatives(
         generator: of the random numbers, on the device of ``query``; torch's default one if None.
 
     Returns:
-        int64 ``(B,)``, indices of keys; -1 for a query without a negative. Without gradient.
+        int64 ``(B,)``, indices of keys. Without gradient. A key is never drawn where its logit is
+        NaN, infinite or beyond 1e9, which leaves fp32 no digits; -1 for a query without any other
+        negative, and for all where the temperature is not positive and finite.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

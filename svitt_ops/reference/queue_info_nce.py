@@ -26,7 +26,9 @@ def queue_info_nce(
     targets = (1 - alpha) * (same / same.sum(1, keepdim=True).clamp(min=1)).to(query.dtype)
     if teacher_query is not None and alpha > 0:
         with torch.no_grad():
-            targets = targets + alpha * finite_logits(teacher_query @ candidates.T, temperature).softmax(1)
+            targets = targets + alpha * finite_logits(
+                teacher_query @ candidates.T, temperature
+            ).softmax(1)
     logits = finite_logits(query @ candidates.T, temperature)
     return -(targets * logits.log_softmax(1)).sum(1).mean()
 

@@ -133,6 +133,11 @@ for ids in (None, torch.randint(7, (24,), generator=generator)):
         torch.testing.assert_close(found[0] / ranks, exact[0][part])
         torch.testing.assert_close(found[1] / ranks, exact[1][part])
         torch.testing.assert_close(found[2], exact[2])
+        if rank == 1:
+            a.data[0, 0] = float("nan")  # is known on both
+        broken = so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
+        assert broken.isnan()
+        assert all(x.isnan().all() for x in torch.autograd.grad(broken, (a, b, s)))
 try:
     rows = 5 + rank
     so.info_nce(torch.ones(rows, 4), torch.ones(rows, 4), 0.1, group=dist.group.WORLD)

@@ -12,7 +12,10 @@ from torch import Tensor
 import svitt_ops as so
 
 # Numpy, by which Triton is interpreted, warns of what is the point here.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
 
 NAN, INF = float("nan"), float("inf")
 ROWS, DIM = 6, 16
@@ -184,3 +187,53 @@ def test_losses_against_a_queue(mode: str, dtype: torch.dtype, backend: str) -> 
                 assert grad.isnan().all()
     for temperature in (NAN, INF, 0.0, -0.1):
         assert all(x.isnan().all() for x in run(temperature))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_attention_hides_nothing(
+    sparse: bool, value: float, dtype: torch.dtype, backend: str
+) -> None:
+    """What attends it is not finite either, and where that is easily told, nothing else."""
+    tokens, block = 33, 8
+    inputs = [draw(backend, dtype, tokens, seed)[None, None] for seed in range(4)]
+    mask = torch.eye(4, dtype=torch.bool, device=inputs[0].device)
+    layout = so.BlockLayout.from_mask(mask, num_tokens=32, block_size=block, num_global=1)
+
+    def run(*changed: Tensor) -> dict[str, Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in changed)
+        if sparse:
+            out, saliency = so.block_sparse_attention(q, k, v, layout, return_saliency=True)
+        else:
+            out, saliency = so.cross_attention(q, k, v, return_saliency="mean")
+        grads = torch.autograd.grad(out, (q, k, v), inputs[3])
+        return dict(zip(("q", "k", "v"), grads, strict=True)) | {"out": out, "saliency": saliency}
+
+    clean = run(*inputs[:3])
+    of_block = torch.zeros(tokens, dtype=torch.bool, device=inputs[0].device)
+    of_block[0] = of_block[9:17] = True  # the global token and block 1
+    all_rows = torch.ones_like(of_block)
+    attending = of_block if sparse else all_rows
+    for which in range(3):
+        for token in (0, 12):
+            broken = list(inputs[:3])
+            broken[which] = broken[which].clone()
+            broken[which][:, :, token] = value
+            found = run(*broken)
+            rows = torch.arange(tokens, device=of_block.device) == token
+            if which > 0:
+                rows = all_rows if token == 0 else attending
+            out = found["out"][0, 0]
+            assert not out[rows].isfinite().any()
+            if not (backend == "reference" and which == 2):  # dense: 0 times NaN
+                assert torch.equal(out[~rows], clean["out"][0, 0, ~rows])
+            if which < 2 and (token == 0 or which == 1 or not sparse):
+                assert found["saliency"].isnan().all()
+            # Gradients: of the queries that attend, and of the keys that are attended.
+            assert which == 2 or found[("q", "k", "v")[which]][0, 0, token].isnan().all()
+            if which == 0:
+                keys = all_rows if token == 0 else attending
+                assert found["k"][0, 0, keys].isnan().all() and found["v"][0, 0, keys].isnan().all()
+            else:
+                assert not found["q"][0, 0, rows].isfinite().any()
