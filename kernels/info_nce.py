@@ -61,7 +61,7 @@ def _dots(
 
 @triton.jit
 def _limit(temperature):
-    """Similarities of this size or more are no logits, and none are at a temperature that is none."""
+    """Similarities of this size or more are no logits; at a temperature that is none, none are."""
     usable = (temperature > 0) & (temperature < float("inf"))
     return tl.where(usable, LOGIT_LIMIT * temperature, -1.0)
 
@@ -199,8 +199,8 @@ def _loss_kernel(
         other = _sum_losses(columns_ptr, num_columns, choices, scale, label_smoothing, TILE)
         loss = 0.5 * (loss + other / num_columns)
     tl.store(loss_ptr, loss)
-    # A similarity that is no logit made a row's sum of all NaN. Then there is no batch to learn from:
-    # a NaN among the counts tells the backward, on all ranks.
+    # A similarity that is no logit made a row's sum of all NaN, and nothing of the batch is left: a
+    # NaN among the counts tells the backward, on all ranks.
     bad = tl.zeros([TILE], tl.float64)
     for start in range(0, num_rows, TILE):
         i = start + tl.arange(0, TILE)
