@@ -61,7 +61,10 @@ def block_sparse_attention(
     Returns:
         ``out`` like ``query``, its memory laid out so that merging the heads is free; with
         ``return_saliency`` also ``saliency``, fp32 ``(batch, num_tokens)``: the row of the first
-        global token, softmaxed over all keys, averaged over heads, without gradient.
+        global token, softmaxed over all keys, averaged over heads, without gradient. NaN and
+        infinities are never hidden: the rows that attend one, and its gradients, are not finite,
+        and other rows of its head need not be; only of a logit of -inf beside finite ones nothing
+        comes. Tokens beyond ``key_lengths`` may hold anything.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

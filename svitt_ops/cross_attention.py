@@ -48,7 +48,9 @@ def cross_attention(
     Returns:
         ``out`` like ``query``, its memory laid out so that merging the heads is free; with
         ``return_saliency`` also ``saliency``, fp32 ``(batch, keys)``: softmaxed over the keys,
-        averaged over heads, without gradient.
+        averaged over heads, without gradient. NaN and infinities are never hidden: the rows that
+        attend one, and its gradients, are not finite; only of a logit of -inf beside finite ones
+        nothing comes.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

@@ -55,7 +55,9 @@ def info_nce(
             rank's own part, of the temperature all of it.
 
     Returns:
-        The loss, a fp32 scalar.
+        The loss, a fp32 scalar. Where a logit is NaN, infinite or beyond 1e9, which leaves fp32 no
+        digits, or where the temperature is not positive and finite, the loss and all gradients are
+        NaN, on every rank.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -319,6 +321,7 @@ class _RankLoss(torch.autograd.Function):
             parts = _gather(columns[None], group)
             columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
             means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
+        rows = rows + 0 * means  # NaN tells the backward of every rank
         return means.float(), keys, all_ids, rows, columns
 
     @staticmethod

@@ -85,7 +85,8 @@ class BlockLayout:
 
         The window covers blocks ``i - num_local // 2`` to ``i + (num_local - 1) // 2`` modulo the
         number of blocks. Random blocks are uniform without replacement over the others; where there
-        are fewer than asked, all of them are taken. Drawing never synchronises host and device.
+        are fewer than asked, all of them are taken. Drawing never synchronises host and device, and
+        takes ``blocks * blocks`` numbers from the generator, none where ``num_random`` is 0.
 
         Args:
             num_tokens: tokens that are not global.
@@ -93,7 +94,7 @@ class BlockLayout:
             num_local: blocks in the local window; odd numbers centre it.
             num_random: random blocks per query block.
             num_global: global tokens.
-            generator: source of randomness; its device draws the noise.
+            generator: source of randomness, torch's own if None; its device draws the noise.
             device: where the layout lives; the generator's device if not given, else the default.
 
         Returns:

@@ -54,7 +54,9 @@ def queue_info_nce(
         queue_ids: ``(Q,)``, only with ``query_ids``; by default the queue has no positives.
 
     Returns:
-        The loss, a fp32 scalar.
+        The loss, a fp32 scalar. Where a logit is NaN, infinite or beyond 1e9, which leaves fp32 no
+        digits, or where the temperature is not positive and finite, it is NaN, and so are the
+        gradients of the temperature and of the queries concerned: all that saw the candidate.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

@@ -8,7 +8,7 @@ from torch import Tensor
 from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
 from svitt_ops.randomness import rand
-from svitt_ops.reference.info_nce import positives
+from svitt_ops.reference.info_nce import finite_logits, positives
 from svitt_ops.reference.sample_hard_negatives import choose
 
 _OP = "sample_hard_negatives"
@@ -39,7 +39,9 @@ def sample_hard_negatives(
         generator: of the random numbers, on the device of ``query``; torch's default one if None.
 
     Returns:
-        int64 ``(B,)``, indices of keys; -1 for a query without a negative. Without gradient.
+        int64 ``(B,)``, indices of keys. Without gradient. A key is never drawn where its logit is
+        NaN, infinite or beyond 1e9, which leaves fp32 no digits; -1 for a query without any other
+        negative, and for all where the temperature is not positive and finite.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -81,7 +83,7 @@ def _cpu(
     key_ids: Tensor | None,
     uniform: Tensor,
 ) -> Tensor:
-    logits = query.double() @ key.double().T / temperature.double()
+    logits = finite_logits(query.double() @ key.double().T, temperature.double())
     same = positives(query_ids, key_ids, 0, logits.shape, query.device)
     return choose(logits, same, uniform)
 

@@ -107,7 +107,7 @@ def test_pattern_is_fixed_in_eval_and_drawn_in_training(
         first = model.encode_video(pixels).states
         torch.manual_seed(5)
         assert torch.equal(model.encode_video(pixels).states, first)
-        assert torch.equal(model.encode_video(pixels[:1]).states, first[:1])
+        torch.testing.assert_close(model.encode_video(pixels[:1]).states, first[:1])
         model.config.eval_pattern_seed = 1
         assert not torch.equal(model.encode_video(pixels).states, first)
         model.config.eval_pattern_seed = None
@@ -126,7 +126,9 @@ def test_pruning_at_random(make_config: MakeConfig, pixels: Tensor) -> None:
     with torch.no_grad():
         found = model.encode_video(pixels)
         assert torch.equal(found.indices[0], found.indices[1])
-        assert torch.equal(model.encode_video(pixels[1:]).states, found.states[1:])
+        alone = model.encode_video(pixels[1:])
+        assert torch.equal(alone.indices, found.indices[1:])
+        torch.testing.assert_close(alone.states, found.states[1:])
         found = model.train().encode_video(pixels)
     assert found.indices.shape == (2, 32) and not torch.equal(found.indices[0], found.indices[1])
 
