@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check asan isa-check wheel-check guides clean
+  cuda-check asan isa-check interpreter-check fuzz wheel-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -89,6 +89,10 @@ isa-check: .venv/installed
 	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops -k 'cpp and fp64' $(PYTEST_ARGS) \
 	    || exit 1; \
 	done
+
+# The reader of videos and pictures on 2,000 mutated files.
+fuzz: .venv/installed
+	$(BIN)/python tests/training/fuzz.py --count 2000
 
 # sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
 wheel-check: .venv/installed

@@ -51,7 +51,7 @@ class FrameReader:
 
     def __init__(self, spec: ClipSpec) -> None:
         self.spec = spec
-        self._videos: dict[str, Tensor | UnusableVideoError] = {}
+        self._videos: dict[str, Tensor | str] = {}  # or why there is none
 
     def read(self, path: str, kind: Kind, choose: Choose) -> Tensor:
         """The chosen frames of a video, or the one picture of an image."""
@@ -62,16 +62,16 @@ class FrameReader:
         if path not in self._videos:
             self._videos[path] = self._decode(path)
         video = self._videos[path]
-        if isinstance(video, UnusableVideoError):
-            raise video
+        if isinstance(video, str):
+            raise UnusableVideoError(video)
         # The cache keeps no times; as 1 frame a second they serve every mode but "fpsX".
         return video[list(choose(range(len(video))))]
 
-    def _decode(self, path: str) -> Tensor | UnusableVideoError:
+    def _decode(self, path: str) -> Tensor | str:
         try:
             return read_frames(path, short_side=self.spec.short_side)
         except UnusableVideoError as error:
-            return error
+            return str(error)
 
 
 class PairDataset(Dataset[Clip]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -19,7 +20,21 @@ from svitt_ops.training.files import MAX_FRAME_PIXELS, MediaFile, Reader, Unusab
 
 SURPLUS = 16  # packets may hold this many times what the file does, as compressed headers do
 PATIENCE = 2**31  # pixels of damaged frames
+LIMITS = {"max_pixels": str(MAX_FRAME_PIXELS)}
 LISTING = {"fflags": "+noparse+nofillin-genpts", "probesize": "32"}  # what the container says alone
+
+
+class _Source(Reader):
+    """Keeps what FFmpeg takes for the end of the file, or a callback from C loses, as Ctrl-C."""
+
+    error: BaseException | None = None
+
+    def read(self, count: int = -1) -> bytes:
+        try:
+            return super().read(count)
+        except BaseException as error:
+            self.error = error
+            raise OSError from error
 
 
 class Pass:
@@ -45,17 +60,19 @@ class Pass:
         self.damaged = False
         self._left = SURPLUS * file.size + 2**26
         self._patience = PATIENCE
-        self.container: InputContainer = av.open(
-            Reader(file, holes),
-            metadata_errors="ignore",
-            buffer_size=4096,  # what is read in vain behind each header
-            # No file that this one names is opened, were it a playlist.
-            options={"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS), **options},
-        )
+        self._source = _Source(file, holes)
+        with self._reading():
+            self.container: InputContainer = av.open(
+                self._source,
+                metadata_errors="ignore",
+                buffer_size=4096,  # what is read in vain behind each header
+                # No file that this one names is opened, were it a playlist.
+                options={"protocol_whitelist": "none", **LIMITS, **options},
+            )
         self.stream = _choose_stream(self.container)
         context = self.stream.codec_context
         context.thread_count = 1  # the loader's workers are the parallelism
-        context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        context.options = LIMITS
         if context.width * context.height > MAX_FRAME_PIXELS:
             raise UnusableVideoError(f"has frames of {context.width} x {context.height} pixels")
         self._wanted = [self.stream] if alone else list(self.container.streams)
@@ -71,17 +88,19 @@ class Pass:
 
     def seek(self, time: int) -> None:
         """To a key frame at or before a time in the stream's time base."""
-        self.container.seek(time, stream=self.stream, backward=True)
+        with self._reading():
+            self.container.seek(time, stream=self.stream)
 
     def packets(self) -> Iterator[Packet]:
         """The packets that hold anything."""
         try:
-            for packet in self.container.demux(self._wanted):
-                self._left -= packet.size
-                if self._left < 0:
-                    raise UnusableVideoError("has packets of more bytes than the file")
-                if packet.size:
-                    yield packet
+            with self._reading():
+                for packet in self.container.demux(self._wanted):
+                    self._left -= packet.size
+                    if self._left < 0:
+                        raise UnusableVideoError("has packets of more bytes than the file")
+                    if packet.size:
+                        yield packet
         except av.FFmpegError:
             self.damaged = True
 
@@ -97,6 +116,14 @@ class Pass:
                 if frame.is_corrupt:
                     self._harm()
                 yield frame
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._source.error is not None:
+                raise self._source.error
 
     def _harm(self) -> None:
         """Note a damaged frame; to conceal many large ones would take hours."""

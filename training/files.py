@@ -1,4 +1,4 @@
-"""Media files as FFmpeg and Pillow get them: regular files only, opened once, read within bounds."""
+"""Media files as FFmpeg and Pillow get them: regular ones, opened once, read within bounds."""
 
 from __future__ import annotations
 

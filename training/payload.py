@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from svitt_ops.training.files import MediaFile
 
 Spans = list[tuple[int, int]]
-MAX_STEPS = 5_000_000
+UNKNOWN = 2**31 - 16  # and more say those who write into a pipe
 # Matroska: what is entered, and what holds a frame.
 SEGMENT, CLUSTER, BLOCK_GROUP = 0x18538067, 0x1F43B675, 0xA0
 SIMPLE_BLOCK, BLOCK = 0xA3, 0xA1
@@ -31,7 +31,8 @@ def payload(file: MediaFile, container: str) -> Spans:
 def declared_size(file: MediaFile, container: str) -> int:
     """How many bytes the structure of a file needs, 0 where it doesn't say."""
     if container == "avi":
-        return 8 + int.from_bytes(file.read(4, 4), "little")
+        size = int.from_bytes(file.read(4, 4), "little")
+        return 8 + size if size < UNKNOWN else 0
     if container.startswith("mov"):
         return max((end for _, _, end in _boxes(file)), default=0)
     if container == "asf":
@@ -51,7 +52,7 @@ def _mp4(file: MediaFile) -> Spans:
 def _boxes(file: MediaFile) -> Iterator[tuple[bytes, int, int]]:
     """Name, begin and end of what the boxes at the top of an MP4 hold."""
     position = 0
-    for _ in range(MAX_STEPS):
+    for _ in _steps(file):
         head = file.read(position, 16)
         size, start = int.from_bytes(head[:4], "big"), position + 8
         if size == 1:  # a size of 64 bits follows
@@ -65,11 +66,16 @@ def _boxes(file: MediaFile) -> Iterator[tuple[bytes, int, int]]:
         position = end
 
 
+def _steps(file: MediaFile) -> range:
+    """As many as are worth it: of smaller parts, what lies between them may as well be read."""
+    return range(1000 + file.size // 128)
+
+
 def _matroska(file: MediaFile) -> Spans:
     """The blocks, but for their first bytes."""
     spans: Spans = []
     position = 0
-    for _ in range(MAX_STEPS):
+    for _ in _steps(file):
         head = file.read(position, 32)
         if len(head) < 32:
             break
@@ -88,8 +94,8 @@ def _matroska(file: MediaFile) -> Spans:
             break
         if name in (SIMPLE_BLOCK, BLOCK):
             flags = head[width + more + 3]  # behind a track number of one byte and the time
-            if head[width + more] & 0x80 and not flags & 0x06:  # one frame alone
-                if size > 4 * KEPT:
-                    spans.append((start + KEPT, min(start + size, file.size)))
+            alone = head[width + more] & 0x80 and not flags & 0x06  # not several frames laced
+            if alone and size > 4 * KEPT:
+                spans.append((start + KEPT, min(start + size, file.size)))
         position = start + size
     return [(start, end) for start, end in spans if start < end]

@@ -79,7 +79,7 @@ class Pictures:
     def _opened(self) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd tags
-            with Image.open(Reader(self._file), formats=[self._form]) as image:  # type: ignore[arg-type]
+            with Image.open(Reader(self._file), formats=[self._form]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnusableVideoError(f"has {image.width} x {image.height} pixels")
                 if self._form == "TIFF" and image.tag_v2.get(REDUCED, 0) & 1:  # type: ignore[attr-defined]
@@ -116,11 +116,10 @@ def _recognise(file: MediaFile) -> str | None:
 
 def _is_film(file: MediaFile) -> bool:
     """Whether JPEG pictures follow each other without a list of them, as in motion JPEG."""
-    content = file.read(0, 2**26)
+    content = file.read(0, 2**24)
     position = 2
-    while content[position : position + 1] == b"\xff":
-        marker = content[position + 1]
-        if marker == 0xDA:  # the picture begins; before, a thumbnail may have an end of its own
+    while (marker := content[position : position + 2])[:1] == b"\xff":
+        if marker == b"\xff\xda":  # the picture begins; a thumbnail before it ends on its own
             end = content.find(b"\xff\xd9", position)
             return end >= 0 and content.startswith(JPEG, end + 2) and b"MPF\0" not in content[:end]
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")

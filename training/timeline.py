@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
-from av.packet import Packet
+from av.packet import Packet, PktSideDataT
 from av.video.stream import VideoStream
 
 from svitt_ops.training.decoding import LISTING, Pass
 from svitt_ops.training.files import MediaFile, UnusableVideoError
-from svitt_ops.training.payload import Spans, declared_size, payload
+from svitt_ops.training.payload import UNKNOWN, Spans, declared_size, payload
 
 WHOLE = 0.95  # a file with less of what it declares is cut off
 REORDERED = 32  # places that a picture may be decoded before or behind its turn
@@ -22,7 +23,8 @@ NO_TIMES = "avi"  # its chunks have numbers: FFmpeg guesses times, and wrongly u
 DECLARES = ("matroska", "flv", "ivf", "mxf")  # their headers say how long they last
 PALETTE = "pal8"  # a palette comes once, with the first frame: a seek loses it
 NEVER = -(2**63)
-STATEFUL = ("palette", "new_extradata", "param_change")  # side data that later packets need
+# Side data that later packets need.
+STATEFUL: tuple[PktSideDataT, ...] = ("palette", "new_extradata", "param_change")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Timeline:
     """How the decoder is to name them; None: their numbers alone tell."""
     packets: np.ndarray
     """int64 (packets, 2): their times and sizes in the order of the file."""
-    keys: list[tuple[int, int]]
-    """Time of each key frame, and the time to seek for it."""
+    keys: np.ndarray
+    """int64 (key frames, 2): their times, ascending, and the times to seek for them."""
     doubt: int
     """Frames to decode past a wanted one before its time is believed."""
     shown: Shown | None
@@ -77,6 +79,16 @@ class _Listing:
         if packet.pts is not None:
             self.end = max(self.end, packet.pts + (packet.duration or 0))
 
+    @property
+    def reordered(self) -> bool:
+        """Whether frames are shown in another order than they are decoded."""
+        known = [pts for pts in self.pts if pts is not None]
+        return any(a > b for a, b in itertools.pairwise(known))
+
+    def first_key(self) -> float:
+        known = (p for p, key in zip(self.pts, self.keys, strict=True) if key and p is not None)
+        return min(known, default=math.inf)
+
     def times(self) -> np.ndarray | None:
         """In order, unless some are missing, double or far from the order of the packets."""
         if not self.pts or None in self.pts:
@@ -100,28 +112,33 @@ def find_timeline(file: MediaFile) -> Timeline:
         scale = float(run.stream.time_base or 0)
         listing = _list_packets(file, name)
         _check_whole(file, run, listing)
-    pts, shown, doubt = listing.times(), None, 0
-    if pts is None or (reorders and name == NO_TIMES):
+    times = listing.times()
+    pts, doubt, shown = times, 0, None
+    if times is not None:
+        if reorders != listing.reordered:
+            doubt = REORDERED  # where the decoder waits in vain or not at all, these are no times
+        elif first.pts is not None and first.pts <= listing.first_key():
+            pts = times[times >= first.pts]  # pictures before the first key frame lack references
+    if pts is None or not len(pts) or (reorders and name == NO_TIMES):
         shown = count_frames(file)
         if shown.damaged and len(shown.numbers) < WHOLE * len(listing.packets):
             raise UnusableVideoError(
                 f"only {len(shown.numbers)} of {len(listing.packets)} frames can be decoded"
             )
         pts = shown.pts
-    elif reorders == bool((np.diff(listing.pts) > 0).all()):
-        doubt = REORDERED  # unless the decoder waits in vain, these are no times
-    elif first.pts is not None:
-        pts = pts[pts >= first.pts]  # a film may begin with pictures whose reference is missing
-    keys = []
+        seconds = np.arange(len(shown.numbers)) / rate if pts is None else pts * scale
+    else:
+        seconds = pts * scale
+    keys: list[tuple[int, int]] = []
     if pts is not None and not listing.stateful and context.pix_fmt != PALETTE:
         both = zip(listing.pts, listing.dts, listing.keys, strict=True)
         keys = sorted((p, p if d is None else d) for p, d, key in both if key and p is not None)
     return Timeline(
-        seconds=np.arange(len(shown.numbers)) / rate if pts is None else pts * scale,
+        seconds=seconds,
         size=(first.width, first.height),
         pts=pts,
         packets=np.array(listing.packets, dtype=np.int64),
-        keys=keys,
+        keys=np.array(keys, dtype=np.int64).reshape(-1, 2),
         doubt=doubt,
         shown=shown,
     )
@@ -177,7 +194,8 @@ def _check_whole(file: MediaFile, run: Pass, listing: _Listing) -> None:
         # The last frame may last as long as any other, and not say so.
         pause = max(scale * int(np.diff(pts).max(initial=0)), 1 / _rate(stream))
         seconds = scale * listing.end + pause
-        whole = (run.container.duration or 0) / 1e6
+        known = (stream.duration or 0) < UNKNOWN
+        whole = (run.container.duration or 0) / 1e6 * known
         tagged = _tagged(stream.metadata.get("DURATION", ""))
         if seconds < WHOLE * (tagged or whole):
             seconds = max(seconds, _end(file, name))  # where the sound goes on, nothing is missing
@@ -210,27 +228,28 @@ def _end(file: MediaFile, container: str) -> float:
     return end
 
 
-class _Cache:
+class Cache:
     """The timelines of the files read last, so that later epochs don't list them again."""
 
     def __init__(self, frames: int) -> None:
         self._room = frames
         self._known: OrderedDict[tuple[int, ...], Timeline] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def get(self, file: MediaFile) -> Timeline:
-        timeline = self._known.get(file.identity)
+        timeline = self._known.pop(file.identity, None)
         if timeline is None:
             timeline = find_timeline(file)
-            # One written a moment ago may change again without looking changed.
-            if time.time() - file.changed > 0.1:
-                self._known[file.identity] = timeline
-                self._room -= len(timeline.seconds)
-        else:
-            self._known.move_to_end(file.identity)
+            if time.time() - file.changed < 0.1:  # it may change again without looking changed
+                return timeline
+            self._room -= len(timeline.seconds)
+        self._known[file.identity] = timeline
         while self._room < 0 and len(self._known) > 1:
             _, oldest = self._known.popitem(last=False)
             self._room += len(oldest.seconds)
         return timeline
 
 
-timelines = _Cache(frames=1_000_000)
+timelines = Cache(frames=1_000_000)

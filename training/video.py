@@ -42,8 +42,8 @@ def read_frames(
     """Decode some frames of a video, or the one frame of an image.
 
     A frame depends on the file and its position alone, not on which others are read. All have the
-    size of the file's first. Where a container lists a frame that decoding does not show, although
-    it meets no error, the one nearest to it stands in.
+    size of the file's first. What stands in for the few frames that are listed but cannot be
+    decoded, and which files are refused, is in docs/videos.md.
 
     Args:
         path: a regular file in any format that FFmpeg or Pillow reads, whatever it is called.
@@ -129,18 +129,16 @@ class Film:
 
     def _groups(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
         """What is wanted by the number of the key frame to begin from."""
-        times = self._line.pts
-        starts = np.array([time for time, _ in self._line.keys], dtype=np.int64)
+        starts = self._line.keys[:, 0]
+        keys = np.searchsorted(starts, self._line.pts[wanted], side="right") - 1
         groups: list[tuple[int, list[int]]] = []
         last = -2
-        for position, run in zip(
-            wanted, np.searchsorted(starts, times[wanted], side="right") - 1, strict=True
-        ):
-            if groups and run <= last + 1:  # decoding on is cheaper than another seek
+        for position, key in zip(wanted, keys.tolist(), strict=True):
+            if groups and key <= last + 1:  # decoding on is cheaper than another seek
                 groups[-1][1].append(position)
             else:
-                groups.append((int(run), [position]))
-            last = run
+                groups.append((key, [position]))
+            last = key
         return groups
 
     def _follow(
@@ -154,14 +152,15 @@ class Film:
         """Decode on; false as soon as a frame is not the one that the timeline has there."""
         times, packets, position = self._line.pts, None, None
         if key is not None:
-            time, target = self._line.keys[key]
+            time, target = self._line.keys[key].tolist()
             try:
-                run.container.seek(target, stream=run.stream)
+                run.seek(target)
             except av.FFmpegError:
                 return False
             most = wanted[-1] - int(np.searchsorted(times, time)) + OVERRUN
             packets = itertools.islice(self._known(run), most)
         taken: dict[int, Tensor] = {}
+        among = set(wanted)
         for frame in run.frames(packets):
             if position is None:
                 if key is not None and not _begins(frame, run):
@@ -169,7 +168,7 @@ class Film:
                 position = int(np.searchsorted(times, -(2**63) if frame.pts is None else frame.pts))
             if position >= len(times) or frame.pts != times[position] or frame.is_corrupt:
                 return False
-            if position in wanted:
+            if position in among:
                 taken[position] = pixels(frame, size)
             position += 1
             if position > wanted[-1] + self._line.doubt:
@@ -216,8 +215,8 @@ class Film:
             nearest = int(gaps.argmin())
             exact = not gaps[nearest]
         else:
-            nearest = position if count == listed else round(position * (count - 1) / (listed - 1))
             exact = count == listed
+            nearest = position if exact else position * (count - 1) // max(1, listed - 1)
         if not exact and count < listed * (WHOLE if shown.damaged else FEWEST):
             raise UnusableVideoError(f"frame {position} of {listed} cannot be decoded")
         return int(shown.numbers[nearest])
