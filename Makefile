@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6,<=3.9.0
 OLD_TRITON := 3.6.0
 PYTEST_ARGS ?=
+# The tests over all cores, up to eight: each worker takes half a gigabyte. -n 0 for one process.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -39,7 +41,7 @@ demo: .venv/installed
 	$(BIN)/svitt demo $(DEMO_ARGS)
 
 test: .venv/installed
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
@@ -83,16 +85,21 @@ asan: .venv/installed
 	  PYTHONPATH=$(CURDIR)/build/asan/lib \
 	  $(BIN)/pytest -p no:cacheprovider --capture=sys tests/ops $(PYTEST_ARGS)
 
-# The instruction sets of older processors: the ops against fp64, in C++.
+# The instruction sets of older processors: the ops against fp64, and with NaN, in C++.
 isa-check: .venv/installed
 	for isa in generic avx2 avx512; do \
-	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops -k 'cpp and fp64' $(PYTEST_ARGS) \
-	    || exit 1; \
+	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops \
+	    -k 'cpp and (fp64 or not_finite)' $(PYTEST_ARGS) || exit 1; \
 	done
 
 # The reader of videos and pictures on 2,000 mutated files.
 fuzz: .venv/installed
 	$(BIN)/python tests/training/fuzz.py --count 2000
+
+# The interpreted kernels where numpy, torch and the C++ ops round as on the oldest processors.
+interpreter-check: .venv/installed
+	OPENBLAS_CORETYPE=Nehalem ATEN_CPU_CAPABILITY=default SVITT_CPU_CAPABILITY=generic \
+	  $(BIN)/pytest $(PARALLEL) -p no:cacheprovider tests/ops tests/kernels -k triton $(PYTEST_ARGS)
 
 # sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
 wheel-check: .venv/installed

@@ -11,7 +11,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside other workers of pytest-xdist, one thread each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 if find_spec("hypothesis"):  # a GPU machine without a network may lack it
     from hypothesis import settings
