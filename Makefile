@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton>=3.6,<=3.9.0
 OLD_TRITON := 3.6.0
 PYTEST_ARGS ?=
+# The tests over all cores, up to eight: each worker takes half a gigabyte. -n 0 for one process.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check asan isa-check fuzz wheel-check clean
+  cuda-check asan isa-check interpreter-check fuzz wheel-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -39,12 +41,12 @@ demo: .venv/installed
 	$(BIN)/svitt demo $(DEMO_ARGS)
 
 test: .venv/installed
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(wildcard svitt_ops models training)
+	$(BIN)/mypy $(wildcard svitt_cli.py svitt_ops models training)
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/codespell
 
@@ -83,16 +85,21 @@ asan: .venv/installed
 	  PYTHONPATH=$(CURDIR)/build/asan/lib \
 	  $(BIN)/pytest -p no:cacheprovider --capture=sys tests/ops $(PYTEST_ARGS)
 
-# The instruction sets of older processors: the ops against fp64, in C++.
+# The instruction sets of older processors: the ops against fp64, and with NaN, in C++.
 isa-check: .venv/installed
 	for isa in generic avx2 avx512; do \
-	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops -k 'cpp and fp64' $(PYTEST_ARGS) \
-	    || exit 1; \
+	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops \
+	    -k 'cpp and (fp64 or not_finite)' $(PYTEST_ARGS) || exit 1; \
 	done
 
 # The reader of videos and pictures on 2,000 mutated files.
 fuzz: .venv/installed
 	$(BIN)/python tests/training/fuzz.py --count 2000
+
+# The interpreted kernels where numpy, torch and the C++ ops round as on the oldest processors.
+interpreter-check: .venv/installed
+	OPENBLAS_CORETYPE=Nehalem ATEN_CPU_CAPABILITY=default SVITT_CPU_CAPABILITY=generic \
+	  $(BIN)/pytest $(PARALLEL) -p no:cacheprovider tests/ops tests/kernels -k triton $(PYTEST_ARGS)
 
 # sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
 wheel-check: .venv/installed
@@ -105,6 +112,17 @@ wheel-check: .venv/installed
 	  "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
 	mkdir build/wheel/outside
 	cd build/wheel/outside && ../venv/bin/svitt info && ../venv/bin/python $(CURDIR)/tests/smoke.py
+
+# Every documented command, in an environment that has the wheel and its extra `train` alone.
+guides: .venv/installed
+	rm -rf build/guides
+	$(BIN)/python setup.py -q sdist --dist-dir build/guides
+	$(PIP) wheel -q --no-build-isolation --no-deps --wheel-dir build/guides build/guides/*.tar.gz
+	$(PYTHON) -m venv build/guides/venv
+	build/guides/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt '$(TORCH)'
+	build/guides/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  "$$(echo build/guides/*.whl)[train]"
+	build/guides/venv/bin/python tests/guides build/guides/venv/bin build/guides/reader
 
 clean:
 	rm -rf .venv build dist *.egg-info svitt_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

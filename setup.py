@@ -25,6 +25,7 @@ from torch.utils.cpp_extension import (
     BuildExtension,
     CppExtension,
     CUDAExtension,
+    library_paths,
 )
 
 ROOT = Path(__file__).parent
@@ -71,11 +72,36 @@ def find_compiler() -> str | None:
         source.write_text("#include <span>\nint probe(std::span<int> x) { return x[0]; }\n")
         flags = ["-std=c++20", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
         for compiler in candidates:
-            try:
-                subprocess.run([*shlex.split(compiler), *flags], check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError):
-                continue
-            return compiler
+            if runs([*shlex.split(compiler), *flags]) is None:
+                return compiler
+    return None
+
+
+def runs(command: list[str]) -> str | None:
+    """None if a command succeeds, else the last line that it says."""
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip()
+        return said.splitlines()[-1]
+    return None
+
+
+def cuda_fault(nvcc: str, compiler: str) -> str | None:
+    """Why a CUDA source cannot be compiled and linked as the extension would be; None: it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, objects = Path(folder, "probe.cu"), Path(folder, "probe.o")
+        source.write_text(
+            "#include <cuda_runtime.h>\n__global__ void probe() {}\n"
+            "int device(int *found) { return cudaGetDevice(found); }\n"
+        )
+        flags = [*NVCC_FLAGS, "-Xcompiler", "-fPIC", "-c", str(source), "-o", str(objects)]
+        if said := runs([nvcc, "-ccbin", shlex.split(compiler)[0], *flags]):
+            return f"nvcc cannot compile ({said})"
+        places = [f"-L{place}" for place in library_paths("cuda")]
+        link = ["-shared", str(objects), *places, "-lcudart", "-o", str(Path(folder, "probe.so"))]
+        if said := runs([*shlex.split(compiler), *link]):
+            return f"libcudart cannot be linked ({said})"
     return None
 
 
@@ -83,7 +109,10 @@ def cuda_release(nvcc: str | None) -> str | None:
     """The CUDA release of an nvcc, such as 13.0; None where there is no nvcc."""
     if nvcc is None or not os.access(nvcc, os.X_OK):
         return None
-    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # of another machine, or a script without an interpreter
+        return None
     match = re.search(r"release (\d+\.\d+)", text)
     return match and match[1]
 
@@ -122,7 +151,9 @@ def extensions() -> list[Extension]:
     os.environ["CXX"] = compiler
     os.environ.setdefault("CC", compiler)  # setuptools takes the linker from it
     built = [cpu_extension()] if CPU_SOURCES else []
-    release = cuda_release(CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
+    nvcc = CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc"))
+    release = cuda_release(nvcc)
+    reason: str | None
     if not CUDA_SOURCES:
         reason = "there are no CUDA sources"
     elif torch_version.cuda is None:
@@ -132,6 +163,8 @@ def extensions() -> list[Extension]:
     elif release.split(".")[0] != torch_version.cuda.split(".")[0]:
         reason = f"torch is built for CUDA {torch_version.cuda}, nvcc is of CUDA {release}"
     else:
+        reason = cuda_fault(str(nvcc), compiler)
+    if reason is None:
         return [*built, cuda_extension()]
     print(f"svitt_ops: no CUDA extension: {reason}", file=sys.stderr)
     return built
@@ -167,6 +200,7 @@ class CudaCheck(Command):
 MODULES = [] if "cuda_check" in sys.argv else extensions()
 setup(
     packages=PACKAGES,
+    py_modules=["svitt_cli"],  # beside the packages: importing them takes the time that torch does
     package_dir=FOLDERS,
     ext_modules=MODULES,
     cmdclass={"build_ext": BuildExtension, "cuda_check": CudaCheck},

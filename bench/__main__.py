@@ -16,6 +16,7 @@ import svitt_ops
 from bench import compare, environment, floors, memory, results
 from bench.harness import DTYPES, Case, CaseRun, Direction
 from bench.timing import Effort
+from svitt_ops.training.paths import expand, output_file, output_folder
 
 DESCRIPTION = """\
 Measure the ops, the training step and how both scale on this machine, against everything that
@@ -276,14 +277,20 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--cold", action="store_true", help="empty a CPU's caches before each call")
     add = parser.add_argument_group("results").add_argument
     where = "folder of <op>-<hardware>-<torch>.json; bench/results, or build/bench if incomplete"
-    add("--out", type=Path, metavar="PATH", help=f"{where}; FILE.json for a single op")
+    add("--out", type=expand, metavar="PATH", help=f"{where}; FILE.json for a single op")
     what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
-    add("--compare", type=Path, metavar="OLD.json", help=what)
+    add("--compare", type=expand, metavar="OLD.json", help=what)
     arguments = parser.parse_args(argv)
     if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops()) > 1:
         parser.error("--out FILE.json needs --op: every op writes a file of its own")
     if arguments.compare and not arguments.compare.is_file():
         parser.error(f"--compare: {arguments.compare} is not a file")
+    if arguments.out and not arguments.list:
+        check = output_file if arguments.out.suffix == ".json" else output_folder
+        try:
+            check(arguments.out, "--out")
+        except ValueError as error:
+            parser.error(str(error))
     return arguments
 
 

@@ -44,7 +44,7 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
     where = documents[0]["environment"]
     hardware = where["hardware"].rpartition(", ")[0]
     demos = [document["demo"] for document in documents]
-    first = demos[0]
+    first, commit = demos[0], (where["commit"] or "unknown")[:10]
     rows = [
         ("R@1, text to video", "{:.0f} %", [x["retrieval"]["text_to_video"]["R1"] for x in demos]),
         ("R@5, text to video", "{:.0f} %", [x["retrieval"]["text_to_video"]["R5"] for x in demos]),
@@ -53,7 +53,7 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         ("with shuffled frames", "{:.1f} %", [x["pair_accuracy"]["shuffled"] for x in demos]),
     ]
     lines = [
-        f"**{hardware}**, torch {where['versions']['torch']}, commit {where['commit'][:10]}: "
+        f"**{hardware}**, torch {where['versions']['torch']}, commit {commit}: "
         f"`svitt demo --seed N`, {first['frames']} frames, {first['retrieval']['videos']} clips of "
         f"scenes never trained on; {first['edges']['edges']:,} edges of "
         f"{first['edges']['dense']:,}, visual tokens "

@@ -124,8 +124,8 @@ def _forward_kernel(
         acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
         top = new_top
 
-    filled = row_exists & (total > 0)
-    acc = tl.where(filled[:, None], acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    filled = row_exists & (total != 0)  # NaN is no empty row
+    acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
     top = tl.where(filled, top, float("-inf"))
     total = tl.where(filled, total, 1.0)
     stored = (rows < BLOCK_SIZE) & (row_token < seq_len)
@@ -172,7 +172,7 @@ def _combine_kernel(
         total = total * shrink + tl.sum(weight, axis=0)
         acc = acc * shrink + tl.sum(weight[:, None] * part, axis=0)
         top = new_top
-    total = tl.where(total > 0, total, 1.0)
+    total = tl.where(total != 0, total, 1.0)
     dim = tl.arange(0, DIM)
     out_ptr += (pair // num_heads).to(tl.int64) * out_batch + (pair % num_heads) * out_head
     out = (acc / total).to(out_ptr.dtype.element_ty)

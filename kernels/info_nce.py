@@ -33,6 +33,7 @@ STATISTICS = 5
 CENTRE_ROWS = 128
 """Rows whose positives tell how large a similarity of a pair is."""
 _SIZES = ["a_count", "b_count"]
+LOGIT_LIMIT = tl.constexpr(1e9)  # as in the reference
 
 
 @triton.jit
@@ -59,6 +60,13 @@ def _dots(
 
 
 @triton.jit
+def _limit(temperature):
+    """Similarities of this size or more are no logits; at a temperature that is none, none are."""
+    usable = (temperature > 0) & (temperature < float("inf"))
+    return tl.where(usable, LOGIT_LIMIT * temperature, -1.0)
+
+
+@triton.jit
 def _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
     """Which b are positives of which a: equal ids or, without ids, b = a + shift."""
     exists = (a < a_count)[:, None] & (b < b_count)[None, :]
@@ -82,7 +90,7 @@ def _join(most, total, logits):
 
 @triton.jit
 def _sweep(
-    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, out_ptr, scale, shift,
+    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, out_ptr, scale, limit, shift,
     a_count, b_count, a_step, b_step, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +115,7 @@ def _sweep(
         )
         count += tl.sum(same.to(tl.float32), axis=1)
         pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
-        every += tl.sum(x, axis=1)
+        every += tl.sum(tl.where(tl.abs(x) < limit, x, float("nan")), axis=1)
     exists = a < a_count
     kind = out_ptr.dtype.element_ty
     # A maximum of -inf stands for a row without such pairs.
@@ -129,15 +137,16 @@ def _statistics_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Queries over keys, or on the second axis of the grid keys over queries."""
-    scale = 1.0 / tl.load(temperature_ptr)
+    temperature = tl.load(temperature_ptr)
+    scale, limit = 1.0 / temperature, _limit(temperature)
     if tl.program_id(1) == 0:
         _sweep(
-            query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, rows_ptr, scale, first_row,
+            query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, rows_ptr, scale, limit, first_row,
             a_count, b_count, query_step, key_step, dim, ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
     else:
         _sweep(
-            key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, columns_ptr, scale, -first_row,
+            key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, columns_ptr, scale, limit, -first_row,
             b_count, a_count, key_step, query_step, dim, ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
 
@@ -190,6 +199,19 @@ def _loss_kernel(
         other = _sum_losses(columns_ptr, num_columns, choices, scale, label_smoothing, TILE)
         loss = 0.5 * (loss + other / num_columns)
     tl.store(loss_ptr, loss)
+    # A similarity that is no logit made a row's sum of all NaN, and nothing of the batch is left: a
+    # NaN among the counts tells the backward, on all ranks.
+    bad = tl.zeros([TILE], tl.float64)
+    for start in range(0, num_rows, TILE):
+        i = start + tl.arange(0, TILE)
+        every = tl.load(rows_ptr + 4 * num_rows.to(tl.int64) + i, mask=i < num_rows, other=0.0)
+        bad += every * 0.0
+    bad = tl.sum(bad, axis=0)
+    counts_ptr = rows_ptr + 2 * num_rows.to(tl.int64)
+    tl.store(counts_ptr, tl.load(counts_ptr) + bad)
+    if BOTH:
+        counts_ptr = columns_ptr + 2 * num_columns.to(tl.int64)
+        tl.store(counts_ptr, tl.load(counts_ptr) + bad)
 
 
 def info_nce(

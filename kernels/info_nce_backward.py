@@ -117,6 +117,7 @@ def _gradient_kernel(
     pairs = tl.load(stats_ptr + 2 * count.to(tl.int64) + i, mask=i < count, other=0.0)
     same = tl.load(stats_ptr + 3 * count.to(tl.int64) + i, mask=i < count, other=0.0)
     centre = (tl.sum(same, axis=0) / tl.sum(pairs, axis=0)).to(tl.float32)
+    factor += centre * 0.0  # NaN where the forward found a similarity that is no logit
     if tl.program_id(1) == 0:
         if tl.program_id(0) * ROWS < a_count:
             part = _sweep(

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _dots, _log1p
+from .info_nce import _dots, _limit, _log1p
 from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
 
 _SIZES = ["rows", "queue_rows", "splits", "each"]
@@ -90,6 +90,12 @@ def _logits(x, centre, scale):
 
 
 @triton.jit
+def _unusable(x, limit):
+    """NaN for rows with a similarity that is no logit, else 0: added to a sum, it stays."""
+    return tl.sum(tl.where(tl.abs(x) < limit, 0.0, float("nan")), axis=1)
+
+
+@triton.jit
 def _weigh(most, total, moment, logits, similarity):
     """Logits of a tile join a softmax's sums; also their weights, and what older sums shrink by."""
     now = tl.maximum(most, tl.max(logits, axis=1))
@@ -113,7 +119,8 @@ def _sweep_kernel(
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
-    scale = 1.0 / tl.load(temperature_ptr)
+    temperature = tl.load(temperature_ptr)
+    scale, limit = 1.0 / temperature, _limit(temperature)
     infinity = float("inf")
     centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
     most = tl.full([ROWS], -infinity, tl.float32)
@@ -146,6 +153,7 @@ def _sweep_kernel(
             tl.where(negative, _logits(x, centre, scale), -infinity),
             similarity,
         )
+        total += _unusable(x, limit)
         if GRADIENTS:
             values = tl.load(
                 b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
@@ -163,6 +171,7 @@ def _sweep_kernel(
             taught_most, taught_total, taught_moment, weights, shrink = _weigh(
                 taught_most, taught_total, taught_moment, logits, similarity
             )
+            taught_total += _unusable(y, limit)
             if GRADIENTS:
                 taught_sums = taught_sums * shrink[:, None]
                 taught_sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
@@ -455,6 +464,7 @@ def queue_info_nce(
 def queue_info_nce_backward(
     grad_loss: torch.Tensor,
     query: torch.Tensor,
+    temperature: torch.Tensor,
     grad_query: torch.Tensor,
     grad_temperature: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,18 +44,19 @@ def _ranks_kernel(
             ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
         same = _positives(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+        same = same & (tl.abs(x) < float("inf"))
         best = tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
-    above = tl.zeros([ROWS], tl.int32)
+    beaten = tl.zeros([ROWS], tl.int32)
     for tile in range(0, b_count, COLUMNS):
         b = tile + tl.arange(0, COLUMNS)
         x = _dots(
             query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
             ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
-        higher = (x > best[:, None]) & (b < b_count)[None, :]
-        above += tl.sum(higher.to(tl.int32), axis=1)
-    above = tl.where(best == -float("inf"), b_count, above)
-    tl.store(out_ptr + a, above.to(tl.int64), mask=a < a_count)
+        # What is no number counts against the query.
+        lower = (x <= best[:, None]) & (x > -float("inf")) & (b < b_count)[None, :]
+        beaten += tl.sum(lower.to(tl.int32), axis=1)
+    tl.store(out_ptr + a, (b_count - beaten).to(tl.int64), mask=a < a_count)
 
 
 def retrieval_ranks(

@@ -18,22 +18,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _dots, _join, _positives
+from .info_nce import _dots, _join, _limit, _positives
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
 @triton.jit
 def _logits(
     query_ptr, key_ptr, ids_ptr, a, b, a_count, b_count, query_step, key_step, dim, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile; -inf where a key is a positive or does not exist."""
+    """Logits of a tile; -inf where a key is a positive, does not exist or has no logit."""
     x = _dots(
         query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
         ROWS, COLUMNS, CHUNK,
     )  # fmt: skip
     same = _positives(ids_ptr, ids_ptr, a, b, a_count, b_count, 0)
-    return tl.where((b < b_count)[None, :] & (same == 0), x * scale, -float("inf"))
+    choice = (b < b_count)[None, :] & (same == 0) & (tl.abs(x) < limit)
+    return tl.where(choice, x * scale, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -44,14 +45,15 @@ def _sample_kernel(
 ):  # fmt: skip
     """Samples for some queries."""
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    scale = 1.0 / tl.load(temperature_ptr)
+    temperature = tl.load(temperature_ptr)
+    scale, limit = 1.0 / temperature, _limit(temperature)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, count, COLUMNS):
         b = start + tl.arange(0, COLUMNS)
         logits = _logits(
             query_ptr, key_ptr, ids_ptr, a, b, count, count, query_step, key_step, dim, scale,
-            ROWS, COLUMNS, CHUNK,
+            limit, ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
         most, total = _join(most, total, logits)
     offset = tl.where(most == -float("inf"), 0.0, most)
@@ -65,7 +67,7 @@ def _sample_kernel(
         b = start + tl.arange(0, COLUMNS)
         logits = _logits(
             query_ptr, key_ptr, ids_ptr, a, b, count, count, query_step, key_step, dim, scale,
-            ROWS, COLUMNS, CHUNK,
+            limit, ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
         weights = tl.exp(logits - offset[:, None])
         reached = before[:, None] + tl.cumsum(weights, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from svitt_ops import keep_count
+from svitt_ops.layout import MAX_BLOCK_SIZE
 
 OFFICIAL = "svitt-official"
 """Value of `compat` that reproduces what the authors' released code does."""
@@ -104,9 +106,15 @@ class VideoConfig(PreTrainedConfig):
         self._check_counts("num_hidden_layers", "num_attention_heads", "intermediate_size")
         self._check_counts("num_local", "num_random", least=0)
         self._check_divides("patch_size", "image_size")
-        self._check_divides("num_attention_heads", "hidden_size")
+        self._check_heads("num_attention_heads", "hidden_size")
+        if self.edge_sparsity and self.block_size > MAX_BLOCK_SIZE:
+            self._refuse("block_size", f"1 to {MAX_BLOCK_SIZE}", self.block_size)
         self._check_rate("keep_rate")
         self._check_drop_rate("drop_path_rate")
+        self._check_numbers("layer_norm_eps", "layer_scale_init_value")
+        self._check_numbers("initializer_range", "bias_init_std")
+        if not isinstance(self.eval_pattern_seed, int | None):
+            self._refuse("eval_pattern_seed", "an integer or None", self.eval_pattern_seed)
         self._check_one_of("edge_sparsity", (True, False))
         self._check_one_of("token_order", TOKEN_ORDERS)
         self._check_one_of("prune_by", ("saliency", "random"))
@@ -119,14 +127,26 @@ class VideoConfig(PreTrainedConfig):
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 self._refuse(name, f"an integer of at least {least}", value)
+
+    def _check_numbers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                self._refuse(name, "a number of at least 0", value)
 
     def _check_divides(self, name: str, whole: str) -> None:
         if getattr(self, whole) % getattr(self, name):
             self._refuse(
                 name, f"a divisor of {whole} ({getattr(self, whole)})", getattr(self, name)
             )
+
+    def _check_heads(self, name: str, width: str) -> None:
+        self._check_divides(name, width)
+        size = getattr(self, width) // getattr(self, name)
+        if not 8 <= size <= 256:  # as the ops want it
+            self._refuse(name, f"such that {width} / {name} is 8 to 256", getattr(self, name))
 
     def _check_rate(self, name: str) -> None:
         value = getattr(self, name)
@@ -206,7 +226,7 @@ class SViTTConfig(VideoConfig):
         self._check_counts("vocab_size", "text_hidden_size", "text_num_attention_heads")
         self._check_counts("text_intermediate_size", "max_position_embeddings", "projection_dim")
         self._check_counts("text_num_hidden_layers", "fusion_layer", "type_vocab_size", least=0)
-        self._check_divides("text_num_attention_heads", "text_hidden_size")
+        self._check_heads("text_num_attention_heads", "text_hidden_size")
         self._check_rate("multimodal_keep_rate")
         self._check_drop_rate("text_dropout")
         self._check_one_of("hard_negatives", (True, False))
@@ -217,9 +237,13 @@ class SViTTConfig(VideoConfig):
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:
             limits = f"{self.temperature_min} to {self.temperature_max}"
             self._refuse("temperature_init", limits, self.temperature_init)
-        unknown = sorted(set(self.loss_weights) - set(LOSSES))
-        if unknown:
-            self._refuse("loss_weights", f"keyed by {LOSSES}", self.loss_weights)
+        self._check_numbers("text_layer_norm_eps")
+        weights = self.loss_weights
+        if not isinstance(weights, dict) or set(weights) - set(LOSSES):
+            self._refuse("loss_weights", f"keyed by {LOSSES}", weights)
+        for weight in weights.values():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                self._refuse("loss_weights", "numbers of at least 0", weights)
         if not any(self.loss_weights.get(name, 1) for name in LOSSES):
             self._refuse("loss_weights", "positive for one loss at least", self.loss_weights)
 

@@ -1,6 +1,6 @@
 """Weights of other projects: released SViTT and Singularity checkpoints, BEiT and BERT.
 
-Everything is a mapping of names (`KeyMap`), and whatever has no counterpart is reported by name.
+Names are mapped by `models/key_maps.py`, and whatever has no counterpart is reported by name.
 """
 
 from __future__ import annotations
@@ -8,98 +8,48 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from svitt_ops.models.configuration import SViTTConfig
-from svitt_ops.models.expansion import frames_of_bias_table, resize_bias_table
+from svitt_ops.models.configuration import LOSSES, SViTTConfig
+from svitt_ops.models.expansion import bias_table_grids, resize_bias_table
+from svitt_ops.models.key_maps import (
+    BEIT,
+    BEIT_DROPPED,
+    BERT,
+    BERT_DROPPED,
+    OFFICIAL_CHECKPOINT,
+    Rules,
+    below,
+    placed,
+    rename,
+    renamed,
+    sizes,
+)
+from svitt_ops.models.loading import (
+    check_finite,
+    check_fixed,
+    check_share,
+    first_line,
+    of_safetensors,
+    say_left_out,
+    say_missing,
+)
 from svitt_ops.models.svitt import SViTTForPreTraining, SViTTModel
 from svitt_ops.models.unpickling import read_tensors
 
 log = logging.getLogger(__name__)
 
-Rules = Sequence[tuple[str, str]]
-_LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
-_TABLE = r"relative_position_bias\.relative_position_bias_table"
-
-BEIT: Rules = (
-    (r"embeddings\.cls_token", r"video.cls_token"),
-    (r"embeddings\.patch_embeddings\.projection\.(.+)", r"video.patches.\1"),
-    (_LAYER + r"layernorm_(before|after)\.(.+)", r"video.layers.\1.norm_\2.\3"),
-    (
-        _LAYER + r"attention\.attention\.(query|key|value)\.(.+)",
-        r"video.layers.\1.attention.\2.\3",
-    ),
-    (_LAYER + r"attention\.q_proj\.(.+)", r"video.layers.\1.attention.query.\2"),
-    (_LAYER + r"attention\.k_proj\.(.+)", r"video.layers.\1.attention.key.\2"),
-    (_LAYER + r"attention\.v_proj\.(.+)", r"video.layers.\1.attention.value.\2"),
-    (
-        _LAYER + r"attention\.(?:output\.dense|o_proj)\.(.+)",
-        r"video.layers.\1.attention.out.\2",
-    ),
-    (
-        _LAYER + r"(?:attention\.attention\.)?" + _TABLE,
-        r"video.layers.\1.attention.bias.table",
-    ),
-    (_LAYER + r"lambda_1", r"video.layers.\1.add_attention.scale"),
-    (_LAYER + r"lambda_2", r"video.layers.\1.add_mlp.scale"),
-    (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.(.+)", r"video.layers.\1.mlp.up.\2"),
-    (_LAYER + r"(?:output\.dense|mlp\.fc2)\.(.+)", r"video.layers.\1.mlp.down.\2"),
-    (r"pooler\.layernorm\.(.+)", r"pooler_norm.\1"),
-)
-"""BEiT's names, those of transformers before and since its version 5; "" drops a name."""
-BEIT_DROPPED: Rules = (
-    (r".*relative_position_index", ""),
-    (r"embeddings\.mask_token", ""),
-    (r"(?:classifier|lm_head|layernorm)\..+", ""),
-)
-
-BERT: Rules = (
-    (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"text.embeddings.\1.weight"),
-    (r"embeddings\.LayerNorm\.(.+)", r"text.embeddings.norm.\1"),
-    (_LAYER + r"attention\.self\.(\w+)\.(.+)", r"text.layers.\1.attention.\2.\3"),
-    (_LAYER + r"attention\.output\.dense\.(.+)", r"text.layers.\1.attention.out.\2"),
-    (_LAYER + r"attention\.output\.LayerNorm\.(.+)", r"text.layers.\1.attention_norm.\2"),
-    (_LAYER + r"crossattention\.self\.(\w+)\.(.+)", r"text.layers.\1.cross_attention.\2.\3"),
-    (_LAYER + r"crossattention\.output\.dense\.(.+)", r"text.layers.\1.cross_attention.out.\2"),
-    (_LAYER + r"crossattention\.output\.LayerNorm\.(.+)", r"text.layers.\1.cross_norm.\2"),
-    (_LAYER + r"intermediate\.dense\.(.+)", r"text.layers.\1.mlp.up.\2"),
-    (_LAYER + r"output\.dense\.(.+)", r"text.layers.\1.mlp.down.\2"),
-    (_LAYER + r"output\.LayerNorm\.(.+)", r"text.layers.\1.mlp_norm.\2"),
-    (r"cls\.predictions\.transform\.dense\.(.+)", r"token_head.dense.\1"),
-    (r"cls\.predictions\.transform\.LayerNorm\.(.+)", r"token_head.norm.\1"),
-    (r"cls\.predictions\.bias", r"token_head.bias"),
-)
-"""BERT's names; layers from the first fusion layer on become the fusion encoder's."""
-BERT_DROPPED: Rules = (
-    (r"embeddings\.(?:position|token_type)_ids", ""),
-    (r"pooler\..+", ""),
-    (r"cls\.seq_relationship\..+", ""),
-    (
-        r"cls\.predictions\.decoder\.(?:weight|bias)",
-        "",
-    ),  # tied, and the same as cls.predictions.bias
-)
-
-
-def _below(prefix: str, rules: Rules) -> Rules:
-    return tuple((prefix + pattern, target) for pattern, target in rules)
-
-
-OFFICIAL_CHECKPOINT: Rules = (
-    *_below(r"vision_encoder\.", (*BEIT, (r".*relative_position_index", ""))),
-    *_below(r"text_encoder\.(?:bert\.)?", (*BERT, *BERT_DROPPED)),
-    (r"vision_layernorm\.(.+)", r"video_norm.\1"),
-    (r"vision_proj\.(.+)", r"video_projection.\1"),
-    (r"text_proj\.(.+)", r"text_projection.\1"),
-    (r"itm_head\.(.+)", r"match_head.\1"),
-    (r"temp", r"temperature"),
-)
-"""Names in the checkpoints that SViTT's and Singularity's authors released."""
+RELEASED = {
+    "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
+    "bert": "google-bert/bert-base-uncased",
+}
+"""What the paper starts from, by type of model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +71,9 @@ class Conversion:
     num_frames: int | None
 
     def report(self, source: object) -> None:
-        """Log a warning that names what is unknown or missing."""
-        for what, names in (("no counterpart for", self.unknown), ("nothing for", self.missing)):
-            if names:
-                log.warning("%s has %s: %s", source, what, ", ".join(names))
+        """Warn of what is unknown, and of what is missing and what that means."""
+        say_left_out(source, self.unknown)
+        say_missing(source, self.missing)
 
 
 def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTForPreTraining:
@@ -132,44 +81,75 @@ def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTF
 
     The file is read without running anything that it contains. Its number of frames is inferred
     from its relative position bias (a Singularity checkpoint has that of one frame) and replaces
-    that of the configuration; `expand_frames` leads to another one. Names that are unknown, or
-    missing, are reported as a warning.
+    that of the configuration; `expand_frames` leads to another one. Bias of another resolution is
+    interpolated to the configuration's. Names that are unknown, or missing, are reported as a
+    warning, and a loss whose head is missing gets weight 0, so that nothing is ranked by a head of
+    random weights. The authors' texts end without [SEP]: see `svitt_ops.training.text.append_sep`.
 
     Args:
         path: file written by the authors' training code.
         config: of the model; the base model's by default.
 
     Raises:
-        ValueError: the file holds nothing that belongs to such a model, or other shapes.
+        ValueError: the file holds nothing that belongs to such a model, another field of the
+            configuration is not that of the file, a tensor is not finite, or the file is that of a
+            model with layers over time (Singularity-temporal), which there is none of here.
     """
+    who = "load_official"
     tensors = read_tensors(path)
     config = SViTTConfig() if config is None else config
-    frames = _frames_of(tensors, OFFICIAL_CHECKPOINT, config)
-    if frames is None:
+    named = renamed(tensors, OFFICIAL_CHECKPOINT)
+    table = next((value for name, value in named.items() if name.endswith("bias.table")), None)
+    if table is None:
         raise ValueError(
-            f"load_official: {path} must have a relative position bias table, got "
+            f"{who}: {path} must have a relative position bias table, got "
             f"{len(tensors)} other tensors: {', '.join(list(tensors)[:5])}, ..."
         )
-    model = SViTTForPreTraining(type(config)(**{**config.to_dict(), "num_frames": frames}))
-    convert_into(model, tensors, OFFICIAL_CHECKPOINT).report(path)
+    over_time = [name for name in tensors if re.match(r"temporal\w*\.", name)]
+    if over_time:
+        raise ValueError(
+            f"{who}: {path} must be of a model without layers over time, got {len(over_time)} "
+            f"tensors of such layers, {over_time[0]} and so on: without them it is another model"
+        )
+    check_fixed(who, sizes(named), config, path)
+    frames, _ = _geometry(table, tensors, config.grid_size)
+    lost = [
+        loss
+        for loss, head in (("vtm", "match_head."), ("mlm", "token_head."))
+        if not any(name.startswith(head) for name in named)
+    ]
+    weights = {name: config.loss_weights.get(name, 1) for name in LOSSES}
+    changes: dict[str, Any] = {"num_frames": frames}
+    if any(weights[name] for name in LOSSES if name not in lost):
+        changes["loss_weights"] = weights | dict.fromkeys(lost, 0)
+    model = SViTTForPreTraining(type(config)(**{**config.to_dict(), **changes}))
+    found = convert_into(model, tensors, OFFICIAL_CHECKPOINT, frames=frames)
+    check_share(who, len(found.loaded), len(found.missing), path)
+    found.report(path)
     return model.eval()
 
 
 def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
     """Take over a BEiT's weights as the video tower's, its bias inflated to the tower's frames.
 
+    Bias of another resolution is interpolated to the model's.
+
     Args:
         model: changed in place.
         source: a transformers' BEiT model, or the folder that holds one.
-    """
-    if not isinstance(source, nn.Module):
-        from transformers import BeitModel
 
-        source = BeitModel.from_pretrained(source, local_files_only=True)
-    prefixed = _below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
-    found = convert_into(
-        model, _per_layer_bias(source, model), prefixed, parts=("video.", "pooler_")
-    )
+    Raises:
+        ValueError: the folder holds no BEiT, or one of other sizes than the model.
+    """
+    from transformers import BeitModel
+
+    tensors, heads = _read_transformers(BeitModel, source, "load_beit")
+    tensors = _per_layer_bias(tensors, model)
+    rules = below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
+    shown = sizes(renamed(tensors, rules)) | {"num_attention_heads": heads}
+    check_fixed("load_beit", shown, model.config, _name(source))
+    found = convert_into(model, tensors, rules, parts=("video.", "pooler_"), frames=1)
+    check_share("load_beit", len(found.loaded), len(found.missing), _name(source))
     found.report("BEiT")
     return found
 
@@ -182,45 +162,52 @@ def load_bert(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
     Args:
         model: changed in place.
         source: a transformers' BERT model, or the folder that holds one.
-    """
-    if isinstance(source, nn.Module):
-        tensors = source.state_dict()
-    else:
-        from transformers import BertForPreTraining
 
-        read: Any = BertForPreTraining.from_pretrained(
-            source, local_files_only=True, output_loading_info=True
-        )
-        bert, absent = read[0], read[1]["missing_keys"]
-        tensors = {name: value for name, value in bert.state_dict().items() if name not in absent}
-    prefixed = _below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
-    found = convert_into(model, tensors, prefixed, parts=("text.", "fusion.", "token_head."))
+    Raises:
+        ValueError: the folder holds no BERT, or one of other sizes than the model.
+    """
+    from transformers import BertForPreTraining
+
+    tensors, heads = _read_transformers(BertForPreTraining, source, "load_bert")
+    rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
+    shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
+    check_fixed("load_bert", shown, model.config, _name(source))
+    found = convert_into(model, tensors, rules, parts=("text.", "fusion.", "token_head."))
     expected = tuple(name for name in found.missing if "cross_" not in name)
-    Conversion(**{**vars(found), "missing": expected}).report("BERT")
+    told = replace(found, missing=expected)
+    check_share("load_bert", len(told.loaded), len(told.missing), _name(source))
+    told.report("BERT")
     return found
 
 
 @torch.no_grad()
 def convert_into(
-    model: SViTTModel, tensors: Mapping[str, Tensor], rules: Rules, parts: Sequence[str] = ("",)
+    model: SViTTModel,
+    tensors: Mapping[str, Tensor],
+    rules: Rules,
+    parts: Sequence[str] = ("",),
+    *,
+    frames: int | None = None,
 ) -> Conversion:
     """Copy tensors to where rules lead their names.
 
     Args:
-        model: changed in place. Relative position bias is resized to its number of frames.
+        model: changed in place. Relative position bias is resized to its frames and its grid.
         tensors: by name.
         rules: patterns of whole names and what they become; "" drops a name.
         parts: beginnings of the model's names that are expected in ``tensors``.
+        frames: of the relative position bias among ``tensors``; inferred from its rows by default.
 
     Raises:
-        ValueError: a tensor has another shape than the model's, or two have one target.
+        ValueError: a tensor has another shape than the model's or is not finite, or two have one
+            target.
     """
-    state = model.state_dict()
+    state, config = model.state_dict(), model.config
     loaded: dict[str, str] = {}
     dropped, unknown = [], []
-    frames = _frames_of(tensors, rules, model.config)
+    source: tuple[int, int] | None = None
     for name, value in tensors.items():
-        target = _target(name, rules, model.config)
+        target = placed(rename(name, rules), config)
         if target == "":
             dropped.append(name)
             continue
@@ -232,55 +219,104 @@ def convert_into(
                 f"convert: {name} must be the only one for {target}, got {loaded[target]}"
             )
         if target.endswith("bias.table"):
-            value = resize_bias_table(value, model.config.grid_size, model.config.num_frames)
-        if value.shape != state[target].shape:
+            source = _geometry(value, tensors, config.grid_size, frames)
+            grid = source[1]
+            value = resize_bias_table(value, config.grid_size, config.num_frames, source_grid=grid)
+        shape = state[target].shape
+        if target == "temperature":  # a scalar elsewhere
+            shape, value = torch.Size(), value.squeeze()
+        if value.shape != shape:
             raise ValueError(
-                f"convert: {name} must have shape {tuple(state[target].shape)}, "
-                f"got {tuple(value.shape)}"
+                f"convert: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
             )
+        check_finite("convert", [(name, value)])
         state[target].copy_(value)
         loaded[target] = name
+    if source and source[1] != config.grid_size:
+        log.warning(
+            "relative position bias is interpolated from %d to %d pixels a side",
+            source[1] * config.patch_size,
+            config.image_size,
+        )
     expected = (name for name in state if name.startswith(tuple(parts)))
     return Conversion(
         loaded=tuple(loaded.values()),
         dropped=tuple(dropped),
         unknown=tuple(unknown),
         missing=tuple(name for name in expected if name not in loaded),
-        num_frames=frames,
+        num_frames=source and source[0],
     )
 
 
-def _target(name: str, rules: Rules, config: SViTTConfig) -> str | None:
-    """The model's name for another project's name; "" if it is dropped, None if unknown."""
-    for pattern, replacement in rules:
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            continue
-        target = match.expand(replacement)
-        layer = re.match(r"text\.layers\.(\d+)(\..+)", target)
-        if layer and int(layer[1]) >= config.fusion_layer:
-            return f"fusion.layers.{int(layer[1]) - config.fusion_layer}{layer[2]}"
-        return target
-    return None
+def _geometry(
+    table: Tensor, tensors: Mapping[str, Tensor], grid_size: int, frames: int | None = None
+) -> tuple[int, int]:
+    """Frames, and patches along a side, that a bias table is for.
+
+    Its rows alone do not tell: 729 are one frame of 14 x 14 patches, or 41 of 2 x 2. The released
+    files hold an index beside it, with a row for every patch. Without one, the model's own grid is
+    meant where it fits, else the largest that does.
+    """
+    found = bias_table_grids(table.shape[0]) if table.dim() == 2 else []
+    index = next((v for k, v in tensors.items() if k.endswith("relative_position_index")), None)
+    if frames is not None:
+        found = [(t, g) for t, g in found if t == frames]
+    elif index is not None:
+        found = [(t, g) for t, g in found if t * g * g + 1 == len(index)] or found
+    own = [(t, g) for t, g in found if g == grid_size]
+    if not found:
+        raise ValueError(
+            f"convert: a relative position bias table must be (rows, heads) of "
+            f"{frames or 'some'} frames of square pictures, got {tuple(table.shape)}"
+        )
+    return (own or found)[0]
 
 
-def _frames_of(tensors: Mapping[str, Tensor], rules: Rules, config: SViTTConfig) -> int | None:
-    """Frames of the first bias table among the tensors."""
-    for name, value in tensors.items():
-        if (_target(name, rules, config) or "").endswith("bias.table"):
-            return frames_of_bias_table(value.shape[0], config.grid_size)
-    return None
+def _read_transformers(
+    kind: Any, source: str | Path | nn.Module, who: str
+) -> tuple[dict[str, Tensor], int]:
+    """Weights and attention heads of a transformers' model, or of the folder of one."""
+    if isinstance(source, nn.Module):
+        return source.state_dict(), cast(Any, source).config.num_attention_heads
+    wanted = kind.config_class.model_type
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
+        if not raw:
+            raise OSError("there is no config.json")
+        if raw.get("model_type") != wanted:
+            raise ValueError(
+                f"{who}: source must be the folder of a model of type {wanted!r}, "
+                f"got {raw.get('model_type')!r} in {source}"
+            )
+        found, info = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        if not (isinstance(error, OSError | RuntimeError) or of_safetensors(error)):
+            raise
+        advice = "" if Path(source).exists() else f"; get one by: hf download {RELEASED[wanted]}"
+        raise ValueError(
+            f"{who}: source must be the folder of a {wanted} model, with config.json and "
+            f"model.safetensors, or the name of a downloaded one, got {str(source)!r} "
+            f"({first_line(error)}){advice}"
+        ) from error
+    tensors = found.state_dict()
+    absent = info["missing_keys"]  # they hold random values
+    kept = {name: value for name, value in tensors.items() if name not in absent}
+    return kept, found.config.num_attention_heads
 
 
-def _per_layer_bias(source: nn.Module, model: SViTTModel) -> dict[str, Tensor]:
+def _name(source: object) -> object:
+    return type(source).__name__ if isinstance(source, nn.Module) else source
+
+
+def _per_layer_bias(tensors: Mapping[str, Tensor], model: SViTTModel) -> dict[str, Tensor]:
     """A BEiT's tensors; a bias that its layers share is given to each of them."""
-    tensors = {}
-    for name, value in source.state_dict().items():
+    found = {}
+    for name, value in tensors.items():
         shared = r"(?:beit\.)?(?:encoder\.relative_position_bias|shared_position_bias)\."
         if re.fullmatch(shared + "relative_position_bias_table", name):
             for layer in range(model.config.num_hidden_layers):
                 own = "relative_position_bias.relative_position_bias_table"
-                tensors[f"layers.{layer}.{own}"] = value
+                found[f"layers.{layer}.{own}"] = value
         else:
-            tensors[name] = value
-    return tensors
+            found[name] = value
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import svitt_ops as so
 from svitt_ops.models.configuration import FrozenConfig
+from svitt_ops.models.layers import in_fp32
 from svitt_ops.models.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
 from svitt_ops.models.svitt import TwoTowers
 
@@ -31,7 +32,7 @@ class FrozenForRetrieval(TwoTowers):
         states = self.video_norm(found.tokens)
         pooled = states[:, 0] if self.config.video_pooling == "cls" else states[:, 1:].mean(1)
         return VideoOutput(
-            embeds=F.normalize(self.video_projection(pooled).float(), dim=-1),
+            embeds=F.normalize(in_fp32(self.video_projection, pooled).float(), dim=-1),
             states=states,
             indices=found.indices,
             indices_per_stage=found.indices_per_stage,
@@ -40,7 +41,7 @@ class FrozenForRetrieval(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        embeds = self.text_projection(F.relu(states[:, 0]))
+        embeds = in_fp32(self.text_projection, F.relu(states[:, 0]))
         return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
 
     def clamp_temperature(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svitt_ops.models.configuration import OFFICIAL, VideoConfig
+from svitt_ops.randomness import SeededGenerator, rand
 
 
 class FeedForward(nn.Module):
@@ -49,17 +52,29 @@ class Residual(nn.Module):
         return torch.addcmul(x, branch.to(x.dtype), factor.to(x.dtype))  # one pass over memory
 
 
-def eval_generator(config: VideoConfig) -> torch.Generator | None:
+def eval_generator(config: VideoConfig) -> torch.Generator | SeededGenerator | None:
     """What draws outside training, on each call from the start; None is torch's own."""
-    if config.eval_pattern_seed is None or config.compat == OFFICIAL:
+    seed = config.eval_pattern_seed
+    if seed is None or config.compat == OFFICIAL:
         return None
-    return torch.Generator().manual_seed(config.eval_pattern_seed)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return SeededGenerator(seed)  # the same numbers, and to `torch.vmap` no random operation
+    return torch.Generator().manual_seed(seed)
 
 
-def random_scores(tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator | None) -> Tensor:
     """Scores ``(batch, n)`` that drop tokens ``(batch, n, ...)`` at random."""
-    shape = tokens.shape[:2]
-    if generator is None:
-        return torch.rand(shape, device=tokens.device)
-    # Alike for all samples, so that what becomes of one does not depend on its batch.
-    return torch.rand(1, shape[1], generator=generator).to(tokens.device).expand(shape)
+    batch, count = tokens.shape[:2]
+    # Of a seed alike for all samples, so that what becomes of one does not depend on its batch.
+    drawn = rand((batch if generator is None else 1, count), generator, tokens.device)
+    return drawn.expand(batch, count)
+
+
+def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
+    """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
+    device = states.device.type
+    if not torch.amp.is_autocast_available(device):
+        return cast(Tensor, layer(states))
+    with torch.autocast(device, enabled=False):
+        # The dtype of the weights is fp32 unless somebody cast the model.
+        return cast(Tensor, layer(states.to(next(layer.parameters()).dtype)))

@@ -6,7 +6,8 @@
 - random blocks are drawn anew outside training too (`eval_pattern_seed` is not read);
 - fusion layers never prune;
 - negatives of the contrastive loss are those of the own process;
-- `expand_frames` takes the nearest offset rounded down.
+- `expand_frames` takes the nearest offset rounded down;
+- Morton and Hilbert orders are those of `token_order(..., compat="svitt-official")`.
 Windows of several local blocks mix up two neighbours' keys there, which no published model uses and
 `SViTTConfig` refuses.
 """

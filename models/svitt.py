@@ -5,6 +5,8 @@ Source: SViTT (CVPR 2023); the losses are ALBEF's (NeurIPS 2021) without momentu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ from transformers import PreTrainedModel
 
 import svitt_ops as so
 from svitt_ops.models.configuration import OFFICIAL, SViTTConfig
-from svitt_ops.models.layers import Residual
+from svitt_ops.models.layers import Residual, in_fp32
+from svitt_ops.models.loading import load_folder
 from svitt_ops.models.outputs import (
     FusionOutput,
     SViTTPreTrainingOutput,
@@ -45,6 +48,24 @@ class TwoTowers(PreTrainedModel):
         self.text = TextTower(config)
         self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
         self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', where weights of another resolution or of other frames are resized.
+
+        So ``from_pretrained(folder, image_size=384, num_frames=8)`` works from any of them; see
+        `change_image_size` and `expand_frames`.
+
+        Raises:
+            ValueError: another field of the configuration is not that of the weights, or the
+                weights are damaged, not finite, or of another model.
+        """
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None or args:
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return load_folder(load, cls, pretrained_model_name_or_path, config, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the text's tokens."""
@@ -94,7 +115,7 @@ class SViTTModel(TwoTowers):
         found = self.video(pixel_values)
         tokens = found.tokens
         pooled = tokens[:, 0] if self.config.video_pooling == "cls" else tokens[:, 1:].mean(1)
-        embeds = self.video_projection(self.pooler_norm(pooled))
+        embeds = in_fp32(self.video_projection, self.pooler_norm(pooled))
         return VideoOutput(
             embeds=F.normalize(embeds.float(), dim=-1),
             states=self.video_norm(tokens),
@@ -105,7 +126,7 @@ class SViTTModel(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        embeds = self.text_projection(states[:, 0])
+        embeds = in_fp32(self.text_projection, states[:, 0])
         return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
 
     def fuse(
@@ -156,7 +177,8 @@ class SViTTForPreTraining(SViTTModel):
         super().__init__(config)
         self.match_head = nn.Linear(config.text_hidden_size, 2)
         self.token_head = MaskedTokenHead(config)
-        self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init)))
+        # Not a scalar, which `fully_shard` refuses.
+        self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -165,6 +187,12 @@ class SViTTForPreTraining(SViTTModel):
             nn.init.constant_(self.temperature, self.config.temperature_init)
         elif isinstance(module, MaskedTokenHead):
             nn.init.zeros_(module.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}temperature"
+        if name in state_dict and state_dict[name].ndim == 0:  # as earlier versions had it
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -176,8 +204,7 @@ class SViTTForPreTraining(SViTTModel):
     ) -> Tensor:
         """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
         fused = self.fuse(text_states, attention_mask, video_states)
-        logits: Tensor = self.match_head(fused.states[:, 0])
-        return logits
+        return in_fp32(self.match_head, fused.states[:, 0])
 
     def forward(
         self,

@@ -8,14 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svitt_ops.models.configuration import OFFICIAL
 
-def token_order(order: str, grid: tuple[int, int, int]) -> Tensor:
+
+def token_order(order: str, grid: tuple[int, int, int], *, compat: str | None = None) -> Tensor:
     """Numbers of the patches of a (frames, rows, columns) grid, in an order.
 
     Args:
         order: "standard" is by frame, row and column; "morton" and "hilbert" follow the curve
             through the smallest cube of 2^k a side around the grid, without what lies outside.
         grid: T frames, H rows, W columns.
+        compat: "svitt-official" is the order of the released code: its Morton curve has the frame's
+            bit below the row's and the column's, and a cube of twice the side is drawn around a
+            grid whose longest side is a power of two, which turns its Hilbert curve.
 
     Returns:
         int64 ``(T * H * W,)``: entry p is the patch, numbered in standard order, that comes p-th.
@@ -24,10 +29,13 @@ def token_order(order: str, grid: tuple[int, int, int]) -> Tensor:
     if order == "standard":
         return numbers
     coordinates = torch.unravel_index(numbers, grid)
-    bits = max(size - 1 for size in grid).bit_length()
+    official = compat == OFFICIAL
+    bits = (max(grid) if official else max(grid) - 1).bit_length()
     if order == "hilbert":
         coordinates = _transpose_hilbert(coordinates, bits)
-    elif order != "morton":
+    elif order == "morton":
+        coordinates = coordinates[::-1] if official else coordinates
+    else:
         raise ValueError(
             f"token_order: order must be 'standard', 'morton' or 'hilbert', got {order!r}"
         )

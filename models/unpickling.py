@@ -9,6 +9,7 @@ of its project, or an attack, reads as its tensors among inert objects.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,7 +68,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The unpickler written in Python: the one in C takes whatever memory a stream asks it for."""
+
     def find_class(self, module: str, name: str) -> Any:
         return _KNOWN.get((module, name), Inert)
 
@@ -98,12 +101,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"read_tensors: path must be a file, got {path}")
-    _refuse_torchscript(path)
     try:
+        _refuse_archives(path)
         content = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
+    except _Refused:
+        raise
     except Exception as error:
         # A damaged or hostile file may raise anything.
-        raise ValueError(f"read_tensors: {path} cannot be read as a checkpoint: {error}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"read_tensors: {path} cannot be read as a checkpoint: {why}") from error
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -116,14 +122,35 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ValueError(f"read_tensors: {path} must hold tensors by name, got none")
+    for name, value in tensors.items():
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"read_tensors: {name} in {path} must be as large as what the file holds of it, "
+                f"got shape {tuple(value.shape)}"
+            )
     return tensors
 
 
-def _refuse_torchscript(path: Path) -> None:
-    """torch.load would hand a TorchScript archive to its interpreter, which runs it."""
+class _Refused(ValueError):
+    """A file that was understood, and is not taken."""
+
+
+def _refuse_archives(path: Path) -> None:
+    """Refuse what torch.load must not see of a zip archive.
+
+    It would hand a TorchScript archive to its interpreter, which runs it, and take whatever memory
+    a small file unpacks to. torch.save does not compress.
+    """
     try:
         names = torch._C.PyTorchFileReader(str(path)).get_all_records()
     except RuntimeError:  # no zip archive: the format before torch 1.6
         return
     if "constants.pkl" in names:
-        raise ValueError(f"read_tensors: {path} must hold weights, got a TorchScript program")
+        raise _Refused(f"read_tensors: {path} must hold weights, got a TorchScript program")
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise _Refused(
+            f"read_tensors: {path} must be written by torch.save, which does not compress, got "
+            f"{unpacked} bytes packed into {path.stat().st_size}"
+        )

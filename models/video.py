@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from svitt_ops.models.layers import FeedForward, Residual, eval_generator, rando
 from svitt_ops.models.official import PaddedSelfAttention, padded
 from svitt_ops.models.token_order import token_order
 from svitt_ops.nn import BlockSparseSelfAttention, RelativePositionBias3D
+from svitt_ops.randomness import SeededGenerator
 
 DENSE_BLOCK = 56
 """Block size of dense attention, for which it has no meaning: the one the kernels are best at."""
@@ -163,12 +165,15 @@ class VideoTower(nn.Module):
     def _positions(self, frames: int) -> tuple[Tensor, Tensor]:
         grid = (frames, self.config.grid_size, self.config.grid_size)
         device = torch.device("cpu")  # also where the default device is "meta"
-        with device:
-            order = token_order(self.config.token_order, grid)
+        with nullcontext() if torch.compiler.is_compiling() else device:
+            order = token_order(self.config.token_order, grid, compat=self.config.compat)
             return order, so.position_codes(grid, device=device)[order]
 
     def _layout(
-        self, num_tokens: int, device: torch.device, generator: torch.Generator | None
+        self,
+        num_tokens: int,
+        device: torch.device,
+        generator: torch.Generator | SeededGenerator | None,
     ) -> so.BlockLayout:
         config = self.config
         if not config.edge_sparsity:

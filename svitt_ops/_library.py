@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from svitt_ops import _extension
 
@@ -51,6 +53,7 @@ def define(
     implementations[name] = (cpu, cuda_module)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _register_vmap(name)
 
     def launch(*args: Any) -> Any:
         module = importlib.import_module(f"svitt_ops.kernels.{cuda_module}")
@@ -69,6 +72,14 @@ def define(
         cuda_kernels.add(name)
         _library.define(schema.replace("(", "_cuda(", 1), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}_cuda", fake, lib=_library)
+
+
+def define_random(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an op without tensors among its arguments, which runs alike for all devices."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
@@ -91,25 +102,40 @@ def _warn_once() -> None:
 
 
 def differentiate(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda args: args,
 ) -> None:
     """Attach autograd: the gradient is the op ``<name>_backward``, itself not derivable.
 
     Like `torch.library.register_autograd`, which adds three times as much to each call: small
-    batches are bound by it.
+    batches are bound by it. Forward mode and second derivatives raise an error that says so.
+
+    Args:
+        name: of the op.
+        backward: of the context and the outputs' gradients, to the gradient of each argument.
+        setup_context: of the context, the arguments and the outputs; saves what is needed.
+        prepare: what the op's arguments become where a gradient will be wanted.
     """
 
     def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{name}: a second derivative is not available")
+        raise NotImplementedError(
+            f"{name}: a second derivative is not available, there is no double backward"
+        )
 
     def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
-    _register_autograd(name, backward, setup_context)
-    _register_autograd(f"{name}_backward", refuse, keep_nothing)
+    _register_autograd(name, name, backward, setup_context, prepare)
+    _register_autograd(f"{name}_backward", name, refuse, keep_nothing, lambda args: args)
 
 
 def _register_autograd(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    name: str,
+    public_name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]],
 ) -> None:
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -118,7 +144,18 @@ def _register_autograd(
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        output = run(keys, args)
+        if any(x.is_inference() for x in args if isinstance(x, Tensor)):
+            # They cannot be saved. A layout or ids from inference mode may be trained with.
+            args = tuple(
+                x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args
+            )
+        args = prepare(args)
+        if torch._C._are_functorch_transforms_active():
+            # A Function switches both modes off, and the transforms outside of this one need them.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = run(keys, args)
+        else:
+            output = run(keys, args)
         setup_context(ctx, args, output)
         return output
 
@@ -128,13 +165,51 @@ def _register_autograd(
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
     function: Any = type(name, (torch.autograd.Function,), methods)  # profilers show its name
+    # Past Function.apply, which is for what stands above the dispatcher: here a transform of
+    # torch.func has already taken its own level apart.
+    apply = super(torch.autograd.Function, function).apply
 
     def autograd(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(public_name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(keys, *args)
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return apply(keys, *args)
+            return apply(keys, *args)
         return run(keys, args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Without a rule of its own an op would drop tangents, which reads as a derivative of 0."""
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: a forward-mode derivative (jvp) is not available")
+
+
+def _register_vmap(name: str) -> None:
+    """One call of the op for each sample of `torch.vmap`, which puts the results together."""
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if not info.batch_size:
+            raise NotImplementedError(f"{name}: vmap over no samples is not available")
+        # Contiguous, since a sample's strides must be what the op's arguments may have.
+        moved = [
+            x if dim is None else x.movedim(dim, 0).contiguous()
+            for x, dim in zip(args, in_dims, strict=True)
+        ]
+        found = [
+            op(*(x if dim is None else x[i] for x, dim in zip(moved, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found), 0
+        return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
+
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", loop, lib=_library)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

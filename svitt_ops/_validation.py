@@ -2,25 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from svitt_ops.randomness import SeededGenerator
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTS = (int, torch.SymInt)
+_FLOATS: tuple[type, ...] = (float, torch.SymFloat, *_INTS)
+_NO_NUMBERS = (bool, Tensor)
+_INT64 = 2**63
 
 
-def check_int(op: str, name: str, value: int) -> None:
-    """An int, a symbolic one included."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+def check_int(op: str, name: str, value: Any) -> int:
+    """``value`` as an int: numpy's count, bools and tensors do not, a symbolic one stays."""
+    if not isinstance(value, _INTS) or isinstance(value, bool):
+        try:
+            number = None if isinstance(value, _NO_NUMBERS) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None:
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        value = number
+    if not -_INT64 <= value < _INT64:
+        raise ValueError(f"{op}: {name} must fit into 64 bits")
+    return value
 
 
-def check_count(op: str, name: str, value: int, least: int = 0) -> None:
+def check_count(op: str, name: str, value: Any, least: int = 0) -> int:
     """An int of at least ``least``."""
-    check_int(op, name, value)
+    value = check_int(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return value
+
+
+def check_float(op: str, name: str, value: Any, what: str = "a float") -> float:
+    """``value`` as a float: numpy's and ints count, bools and tensors do not."""
+    if type(value) is int:
+        return float(check_int(op, name, value))
+    if isinstance(value, _FLOATS) and not isinstance(value, bool):
+        return cast(float, value)
+    if not isinstance(value, _NO_NUMBERS) and isinstance(value, numbers.Real):
+        # A narrow float stands for the decimal that it prints as: numpy.float32(0.55) for 0.55.
+        return float(str(value) if hasattr(value, "dtype") else value)
+    raise TypeError(f"{op}: {name} must be {what}, got {type(value).__name__}")
+
+
+def check_scale(op: str, scale: Any) -> float:
+    """The factor of an attention's logits."""
+    scale = check_float(op, "scale", scale)
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    return scale
+
+
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """A bool, or numpy's."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__.startswith("bool"):
+        return bool(value)
+    raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def check_device(op: str, device: Any) -> torch.device | None:
+    """A device or its name; None stays."""
+    if device is None or isinstance(device, torch.device):
+        return device
+    wanted = f"{op}: device must be a torch.device or its name"
+    if not isinstance(device, str | int) or isinstance(device, bool):
+        raise TypeError(f"{wanted}, got {type(device).__name__}")
+    try:
+        return torch.device(device)
+    except (RuntimeError, ValueError):
+        raise ValueError(f"{wanted}, got {device!r}") from None
+
+
+def check_dtype(op: str, dtype: Any) -> None:
+    """What parameters can have: a floating dtype, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{op}: dtype must be a floating torch.dtype, got {dtype!r:.60}")
+
+
+def check_generator(op: str, generator: Any) -> None:
+    """A generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator | SeededGenerator):
+        raise TypeError(
+            f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
 
 
 def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
@@ -36,6 +112,9 @@ def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = No
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """What autocast makes of an op's tensors, by the first one's device; the rest as it is."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    # "meta", for one, has no autocast to ask for.
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):
+        return tensors
     if not torch.is_autocast_enabled(device):
         return tensors
     cast = torch.get_autocast_dtype(device)
@@ -79,6 +158,10 @@ def check_qkv(
             )
 
 
+def _equal(a: Iterable[int], b: Iterable[int]) -> bool:
+    return all(x == y for x, y in zip(a, b, strict=True))
+
+
 def check_int32(
     op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device
 ) -> None:
@@ -87,7 +170,8 @@ def check_int32(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
-    if tuple(x.shape) not in shapes:
+    # Symbolic sizes are compared one by one: torch.compile misjudges tuples of them.
+    if not any(len(shape) == x.dim() and _equal(shape, x.shape) for shape in shapes):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
     if x.device != device:
@@ -101,7 +185,9 @@ def readable(x: Tensor, any_device: bool = False) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    return any_device or x.device.type == "cpu"
+    if x.device.type != "cpu" and not (any_device and x.device.type != "meta"):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:

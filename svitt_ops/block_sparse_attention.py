@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -62,10 +61,14 @@ def block_sparse_attention(
     Returns:
         ``out`` like ``query``, its memory laid out so that merging the heads is free; with
         ``return_saliency`` also ``saliency``, fp32 ``(batch, num_tokens)``: the row of the first
-        global token, softmaxed over all keys, averaged over heads, without gradient.
+        global token, softmaxed over all keys, averaged over heads, without gradient. NaN and
+        infinities are never hidden: the rows that attend one, and its gradients, are not finite,
+        and other rows of its head need not be; only of a logit of -inf beside finite ones nothing
+        comes. Tokens beyond ``key_lengths`` may hold anything.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 * head_dim * layout.num_edges`` FLOP per batch and head forward, 2.5 times that
@@ -90,10 +93,8 @@ def block_sparse_attention(
         _validation.check_int32(_OP, "key_lengths", key_lengths, ((batch,),), query.device)
         _validation.check_range(_OP, "key_lengths", key_lengths, 0, tokens)
         key_lengths = key_lengths.contiguous()
-    if scale is None:
-        scale = head_dim**-0.5
-    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
+    scale = head_dim**-0.5 if scale is None else _validation.check_scale(_OP, scale)
+    return_saliency = _validation.check_flag(_OP, "return_saliency", return_saliency)
     if return_saliency and layout.num_global == 0:
         raise ValueError(f"{_OP}: return_saliency needs num_global of at least 1, got 0")
     out, _, saliency = torch.ops.svitt_ops.block_sparse_attention(
@@ -127,12 +128,27 @@ def position_codes(
     Returns:
         int32 ``(T * H * W,)`` in (t, h, w) order.
     """
-    if len(shape) != 3 or any(size < 1 for size in shape):
-        raise ValueError(f"position_codes: shape must be 3 positive ints, got {tuple(shape)}")
-    _, height, width = shape
-    t, h, w = (torch.arange(size, dtype=torch.int32, device=device) for size in shape)
-    rows = t[:, None] * (2 * height - 1) + h
-    return (rows[:, :, None] * (2 * width - 1) + w).flatten()
+    device = _validation.check_device("position_codes", device)
+    sizes = check_grid("position_codes", "shape", shape)
+    _, height, width = sizes
+    t, h, w = (torch.arange(size, dtype=torch.int32, device=device) for size in sizes)
+    rows = t.unsqueeze(1) * (2 * height - 1) + h
+    return (rows.unsqueeze(2) * (2 * width - 1) + w).flatten()
+
+
+def check_grid(op: str, name: str, shape: Any) -> tuple[int, int, int]:
+    """Frames, rows and columns, each at least 1."""
+    wanted = f"{op}: {name} must be 3 positive ints"
+    try:
+        found = None if isinstance(shape, str | Tensor) else tuple(shape)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{wanted}, got {type(shape).__name__}")
+    sizes = tuple(_validation.check_int(op, f"every size of {name}", size) for size in found)
+    if len(sizes) != 3 or any(size < 1 for size in sizes):
+        raise ValueError(f"{wanted}, got {sizes}")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def _check_layout(layout: BlockLayout, query: Tensor) -> None:

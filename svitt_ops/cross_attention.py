@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -49,10 +48,13 @@ def cross_attention(
     Returns:
         ``out`` like ``query``, its memory laid out so that merging the heads is free; with
         ``return_saliency`` also ``saliency``, fp32 ``(batch, keys)``: softmaxed over the keys,
-        averaged over heads, without gradient.
+        averaged over heads, without gradient. NaN and infinities are never hidden: the rows that
+        attend one, and its gradients, are not finite; only of a logit of -inf beside finite ones
+        nothing comes.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 * head_dim * queries * keys`` FLOP per batch and head forward, 2.5 times that backward;
@@ -67,14 +69,11 @@ def cross_attention(
     if key_padding_mask is not None:
         _check_mask(key_padding_mask, key)
         key_padding_mask = key_padding_mask.contiguous()
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale must be finite, got {scale}")
-    if return_saliency not in _SALIENCIES:
-        raise ValueError(
-            f"{_OP}: return_saliency must be None, 'cls' or 'mean', got {return_saliency!r}"
-        )
+    scale = query.shape[-1] ** -0.5 if scale is None else _validation.check_scale(_OP, scale)
+    known = return_saliency is None or isinstance(return_saliency, str)
+    if not known or return_saliency not in _SALIENCIES:
+        got = repr(return_saliency).partition("\n")[0]
+        raise ValueError(f"{_OP}: return_saliency must be None, 'cls' or 'mean', got {got}")
     out, _, saliency = torch.ops.svitt_ops.cross_attention(
         query, key, value, key_padding_mask, scale, _SALIENCIES.index(return_saliency)
     )

@@ -55,10 +55,13 @@ def info_nce(
             rank's own part, of the temperature all of it.
 
     Returns:
-        The loss, a fp32 scalar.
+        The loss, a fp32 scalar. Where a logit is NaN, infinite or beyond 1e9, which leaves fp32 no
+        digits, or where the temperature is not positive and finite, the loss and all gradients are
+        NaN, on every rank.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``2 B B D`` FLOP forward and 3 times that backward; memory ``O(B D)``.
@@ -77,6 +80,8 @@ def info_nce(
     temperature = check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    symmetric = _validation.check_flag(_OP, "symmetric", symmetric)
+    label_smoothing = _validation.check_float(_OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
@@ -114,10 +119,7 @@ def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Ten
             )
         scalar = temperature.float()
         return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float | torch.SymFloat):
-        raise TypeError(
-            f"{op}: temperature must be a float or a tensor, got {type(temperature).__name__}"
-        )
+    temperature = _validation.check_float(op, "temperature", temperature, "a float or a tensor")
     if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     return like.new_full((), temperature, dtype=torch.float32)
@@ -261,13 +263,18 @@ def _over_ranks(
 ) -> Tensor:
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(f"{_OP}: group must be of an initialised torch.distributed, got {group!r}")
+        raise ValueError(
+            f"{_OP}: group must be of an initialised torch.distributed, got {type(group).__name__}"
+        )
+    if not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
-    result: Tensor = _RankLoss.apply(
-        query, key, temperature, ids, symmetric, label_smoothing, group
-    )
-    return result
+    # A Function's own forward is not told of tangents that reach it beside a gradient.
+    _library.refuse_tangents(_OP, (query, key, temperature))
+    found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
+    loss: Tensor = found[0]
+    return loss
 
 
 class _RankLoss(torch.autograd.Function):
@@ -279,7 +286,6 @@ class _RankLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         query: Tensor,
         key: Tensor,
         temperature: Tensor,
@@ -287,7 +293,8 @@ class _RankLoss(torch.autograd.Function):
         symmetric: bool,
         label_smoothing: float,
         group: ProcessGroup,
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, ...]:
+        """The loss, and what the backward needs."""
         dist = torch.distributed
         rank, ranks, local = dist.get_rank(group), dist.get_world_size(group), query.shape[0]
         sizes = _gather(torch.tensor([local], device=query.device), group)
@@ -314,18 +321,36 @@ class _RankLoss(torch.autograd.Function):
             parts = _gather(columns[None], group)
             columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
             means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
-        ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
-        ctx.strip, ctx.label_smoothing = (rank, ranks, local), label_smoothing
-        # A loss that outlives its group must not keep it: gloo's threads abort a process at exit.
-        ctx.group = weakref.ref(group)
-        return means.float()
+        rows = rows + 0 * means  # NaN tells the backward of every rank
+        return means.float(), keys, all_ids, rows, columns
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        query, _, temperature, ids, _, label_smoothing, group = inputs
+        _, keys, all_ids, rows, columns = output
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
+        dist = torch.distributed
+        ctx.strip = (dist.get_rank(group), dist.get_world_size(group), query.shape[0])
+        ctx.label_smoothing = label_smoothing
+        # A loss that outlives its group must not keep it: gloo's threads abort a process at exit.
+        ctx.group = weakref.ref(group)
+
+    @staticmethod
+    def vmap(*_: Any) -> None:
+        raise NotImplementedError(f"{_OP}: vmap (and so jacrev) is not available over a group")
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 7
+        if torch._C._functorch.is_batchedtensor(grad_loss):
+            _RankLoss.vmap()
         query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
         rank, ranks, local = ctx.strip
         group = ctx.group()
-        if group is None:
+        if group is None or not torch.distributed.is_initialized():
             raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
         grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
             grad_loss,

@@ -5,19 +5,24 @@ Source: SViTT (CVPR 2023), section 3.2, "edge sparsity".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from svitt_ops import _library
-from svitt_ops._validation import check_count
+from svitt_ops._validation import check_count, check_device, check_generator, readable
+from svitt_ops.randomness import SeededGenerator, rand
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 MAX_BLOCK_SIZE = 256
+_SIZES = ("num_tokens", "block_size", "num_global")
+_LISTS = ("key_counts", "key_blocks", "query_counts", "query_blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +59,15 @@ class BlockLayout:
 
     def __post_init__(self, trusted: bool) -> None:
         if not trusted:
-            _check_sizes("BlockLayout", self.num_tokens, self.block_size, self.num_global)
+            sizes = _check_sizes("BlockLayout", self.num_tokens, self.block_size, self.num_global)
+            for name, size in zip(_SIZES, sizes, strict=True):
+                object.__setattr__(self, name, size)
             self._check_lists()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a call of the constructor, which checks what a file holds."""
+        lists, sizes = _flatten(self)
+        return BlockLayout, (*sizes, *lists)
 
     @classmethod
     def local_random(
@@ -66,14 +78,15 @@ class BlockLayout:
         num_local: int = 1,
         num_random: int = 3,
         num_global: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | SeededGenerator | None = None,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """Draw SViTT's pattern: a wrapping local window and random blocks per query block.
 
         The window covers blocks ``i - num_local // 2`` to ``i + (num_local - 1) // 2`` modulo the
         number of blocks. Random blocks are uniform without replacement over the others; where there
-        are fewer than asked, all of them are taken. Drawing never synchronises host and device.
+        are fewer than asked, all of them are taken. Drawing never synchronises host and device, and
+        takes ``blocks * blocks`` numbers from the generator, none where ``num_random`` is 0.
 
         Args:
             num_tokens: tokens that are not global.
@@ -81,25 +94,26 @@ class BlockLayout:
             num_local: blocks in the local window; odd numbers centre it.
             num_random: random blocks per query block.
             num_global: global tokens.
-            generator: source of randomness; its device draws the noise.
+            generator: source of randomness, torch's own if None; its device draws the noise.
             device: where the layout lives; the generator's device if not given, else the default.
 
         Returns:
             A layout without leading dimensions.
         """
         op = "BlockLayout.local_random"
-        _check_sizes(op, num_tokens, block_size, num_global)
-        check_count(op, "num_local", num_local)
-        check_count(op, "num_random", num_random)
-        blocks = -(-num_tokens // block_size)
-        noise_device = device if generator is None else generator.device
-        noise = torch.rand(blocks, blocks, generator=generator, device=noise_device)
-        if generator is not None and device is not None:
-            noise = noise.to(device)
+        sizes = _check_sizes(op, num_tokens, block_size, num_global)
+        num_local = check_count(op, "num_local", num_local)
+        num_random = check_count(op, "num_random", num_random)
+        device = check_device(op, device)
+        check_generator(op, generator)
+        blocks = -(-sizes[0] // sizes[1])
+        if num_random > 0:
+            noise = rand((blocks, blocks), generator, device)
+        else:
+            place = device if generator is None or device is not None else generator.device
+            noise = torch.zeros(blocks, blocks, device=place)
         drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
-        return cls(
-            num_tokens, block_size, num_global, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True
-        )
+        return cls(*sizes, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True)
 
     @classmethod
     def from_mask(
@@ -117,20 +131,18 @@ class BlockLayout:
             A layout with the mask's leading dimensions, on the mask's device.
         """
         op = "BlockLayout.from_mask"
-        _check_sizes(op, num_tokens, block_size, num_global)
+        sizes = _check_sizes(op, num_tokens, block_size, num_global)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"{op}: mask must be a bool tensor, got {got}")
-        blocks = -(-num_tokens // block_size)
+        blocks = -(-sizes[0] // sizes[1])
         if mask.dim() not in (2, 3, 4) or mask.shape[-2:] != (blocks, blocks):
             raise ValueError(
                 f"{op}: mask must have shape ({blocks}, {blocks}), (heads, {blocks}, {blocks}) or "
                 f"(batch, heads, {blocks}, {blocks}) for {num_tokens} tokens in blocks of "
                 f"{block_size}, got {tuple(mask.shape)}"
             )
-        return cls(
-            num_tokens, block_size, num_global, *_lists(mask), *_lists(mask.mT), trusted=True
-        )
+        return cls(*sizes, *_lists(mask), *_lists(mask.mT), trusted=True)
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockLayout:
@@ -199,7 +211,9 @@ class BlockLayout:
         """
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if block_size is None:
+        if block_size is not None:
+            block_size = check_count("BlockLayout.to_block_mask", "block_size", block_size, least=1)
+        else:
             block_size = 128 if self.num_global else self.block_size
         batch, heads = (None, None, *self.key_counts.shape[:-1])[-2:]
         dense = self.to_dense()
@@ -248,14 +262,17 @@ class BlockLayout:
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
+        op, to = "BlockLayout.to", check_device("BlockLayout.to", device)
+        if to is None:
+            raise TypeError(f"{op}: device must be a torch.device or its name, got NoneType")
         return BlockLayout(
             self.num_tokens,
             self.block_size,
             self.num_global,
-            self.key_counts.to(device),
-            self.key_blocks.to(device),
-            self.query_counts.to(device),
-            self.query_blocks.to(device),
+            self.key_counts.to(to),
+            self.key_blocks.to(to),
+            self.query_counts.to(to),
+            self.query_blocks.to(to),
             trusted=True,
         )
 
@@ -272,6 +289,10 @@ class BlockLayout:
         return torch.nn.functional.pad(mask, (before, 0, before, 0), value=True)
 
     def _check_lists(self) -> None:
+        for name in _LISTS:
+            x = getattr(self, name)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"BlockLayout: {name} must be a tensor, got {type(x).__name__}")
         blocks, lead = self.num_blocks, self.key_counts.shape[:-1]
         for name in ("key", "query"):
             counts, numbers = getattr(self, f"{name}_counts"), getattr(self, f"{name}_blocks")
@@ -293,6 +314,10 @@ class BlockLayout:
                     f"BlockLayout: {name}_blocks must have shape {(*lead, blocks)} and a width, "
                     f"got {tuple(numbers.shape)}"
                 )
+        if not all(readable(getattr(self, name), any_device=True) for name in _LISTS):
+            return  # traced, or without values
+        for name in ("key", "query"):
+            counts, numbers = getattr(self, f"{name}_counts"), getattr(self, f"{name}_blocks")
             _check_numbers("BlockLayout", name, counts, numbers, blocks)
             used = _used(counts, numbers)
             rising = (numbers[..., 1:] > numbers[..., :-1]) | ~used[..., 1:]
@@ -307,12 +332,44 @@ class BlockLayout:
             )
 
 
-def _check_sizes(op: str, num_tokens: int, block_size: int, num_global: int) -> None:
-    check_count(op, "num_tokens", num_tokens)
-    check_count(op, "num_global", num_global)
-    check_count(op, "block_size", block_size, least=1)
+def _flatten(layout: BlockLayout) -> tuple[list[Any], tuple[int, ...]]:
+    return [getattr(layout, name) for name in _LISTS], tuple(getattr(layout, x) for x in _SIZES)
+
+
+def _flatten_with_keys(layout: BlockLayout) -> tuple[list[Any], tuple[int, ...]]:
+    lists, sizes = _flatten(layout)
+    return [(pytree.GetAttrKey(name), x) for name, x in zip(_LISTS, lists, strict=True)], sizes
+
+
+def _unflatten(lists: Iterable[Any], sizes: tuple[int, ...]) -> BlockLayout:
+    """Unchecked: torch also puts other things than tensors in their places."""
+    build: Any = BlockLayout
+    return cast(BlockLayout, build(*sizes, *lists, trusted=True))
+
+
+# A tree of four tensors to torch: an input of `torch.export`, an argument of `torch.func`.
+pytree.register_pytree_node(
+    BlockLayout,
+    _flatten,
+    _unflatten,
+    serialized_type_name="svitt_ops.BlockLayout",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([BlockLayout])
+
+
+def _check_sizes(
+    op: str, num_tokens: Any, block_size: Any, num_global: Any
+) -> tuple[int, int, int]:
+    """The three as ints."""
+    num_tokens = check_count(op, "num_tokens", num_tokens)
+    num_global = check_count(op, "num_global", num_global)
+    block_size = check_count(op, "block_size", block_size, least=1)
     if block_size > MAX_BLOCK_SIZE:
         raise ValueError(f"{op}: block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
+    return num_tokens, block_size, num_global
 
 
 def _used(counts: Tensor, numbers: Tensor) -> Tensor:
@@ -323,8 +380,8 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and ascending numbers of the marked entries of each row; unused entries are 0."""
     counts = mask.sum(-1, dtype=torch.int32)
     # A stable sort of the inverted mask brings the marked columns to the front, in order.
-    numbers = (~mask).to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
-    return counts, numbers.masked_fill(~_used(counts, numbers), 0)
+    numbers = mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).to(torch.int32)
+    return counts, numbers.masked_fill(_used(counts, numbers).logical_not(), 0)
 
 
 def _check_numbers(op: str, direction: str, counts: Tensor, numbers: Tensor, blocks: int) -> None:
@@ -344,9 +401,9 @@ def _check_numbers(op: str, direction: str, counts: Tensor, numbers: Tensor, blo
 def _marked(counts: Tensor, numbers: Tensor, blocks: int) -> Tensor:
     """The mask that lists describe."""
     # Unused entries go to a spare column that is cut off.
-    target = numbers.long().masked_fill(~_used(counts, numbers), blocks)
+    target = numbers.long().masked_fill(_used(counts, numbers).logical_not(), blocks)
     mask = torch.zeros(*numbers.shape[:-1], blocks + 1, dtype=torch.bool, device=numbers.device)
-    return mask.scatter_(-1, target, True)[..., :blocks]
+    return mask.scatter_(-1, target, True).narrow(-1, 0, blocks)
 
 
 def _draw(noise: Tensor, num_local: int, num_random: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

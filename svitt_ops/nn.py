@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
+from svitt_ops import _validation
+from svitt_ops.block_sparse_attention import block_sparse_attention, check_grid, position_codes
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.layout import BlockLayout
 from svitt_ops.token_pruning import PrunedTokens, prune_tokens
@@ -42,7 +44,15 @@ class RelativePositionBias3D(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        frames, height, width = grid
+        op = "RelativePositionBias3D"
+        frames, height, width = grid = check_grid(op, "grid", grid)
+        num_heads = _validation.check_count(op, "num_heads", num_heads, least=1)
+        num_global = _validation.check_count(op, "num_global", num_global)
+        std = _validation.check_float(op, "std", std)
+        if not 0 <= std < math.inf:
+            raise ValueError(f"{op}: std must be at least 0 and finite, got {std}")
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
         self.grid, self.num_heads, self.num_global, self.std = grid, num_heads, num_global, std
         rows = (2 * frames - 1) * (2 * height - 1) * (2 * width - 1)
         rows += 2 * num_global + num_global**2
@@ -84,8 +94,16 @@ class BlockSparseSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_heads("BlockSparseSelfAttention", dim, num_heads)
-        self.num_heads = num_heads
+        op = "BlockSparseSelfAttention"
+        dim, self.num_heads = _check_heads(op, dim, num_heads)
+        qkv_bias = _validation.check_flag(op, "qkv_bias", qkv_bias)
+        key_bias = _validation.check_flag(op, "key_bias", key_bias)
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
+        if bias is not None and not isinstance(bias, RelativePositionBias3D):
+            raise TypeError(
+                f"{op}: bias must be a RelativePositionBias3D or None, got {type(bias).__name__}"
+            )
         self.query = nn.Linear(dim, dim, qkv_bias, device, dtype)
         self.key = nn.Linear(dim, dim, qkv_bias and key_bias, device, dtype)
         self.value = nn.Linear(dim, dim, qkv_bias, device, dtype)
@@ -115,6 +133,7 @@ class BlockSparseSelfAttention(nn.Module):
             ``(batch, layout.seq_len, dim)``; with ``return_saliency`` also the saliency, fp32
             ``(batch, num_tokens)``.
         """
+        _check_tokens("BlockSparseSelfAttention", "tokens", tokens, self.query.in_features)
         query, key, value = (
             split_heads(project(tokens), self.num_heads)
             for project in (self.query, self.key, self.value)
@@ -159,9 +178,14 @@ class CrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_heads("CrossAttention", dim, num_heads)
-        self.num_heads = num_heads
-        source = dim if context_dim is None else context_dim
+        op = "CrossAttention"
+        dim, self.num_heads = _check_heads(op, dim, num_heads)
+        bias = _validation.check_flag(op, "bias", bias)
+        device = _validation.check_device(op, device)
+        _validation.check_dtype(op, dtype)
+        source = dim
+        if context_dim is not None:
+            source = _validation.check_count(op, "context_dim", context_dim, least=1)
         self.query = nn.Linear(dim, dim, bias, device, dtype)
         self.key = nn.Linear(source, dim, bias, device, dtype)
         self.value = nn.Linear(source, dim, bias, device, dtype)
@@ -186,6 +210,8 @@ class CrossAttention(nn.Module):
         Returns:
             ``(batch, queries, dim)``; with ``return_saliency`` also fp32 ``(batch, keys)``.
         """
+        _check_tokens("CrossAttention", "tokens", tokens, self.query.in_features)
+        _check_tokens("CrossAttention", "context", context, self.key.in_features)
         found = cross_attention(
             split_heads(self.query(tokens), self.num_heads),
             split_heads(self.key(context), self.num_heads),
@@ -209,9 +235,11 @@ class TokenPruning(nn.Module):
 
     def __init__(self, keep_rate: float, *, num_global: int = 1) -> None:
         super().__init__()
+        keep_rate = _validation.check_float("TokenPruning", "keep_rate", keep_rate, "a number")
         if not 0 < keep_rate <= 1:
             raise ValueError(f"TokenPruning: keep_rate must be in (0, 1], got {keep_rate}")
-        self.keep_rate, self.num_global = keep_rate, num_global
+        self.keep_rate = keep_rate
+        self.num_global = _validation.check_count("TokenPruning", "num_global", num_global)
 
     def forward(
         self, tokens: Tensor, scores: Tensor, *, position_codes: Tensor | None = None
@@ -239,6 +267,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _check_heads(module: str, dim: int, num_heads: int) -> None:
+def _check_heads(module: str, dim: Any, num_heads: Any) -> tuple[int, int]:
+    dim = _validation.check_count(module, "dim", dim, least=1)
+    num_heads = _validation.check_int(module, "num_heads", num_heads)
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"{module}: num_heads must divide dim {dim}, got {num_heads}")
+    return dim, num_heads
+
+
+def _check_tokens(module: str, name: str, x: Any, dim: int) -> None:
+    """What a projection of ``dim`` inputs takes: ``(batch, tokens, dim)``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{module}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(
+            f"{module}: {name} must have shape (batch, tokens, {dim}), got {tuple(x.shape)}"
+        )

@@ -54,10 +54,13 @@ def queue_info_nce(
         queue_ids: ``(Q,)``, only with ``query_ids``; by default the queue has no positives.
 
     Returns:
-        The loss, a fp32 scalar.
+        The loss, a fp32 scalar. Where a logit is NaN, infinite or beyond 1e9, which leaves fp32 no
+        digits, or where the temperature is not positive and finite, it is NaN, and so are the
+        gradients of the temperature and of the queries concerned: all that saw the candidate.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         ``4 B (B + Q) D`` FLOP, twice that with a teacher, all of it forward; memory
@@ -75,6 +78,7 @@ def queue_info_nce(
     for name, x in (("query", query), ("queue", queue)):
         if x.shape[0] == 0:
             raise ValueError(f"{_OP}: {name} must have at least one row, got {tuple(x.shape)}")
+    alpha = _validation.check_float(_OP, "alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{_OP}: alpha must be in [0, 1], got {alpha}")
     if teacher_query is not None:
@@ -97,7 +101,6 @@ def queue_info_nce(
             queue_ids = check_ids(_OP, "queue_ids", queue_ids, queue.shape[0], query.device)
     elif key_ids is not None or queue_ids is not None:
         raise ValueError(f"{_OP}: query_ids must be given with key_ids or queue_ids, got None")
-    gradients = torch.is_grad_enabled() and (query.requires_grad or temperature.requires_grad)
     query, key, queue = (
         x if x.stride(1) == 1 else x.contiguous() for x in (query, key.detach(), queue.detach())
     )
@@ -105,9 +108,8 @@ def queue_info_nce(
         x = teacher_query.detach()
         teacher_query = x if x.stride(1) == 1 else x.contiguous()
     loss, _, _ = torch.ops.svitt_ops.queue_info_nce(
-        query, key, queue, temperature, teacher_query, alpha, query_ids, key_ids, queue_ids,
-        gradients,
-    )  # fmt: skip
+        query, key, queue, temperature, teacher_query, alpha, query_ids, key_ids, queue_ids, False
+    )
     return loss
 
 
@@ -155,13 +157,21 @@ def _cpu(
 
 
 def _backward_fake(
-    grad_loss: Tensor, query: Tensor, grad_query: Tensor, grad_temperature: Tensor
+    grad_loss: Tensor,
+    query: Tensor,
+    temperature: Tensor,
+    grad_query: Tensor,
+    grad_temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return grad_query.new_empty(grad_query.shape, dtype=query.dtype), torch.empty_like(grad_loss)
 
 
 def _backward_cpu(
-    grad_loss: Tensor, query: Tensor, grad_query: Tensor, grad_temperature: Tensor
+    grad_loss: Tensor,
+    query: Tensor,
+    temperature: Tensor,
+    grad_query: Tensor,
+    grad_temperature: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return (grad_query * grad_loss).to(query.dtype), grad_temperature * grad_loss
 
@@ -175,8 +185,9 @@ _library.define(
     cuda_module=_OP,
 )
 _library.define(
-    f"{_OP}_backward(Tensor grad_loss, Tensor query, Tensor grad_query, Tensor grad_temperature) "
-    "-> (Tensor, Tensor)",
+    # Query and temperature are here so that a second derivative by either is refused.
+    f"{_OP}_backward(Tensor grad_loss, Tensor query, Tensor temperature, Tensor grad_query, "
+    "Tensor grad_temperature) -> (Tensor, Tensor)",
     fake=_backward_fake,
     cpu=_backward_cpu,
     cuda_module=_OP,
@@ -188,7 +199,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, grad_query, grad_temperature = output
     ctx.mark_non_differentiable(grad_query, grad_temperature)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], grad_query, grad_temperature)
+    ctx.save_for_backward(inputs[0], inputs[3], grad_query, grad_temperature)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -198,7 +209,11 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return grads[0], None, None, grads[1], *(None,) * 6
 
 
-_library.differentiate(_OP, _backward, _setup_context)
+def _with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *args[:-1], True
+
+
+_library.differentiate(_OP, _backward, _setup_context, _with_gradients)
 
 
 def _count_flops(*args: Any) -> int:

@@ -22,8 +22,14 @@ def retrieval_ranks(
     """Rank of each query's best positive among all keys, without the similarity matrix.
 
     ``rank_i = #{j : query_i . key_j > max over positives p of query_i . key_p}``, so 0 is a hit at
-    the first place and recall at K is ``(rank < K).mean()``. Keys that tie with the best positive
-    do not count against it. Dot products accumulate in fp32.
+    the first place and recall at K is ``(rank < K).mean()``. Dot products accumulate in fp32.
+
+    Keys that tie with the best positive do not count against it: embeddings that have all collapsed
+    into one give rank 0 everywhere, which looks like 100 %. The metrics of
+    `svitt_ops.training.retrieval` count ties against the query and give the last place there.
+
+    A product that is NaN or infinite counts against the query, whether the key is a positive or
+    not: the best positive is the best of those with a finite product.
 
     Args:
         query: embeddings ``(B, D)``, fp32, fp16 or bf16. Under autocast both take its dtype.
@@ -32,7 +38,7 @@ def retrieval_ranks(
         key_ids: ``(N,)``. Every key with a query's id is a positive of it.
 
     Returns:
-        int64 ``(B,)``; N for a query without a positive.
+        int64 ``(B,)``; N for a query without a positive, or without a finite product with one.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.

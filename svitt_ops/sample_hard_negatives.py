@@ -7,7 +7,8 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
-from svitt_ops.reference.info_nce import positives
+from svitt_ops.randomness import rand
+from svitt_ops.reference.info_nce import finite_logits, positives
 from svitt_ops.reference.sample_hard_negatives import choose
 
 _OP = "sample_hard_negatives"
@@ -38,7 +39,9 @@ def sample_hard_negatives(
         generator: of the random numbers, on the device of ``query``; torch's default one if None.
 
     Returns:
-        int64 ``(B,)``, indices of keys; -1 for a query without a negative. Without gradient.
+        int64 ``(B,)``, indices of keys. Without gradient. A key is never drawn where its logit is
+        NaN, infinite or beyond 1e9, which leaves fp32 no digits; -1 for a query without any other
+        negative, and for all where the temperature is not positive and finite.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -57,11 +60,10 @@ def sample_hard_negatives(
     temperature = check_temperature(_OP, temperature, query).detach()
     if ids is not None:
         ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    _validation.check_generator(_OP, generator)
     if generator is not None and generator.device.type != query.device.type:
         raise ValueError(f"{_OP}: generator must be on {query.device}, got {generator.device}")
-    uniform = torch.rand(
-        query.shape[0], generator=generator, device=query.device, dtype=torch.float64
-    )
+    uniform = rand(query.shape[:1], generator, query.device, torch.float64)
     query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query.detach(), key.detach()))
     found: Tensor = torch.ops.svitt_ops.sample_hard_negatives(
         query, key, temperature, ids, ids, uniform
@@ -81,7 +83,7 @@ def _cpu(
     key_ids: Tensor | None,
     uniform: Tensor,
 ) -> Tensor:
-    logits = query.double() @ key.double().T / temperature.double()
+    logits = finite_logits(query.double() @ key.double().T, temperature.double())
     same = positives(query_ids, key_ids, 0, logits.shape, query.device)
     return choose(logits, same, uniform)
 

@@ -32,7 +32,7 @@ def keep_count(keep_rate: float, num_tokens: int) -> int:
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
     """
-    _validation.check_count("keep_count", "num_tokens", num_tokens)
+    num_tokens = _validation.check_count("keep_count", "num_tokens", num_tokens)
     return _count("keep_count", keep_rate, num_tokens)
 
 
@@ -59,7 +59,7 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
         SViTT (CVPR 2023), section 3.3, "node sparsity".
     """
     _check_scores(_SELECT, scores)
-    _check_keep(_SELECT, keep, scores.shape[1])
+    keep = _check_keep(_SELECT, keep, scores.shape[1])
     return torch.ops.svitt_ops.select_tokens(_unit_stride(scores.detach()), keep)
 
 
@@ -96,6 +96,7 @@ def prune_tokens(
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
+        NotImplementedError: for a forward-mode or a second derivative.
 
     Complexity:
         No FLOP. Forward reads and writes ``batch * (num_global + keep)`` rows of ``dim``; backward
@@ -114,7 +115,7 @@ def prune_tokens(
         raise ValueError(
             f"{_PRUNE}: tokens must have a contiguous last dimension, got strides {tokens.stride()}"
         )
-    _validation.check_count(_PRUNE, "num_global", num_global)
+    num_global = _validation.check_count(_PRUNE, "num_global", num_global)
     if num_global > length:
         raise ValueError(f"{_PRUNE}: num_global must be at most {length}, got {num_global}")
     num_tokens = length - num_global
@@ -129,7 +130,7 @@ def prune_tokens(
     if keep is None:
         assert keep_rate is not None
         keep = _count(_PRUNE, keep_rate, num_tokens)
-    _check_keep(_PRUNE, keep, num_tokens)
+    keep = _check_keep(_PRUNE, keep, num_tokens)
     if position_codes is not None:
         shapes = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
         _validation.check_int32(_PRUNE, "position_codes", position_codes, shapes, tokens.device)
@@ -142,18 +143,18 @@ def prune_tokens(
 
 
 def _count(op: str, keep_rate: float, num_tokens: int) -> int:
-    if isinstance(keep_rate, bool) or not isinstance(keep_rate, int | float):
-        raise TypeError(f"{op}: keep_rate must be a number, got {type(keep_rate).__name__}")
+    keep_rate = _validation.check_float(op, "keep_rate", keep_rate, "a number")
     if not 0 < keep_rate <= 1:
         raise ValueError(f"{op}: keep_rate must be more than 0 and at most 1, got {keep_rate}")
     return math.ceil(round(keep_rate * num_tokens, 9))
 
 
-def _check_keep(op: str, keep: int, num_tokens: int) -> None:
+def _check_keep(op: str, keep: Any, num_tokens: int) -> int:
     least = 1 if num_tokens > 0 else 0
-    _validation.check_int(op, "keep", keep)
+    keep = _validation.check_int(op, "keep", keep)
     if not least <= keep <= num_tokens:
         raise ValueError(f"{op}: keep must be {least} to {num_tokens}, got {keep}")
+    return keep
 
 
 def _check_scores(op: str, scores: Tensor, tokens: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,59 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside other workers of pytest-xdist, one thread each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 if find_spec("hypothesis"):  # a GPU machine without a network may lack it
     from hypothesis import settings
 
     settings.register_profile("repeatable", deadline=None, derandomize=True)
     settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    if not HAS_GPU and find_spec("triton"):
+        _round_interpreted_products_once()
+        _index_by_numbers()
+
+
+def _round_interpreted_products_once() -> None:
+    """The interpreter multiplies in fp32 through numpy's BLAS, which adds up in an order of the
+    processor's: no verdict may hang on that. Sums in fp64 round to the same fp32 in any order.
+    And it multiplies the bits of bf16 as integers.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    as_they_are = interpreter.InterpreterBuilder.create_dot
+
+    def values(x: Any) -> Any:
+        if x.dtype.scalar == tl.bfloat16:
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        return x.data
+
+    def create_dot(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+        left, right = values(a), values(b)
+        if {left.dtype.kind, right.dtype.kind, d.data.dtype.kind} != {"f"}:
+            return as_they_are(builder, a, b, d, *how)
+        product = np.matmul(left, right, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _index_by_numbers() -> None:
+    """Triton 3.6 takes an array of one element for a number, as numpy did before 2.4."""
+    from triton.runtime import interpreter
+
+    before = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 @pytest.fixture

@@ -66,14 +66,16 @@ def test_both_sides_pass_their_gates_and_a_broken_head_does_not(biased: bool) ->
     problem = scaling.problem(scaling.shrunk(case))
     assert next(x.name for x in problem.providers) == "svitt_ops" and len(problem.providers) == 2
     for provider in problem.providers:
+        # How torch's own kernels round is the processor's affair.
+        dtype = torch.float32 if provider.name == "svitt_ops" else torch.float16
         for direction in harness.DIRECTIONS:
             found = harness.results(provider.build(), problem, direction)
             expected = problem.oracles[provider.oracle]()
-            verdict = harness.gate(found, expected, torch.float32, direction)
+            verdict = harness.gate(found, expected, dtype, direction)
             assert verdict["passed"], verdict["objection"]
             found["out"] = found["out"].detach().clone()
             found["out"][-1, -1, 60] += 0.1
-            assert not harness.gate(found, expected, torch.float32, direction)["passed"]
+            assert not harness.gate(found, expected, dtype, direction)["passed"]
 
 
 def invented(op: str = "scaling") -> dict[str, Any]:

@@ -17,7 +17,6 @@ def run(name: str, *arguments: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=170,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

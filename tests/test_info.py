@@ -20,9 +20,7 @@ def run_info(folder: Path, *flags: str, package: Path | None = None) -> str:
     if package is not None:
         environment["PYTHONPATH"] = str(package.parent)
     command = [sys.executable, "-m", "svitt_ops", "info", *flags]
-    run = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=50
-    )
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -1,1 +1,25 @@
 """Data, recipes, engine, evaluation and figures: what `svitt pretrain` and `svitt demo` run."""
+
+from importlib import import_module
+from typing import Any
+
+_PLACES = {
+    "ClipSpec": "datasets",
+    "Entry": "annotations",
+    "PairDataset": "datasets",
+    "UnusableVideoError": "video",
+    "load_recipe": "recipes",
+    "pretrain": "engine",
+    "read_annotations": "annotations",
+    "read_frames": "video",
+    "save_tokenizer": "text",
+    "train_tokenizer": "text",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

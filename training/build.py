@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,16 @@ from svitt_ops.training.augment import Augmentation
 from svitt_ops.training.checkpoints import model_folder
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import ClipSpec, PairDataset
+from svitt_ops.training.gate import check_media
+from svitt_ops.training.recipe_checks import check_model_keys
 from svitt_ops.training.recipes import Corpus, Data, Recipe
-from svitt_ops.training.text import load_tokenizer, train_tokenizer
+from svitt_ops.training.text import append_sep, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTConfig, SViTTForPreTraining
 
 log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 5
-# Of the shape of the weights, or of the tokenizer: not to be changed for loaded weights.
-OWN_KEYS = ("vocab_size", "pad_token_id")
 
 
 def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry]:
@@ -31,7 +32,7 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
     if not corpora:
         raise ValueError(f"recipe: data.{name} must list at least one corpus")
     entries: list[Entry] = []
-    for corpus in corpora:
+    for number, corpus in enumerate(corpora):
         read = read_annotations(
             corpus.annotations,
             root=corpus.root,
@@ -40,6 +41,8 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
             keep_together=data.keep_together,
             max_words=data.max_words,
         )
+        root = f"recipe: data.train.{number}.root" if name == "train" else "--root"
+        check_media(read.entries, root)
         entries += read.entries
         for problem in read.problems[:SHOWN_PROBLEMS]:
             log.warning("left out: %s", problem)
@@ -54,7 +57,17 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
 
 
 def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
-    """Load the recipe's tokenizer, train it, or take that of the weights it starts from."""
+    """Load the recipe's tokenizer, train it, or take that of the weights it starts from.
+
+    Texts for an official file end without [SEP], unless the recipe says otherwise.
+    """
+    tokenizer, append = _find_tokenizer(recipe, entries), recipe.tokenizer.append_sep
+    if append is None and recipe.init.checkpoint and Path(recipe.init.checkpoint).is_file():
+        append = False
+    return tokenizer if append is None else append_sep(tokenizer, append)
+
+
+def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
     wanted = recipe.tokenizer
     if wanted.train_vocab_size:
         captions = [caption for entry in entries for caption in entry.captions]
@@ -63,9 +76,9 @@ def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedToken
         return load_tokenizer(wanted.name)
     start = recipe.init.checkpoint
     if start and Path(start).is_dir():
-        return load_tokenizer(str(model_folder(start)))
+        return load_tokenizer(model_folder(start), "init.checkpoint")
     if recipe.init.bert:
-        return load_tokenizer(recipe.init.bert)
+        return load_tokenizer(recipe.init.bert, "init.bert")
     raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
 
 
@@ -76,7 +89,7 @@ def build_dataset(recipe: Recipe, entries: Sequence[Entry], num_frames: int) -> 
         num_frames=num_frames,
         mode=data.sampling,
         official=data.official_sampling,
-        short_side=data.short_side,
+        short_side=None if data.resize == "official" else data.short_side,
         cache=data.cache,
     )
     return PairDataset(entries, spec, seed=recipe.seed, positives=data.positives)
@@ -101,41 +114,74 @@ def build_collator(
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForPreTraining:
     """The model, from the weights that the recipe starts from.
 
-    Frames of an earlier stage are expanded to those of this one.
+    Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
+    interpolated.
     """
     from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
 
     changes = dict(recipe.model)
-    known = set(SViTTConfig().to_dict())
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        raise ValueError(f"recipe: model has no key {unknown[0]!r}; known: {sorted(known)}")
-    for key in OWN_KEYS:
-        if key in changes:
-            raise ValueError(f"recipe: model.{key} is the tokenizer's, and not to be set")
+    check_model_keys(recipe)
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = recipe.init.checkpoint
     if start is None:
         model = SViTTForPreTraining(SViTTConfig(**changes, **text))
-        if recipe.init.beit:
-            convert.load_beit(model, recipe.init.beit)
-        if recipe.init.bert:
-            convert.load_bert(model, recipe.init.bert)
+        for key, load in (("beit", convert.load_beit), ("bert", convert.load_bert)):
+            source = getattr(recipe.init, key)
+            if source:
+                with _named(f"init.{key}"):
+                    load(model, source)
         return model
-    num_frames = changes.pop("num_frames", None)
     if Path(start).is_file():
-        model = convert.load_official(start, SViTTConfig(**changes, **text))
-    else:
+        config = SViTTConfig(**changes, **text)
+        with _named("init.checkpoint"):
+            model = convert.load_official(start, config)
+        # A head that is missing there starts from random weights, to be trained.
+        model.config.loss_weights = config.loss_weights
+        frames = changes.get("num_frames", model.config.num_frames)
+        return model if frames == model.config.num_frames else expand_frames(model, frames)
+    with _named("init.checkpoint"):
         folder = model_folder(start)
         config = SViTTConfig.from_pretrained(folder)
-        if config.vocab_size != len(tokenizer):
-            raise ValueError(
-                f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
-                f" init.checkpoint, got {len(tokenizer)}"
-            )
-        for key, value in changes.items():
-            setattr(config, key, value)
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
+            f" init.checkpoint, got {len(tokenizer)}"
+        )
+    for key, value in changes.items():
+        setattr(config, key, value)
+    config.check()
+    refuse_other_shapes(config, folder)
+    with _named("init.checkpoint"):
         model = SViTTForPreTraining.from_pretrained(folder, config=config)
-    if num_frames is not None and num_frames != model.config.num_frames:
-        model = expand_frames(model, num_frames)
     return model
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name the recipe's key in the error about what it says."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"recipe: {key}: {line}") from error
+
+
+def refuse_other_shapes(config: SViTTConfig, folder: Path, *, also: Sequence[str] = ()) -> None:
+    """Raise a ValueError that names the key by which a folder's weights do not fit a model.
+
+    Args:
+        config: of the model.
+        folder: with the weights and their configuration.
+        also: fields that weights can be resized in, but are not here.
+    """
+    from svitt_ops.models import SViTTConfig
+    from svitt_ops.models.loading import fixed_fields
+
+    stored = SViTTConfig.from_pretrained(folder)
+    for key in (*fixed_fields(stored, config), *also):
+        before, after = getattr(stored, key), getattr(config, key)
+        if before != after:
+            raise ValueError(
+                f"recipe: model.{key} must be {before!r} as in the weights of {folder},"
+                f" got {after!r}"
+            )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from svitt_ops.training.checkpoints import write_whole
+
+log = logging.getLogger(__name__)
 
 
 class ProgressBar(TrainerCallback):
@@ -72,3 +81,61 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+class WriteRecipe(TrainerCallback):
+    """Writes the run's recipe when training begins: whatever it goes on from has been loaded."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self.text = text
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        write_whole(self.path, self.text)
+
+
+class TensorBoard(TensorBoardCallback):
+    """Points of a run, across its resumptions; without space for them it goes on, and says so.
+
+    Args:
+        folder: of the event files.
+        step: that the run goes on from. Points of later steps, of before it was killed, are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.failed = False
+        with self._guard():
+            super().__init__(SummaryWriter(str(folder), purge_step=step + 1))
+
+    def on_train_begin(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_train_begin(*given, **more)
+
+    def on_log(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_log(*given, **more)
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Bring the points to the disk with the checkpoint that a run may go on from."""
+        with self._guard():
+            if not self.failed:
+                self.tb_writer.flush()
+
+    def on_train_end(self, *given: Any, **more: Any) -> None:
+        with self._guard():
+            if not self.failed:
+                super().on_train_end(*given, **more)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = True
+            reason = error.strerror or error
+            log.warning("%s: no more points are written here: %s", self.folder, reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.augment import Augmentation
 from svitt_ops.training.datasets import Clip
+from svitt_ops.training.text import names_a_side
+from svitt_ops.training.transport import Batch
 
 IGNORED = -100
 
@@ -30,7 +31,7 @@ class Collator:
     mask_probability: float = 0.0
     """Share of tokens to mask for masked language modelling; 0: none is prepared."""
 
-    def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
+    def __call__(self, clips: Sequence[Clip]) -> Batch:
         rngs = [random.Random(clip.seed) for clip in clips]
         drawn = [
             self.augmentation.draw(rng, *clip.frames.shape[-2:])
@@ -38,13 +39,16 @@ class Collator:
         ]
         frames = [clip.frames for clip in clips]
         same = len({frame.shape for frame in frames}) == 1
-        batch: dict[str, Any] = {
-            "clips": torch.stack(frames) if same else frames,
-            "boxes": [box for box, _ in drawn],
-            "flips": [flip for _, flip in drawn],
-            "pair_ids": torch.tensor([clip.pair_id for clip in clips]),
-            "skipped": [entry for clip in clips for entry in clip.skipped],
-        }
+        batch = Batch(
+            clips=torch.stack(frames) if same else frames,
+            boxes=[box for box, _ in drawn],
+            flips=[
+                flip and not names_a_side(clip.caption)
+                for (_, flip), clip in zip(drawn, clips, strict=True)
+            ],
+            pair_ids=torch.tensor([clip.pair_id for clip in clips]),
+            skipped=[entry for clip in clips for entry in clip.skipped],
+        )
         batch |= encode_texts(
             self.tokenizer, [clip.caption for clip in clips], self.text_length, self.pad_to
         )
@@ -54,7 +58,7 @@ class Collator:
         return batch
 
     def _mask(self, ids: Tensor, attended: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """BERT's masking: 80 % [MASK], 10 % another token, 10 % kept; [CLS] and padding never."""
+        """BERT's masking: 80 % [MASK], 10 % another token, 10 % kept; special tokens never."""
         rows = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(seed)
@@ -62,8 +66,8 @@ class Collator:
             draws = torch.rand(3, self.text_length, generator=generator)
             rows.append(draws[:, : ids.shape[1]])
         chosen, how, other = torch.stack(rows, dim=1)
-        masked = (chosen < self.mask_probability) & attended.bool()
-        masked &= ids != self.tokenizer.cls_token_id
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
+        masked = (chosen < self.mask_probability) & attended.bool() & ~special
         replaced = torch.where(how < 0.8, self.tokenizer.mask_token_id, ids)
         random_ids = (other * len(self.tokenizer)).long()
         replaced = torch.where(how >= 0.9, random_ids, replaced)
@@ -87,3 +91,21 @@ def encode_texts(
         return_tensors="pt",
     )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def count_cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], text_length: int) -> int:
+    """How many texts are longer than `text_length` tokens."""
+    lengths = encode_texts(tokenizer, texts, text_length + 1, "longest")["attention_mask"].sum(1)
+    return int((lengths > text_length).sum())
+
+
+def check_text_length(
+    text_length: int, tokenizer: PreTrainedTokenizerBase, limit: int, name: str = "text_length"
+) -> None:
+    """Refuse a length without room for a word, or with more tokens than the text tower's limit."""
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if not least <= text_length <= limit:
+        raise ValueError(
+            f"{name}: must be {least} to {limit} tokens (the model's max_position_embeddings),"
+            f" got {text_length}"
+        )

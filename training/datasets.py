@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from svitt_ops.training.annotations import Entry, Kind
+from svitt_ops.training.columns import FileNames, Item, Items
 from svitt_ops.training.sampling import sample_positions
 from svitt_ops.training.video import Choose, UnusableVideoError, read_frames
 
@@ -29,17 +32,7 @@ class ClipSpec:
     official: bool = False
     short_side: int | None = None
     cache: bool = False
-    """Keep every decoded video in memory: for corpora that fit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One pair of a training corpus."""
-
-    path: str
-    captions: tuple[str, ...]
-    kind: Kind
-    together: str | None
+    """Keep every decoded video in memory, of each worker: for corpora that fit."""
 
 
 @dataclass
@@ -86,7 +79,8 @@ class PairDataset(Dataset[Clip]):
 
     `dataset[number, epoch]` depends on the two numbers and the seed alone, so any number of
     workers, processes and restarts reads the same. An unusable file is replaced by another of its
-    kind, and named in the clip's `skipped`.
+    kind, and named in the clip's `skipped`. Of the corpus it holds a few buffers (`columns`), so
+    memory does not grow with the workers.
     """
 
     def __init__(
@@ -108,21 +102,20 @@ class PairDataset(Dataset[Clip]):
             raise ValueError(f"positives: must be 'video' or 'caption', got {positives!r}")
         if spec.cache and spec.mode.startswith("fps"):
             raise ValueError("cache: holds no times, so sampling cannot be 'fpsX'")
-        self.items = [
-            Item(path=path, captions=e.captions, kind=e.kind, together=e.together)
-            for e in entries
-            for path in e.media
-        ]
+        self.items = Items(entries)
         self.spec = spec
         self.seed = seed
         self.positives = positives
         self.reader = FrameReader(spec)
-        self._ids: dict[str, int] = {}
-        self._of_kind: dict[Kind, list[int]] = {}
-        for number, item in enumerate(self.items):
-            self._of_kind.setdefault(item.kind, []).append(number)
-            for name in (item.path,) if positives == "video" else item.captions:
-                self._ids.setdefault(name, len(self._ids))
+        name_of = FileNames()
+        ids: dict[str, int] = {}
+        names = map(name_of, self.items.paths) if positives == "video" else self.items.captions
+        # Of each path, or of each caption: what it shares with its positives.
+        self._ids = np.fromiter((ids.setdefault(name, len(ids)) for name in names), np.int64)
+        self._of_kind: dict[Kind, NDArray[np.int64]] = {
+            "video": np.flatnonzero(~self.items.is_image),
+            "image": np.flatnonzero(self.items.is_image),
+        }
 
     def __len__(self) -> int:
         return len(self.items)
@@ -133,27 +126,29 @@ class PairDataset(Dataset[Clip]):
         rng = random.Random(f"{self.seed} {epoch} {number}")
         others = self._of_kind[self.items[number].kind]
         for _ in range(MAX_REPLACEMENTS):
-            item = self.items[number]
             try:
-                return self._clip(item, rng.getrandbits(48), skipped)
+                return self._clip(number, rng.getrandbits(48), skipped)
             except UnusableVideoError as error:
-                skipped.append((item.path, str(error)))
-            number = rng.choice(others)
+                skipped.append((self.items.paths[number], str(error)))
+            number = int(rng.choice(others))
         raise ValueError(
             f"{len(skipped)} files in a row could not be read; the last: {skipped[-1][1]}"
         )
 
-    def _clip(self, item: Item, seed: int, skipped: list[tuple[str, str]]) -> Clip:
+    def _clip(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> Clip:
         rng = random.Random(seed)
-        caption = rng.choice(item.captions)
-        spec = self.spec
+        item, spec = self.items[number], self.spec
+        which = rng.choice(range(len(item.captions)))
 
         def choose(times: Sequence[float]) -> list[int]:
             return sample_positions(times, spec.num_frames, spec.mode, rng, official=spec.official)
 
         frames = self.reader.read(item.path, item.kind, choose)
-        name = item.path if self.positives == "video" else caption
-        return Clip(frames, caption, self._ids[name], rng.getrandbits(48), skipped)
+        place = number
+        if self.positives == "caption":
+            place = self.items.first_caption[self.items.entry[number]] + which
+        pair_id = int(self._ids[place])
+        return Clip(frames, item.captions[which], pair_id, rng.getrandbits(48), skipped)
 
 
 class GlobalBatches:
@@ -193,7 +188,10 @@ class GlobalBatches:
         self.rank = rank
         self.world_size = world_size
         self.start = start
-        self.batches_per_epoch = len(self.epoch(0))
+        columns = items if isinstance(items, Items) else Items.of(items)
+        self._bundles = _Bundles(columns)
+        counts = np.bincount(columns.is_image, minlength=2)
+        self.batches_per_epoch = int((counts // batch_size).sum())
         if not self.batches_per_epoch:
             raise ValueError(
                 f"batch_size: must not exceed the pairs of the corpus, got {batch_size} for"
@@ -212,23 +210,43 @@ class GlobalBatches:
     def epoch(self, epoch: int) -> list[list[int]]:
         """All global batches of an epoch."""
         rng = random.Random(f"{self.seed} order {epoch}")
-        bundles: dict[tuple[str, str], list[int]] = {}
-        for number, item in enumerate(self.items):
-            name = str(number) if item.together is None else f"together {item.together}"
-            bundles.setdefault((item.kind, name), []).append(number)
-        keys = list(bundles)
-        rng.shuffle(keys)
-        batches = []
-        for kind in ("video", "image"):
-            batch: list[int] = []
-            for key in keys:
-                if key[0] == kind:
-                    batch += bundles[key]
-                while len(batch) >= self.batch_size:
-                    batches.append(batch[: self.batch_size])
-                    batch = batch[self.batch_size :]
+        shuffled = list(range(len(self._bundles)))
+        rng.shuffle(shuffled)
+        order = np.array(shuffled, dtype=np.int64)
+        batches: list[list[int]] = []
+        for kind in get_args(Kind):
+            numbers = self._bundles.numbers(order, kind)
+            whole = len(numbers) // self.batch_size * self.batch_size
+            batches += numbers[:whole].reshape(-1, self.batch_size).tolist()
         rng.shuffle(batches)
         return batches
+
+
+class _Bundles:
+    """Which items stay together, numbered in the order of their first ones."""
+
+    def __init__(self, items: Items) -> None:
+        count = len(items)
+        # Videos and images of one name are two bundles, an item that stands alone is one.
+        together = count + 2 * items.bundle + items.is_image
+        keys = np.where(items.bundle < 0, np.arange(count), together)
+        _, first, bundles = np.unique(keys, return_index=True, return_inverse=True)
+        bundles = np.argsort(np.argsort(first))[bundles]
+        self.is_image = items.is_image[np.sort(first)]
+        self.sizes = np.bincount(bundles)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.members = np.argsort(bundles, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def numbers(self, order: NDArray[np.int64], kind: Kind) -> NDArray[np.int64]:
+        """The items of the bundles of a kind, in this order of the bundles."""
+        order = order[self.is_image[order] == (kind == "image")]
+        sizes = self.sizes[order]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        found: NDArray[np.int64] = self.members[np.repeat(self.starts[order], sizes) + within]
+        return found
 
 
 @dataclass
@@ -263,7 +281,8 @@ class SkipLog:
     def write(self, path: Path) -> None:
         """One line per file: how often, and why."""
         lines = [f"{self.counts[name]}\t{reason}\n" for name, reason in self.reasons.items()]
-        path.write_text("".join(sorted(lines)), encoding="utf-8")
+        # Names of files may hold bytes that are no text.
+        path.write_text("".join(sorted(lines)), encoding="utf-8", errors="backslashreplace")
 
 
 def _first(times: Sequence[float]) -> list[int]:

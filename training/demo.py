@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -21,8 +23,9 @@ from svitt_ops.training.corpus import CorpusSpec, Film, build_corpus
 from svitt_ops.training.engine import Trained, load_trained, pretrain
 from svitt_ops.training.figures import draw_survivors, find_survivors
 from svitt_ops.training.gallery import Gallery, GalleryClips, build_gallery
+from svitt_ops.training.paths import expand, output_folder, write_text
 from svitt_ops.training.probing import pair_accuracy
-from svitt_ops.training.recipes import load_recipe
+from svitt_ops.training.recipes import Recipe, load_recipe
 from svitt_ops.training.retrieval import retrieval
 from svitt_ops.training.table import format_rows
 
@@ -30,8 +33,19 @@ if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
 MARKER = "demo.json"
+SPLITS = ("train", "validation", "test")
 TEXT_LENGTH = 16
 STAGES = ("demo-4f", "demo-8f")
+STAGE_FOLDERS = ("4f", "8f")
+OF_A_RUN = ("recipe.yaml", "final", "checkpoint-*", ".partial-*", "tensorboard", "skipped-*.tsv")
+OWN = (
+    MARKER,
+    "survivors.png",
+    *(f"corpus/{split}.json" for split in SPLITS),
+    *(f"corpus/videos/{split}-*-*-{order}.mp4" for split in SPLITS for order in ("ab", "ba")),
+    *(f"{folder}/{name}" for folder in STAGE_FOLDERS for name in OF_A_RUN),
+)
+"""What a demo leaves in its folder, and the next one removes."""
 SHUFFLES = 10  # shuffled orders that the temporal-pair accuracy is averaged over
 
 
@@ -46,8 +60,8 @@ def run_demo(
     """Run the whole demo.
 
     Args:
-        output: folder for the corpus, both stages, the figure and `demo.json`. That of an earlier
-            demo is replaced; a folder that is something else is refused.
+        output: folder for the corpus, both stages, the figure and `demo.json`. Those of an earlier
+            demo are replaced, and nothing else in it; a folder that is no demo's is refused.
         seed: of the training; the corpus stays the same.
         motion: film moving shapes, the harder variant, instead of one shape after another.
         overrides: of the recipes of both stages, such as "optimizer.steps=100".
@@ -57,32 +71,47 @@ def run_demo(
         What `demo.json` holds: every measured number.
     """
     begun = time.perf_counter()
-    output = Path(output)
-    _prepare(output, resume)
+    folder = expand(output, "--output")
+    recipes = _stages(folder, seed, overrides)  # before anything is removed
+    _prepare(folder, resume)
     spec = demo_corpus(motion)
 
     def filming(films: Iterable[Film]) -> Iterable[Film]:
         return tqdm(films, desc="film corpus", unit="scene", dynamic_ncols=True)
 
-    if not (output / "corpus" / "test.json").is_file():
-        build_corpus(output / "corpus", spec, filming)
+    if not (folder / "corpus" / "test.json").is_file():
+        build_corpus(folder / "corpus", spec, filming)
     seconds = {"corpus": time.perf_counter() - begun}
     stages: list[Trained] = []
-    for name in STAGES:
+    for name, recipe in recipes.items():
         start = time.perf_counter()
-        places = [f"output={output / name.removeprefix('demo-')}", f"seed={seed}"]
-        places.append(f"data.train.0.annotations={output / 'corpus' / 'train.json'}")
-        if stages:
-            places.append(f"init.checkpoint={stages[-1].folder}")
-        recipe = load_recipe(name, [*places, *overrides])
         stages.append(pretrain(recipe, label=f"pretrain {name.removeprefix('demo-')}"))
         seconds[name] = time.perf_counter() - start
-    facts = evaluate_demo(stages[-1].folder, output)
+    facts = evaluate_demo(stages[-1].folder, folder)
     facts["seed"] = seed
     facts["corpus"] = asdict(spec)
     facts["seconds"] = seconds | {"total": time.perf_counter() - begun}
-    (output / MARKER).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / MARKER, json.dumps(facts, indent=2) + "\n")
     return facts
+
+
+def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes of the stages, each of which starts from the one before."""
+    for override in overrides:
+        if re.match(r"output=|seed=|init\.|data\.(train|annotations)\b", override):
+            raise ValueError(
+                f"demo: output, seed, init and the corpus must be left to --output, --seed and the"
+                f" demo, got {override!r}"
+            )
+    recipes: dict[str, Recipe] = {}
+    for name in STAGES:
+        folder = output / name.removeprefix("demo-")
+        places = [f"output={folder}", f"seed={seed}"]
+        places.append(f"data.train.0.annotations={output / 'corpus' / 'train.json'}")
+        if recipes:
+            places.append(f"init.checkpoint={recipes[STAGES[0]].output}")
+        recipes[name] = load_recipe(name, [*places, *overrides])
+    return recipes
 
 
 def demo_corpus(motion: bool = False) -> CorpusSpec:
@@ -207,13 +236,23 @@ def render_demo(facts: dict[str, Any]) -> str:
 def _prepare(output: Path, resume: bool) -> None:
     """Make the folder, without an earlier demo unless that is to be resumed."""
     marker = output / MARKER
-    if output.exists() and any(output.iterdir()) and not marker.is_file():
-        raise ValueError(f"output: {output} holds something that is no demo; choose another folder")
+    if output.is_dir() and any(output.iterdir()) and not marker.is_file():
+        raise ValueError(
+            f"--output: must be a new folder, or that of a demo, got {str(output)!r},"
+            " which holds something that is no demo"
+        )
+    output_folder(output, "--output")
     if marker.is_file() and not resume:
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+        for path in [path for pattern in OWN for path in output.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for folder in ("corpus/videos", "corpus", *STAGE_FOLDERS):
+            with contextlib.suppress(OSError):  # it holds something of the user's, or is not there
+                (output / folder).rmdir()
     if not marker.is_file():
-        marker.write_text("{}\n", encoding="utf-8")
+        write_text(marker, "{}\n")
 
 
 def _draw(model: SViTTForPreTraining, tokenizer: Any, gallery: Gallery, path: Path) -> Path:

@@ -6,13 +6,13 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
@@ -22,11 +22,25 @@ from svitt_ops.training.build import (
     build_model,
     build_tokenizer,
     read_corpora,
+    refuse_other_shapes,
 )
-from svitt_ops.training.callbacks import ProgressBar
-from svitt_ops.training.checkpoints import FINAL, last_checkpoint, model_folder, whole_folder
+from svitt_ops.training.callbacks import ProgressBar, TensorBoard, WriteRecipe
+from svitt_ops.training.changes import report_changes
+from svitt_ops.training.checkpoints import (
+    BROKEN,
+    FINAL,
+    RECIPE,
+    model_folder,
+    newest_whole,
+    remove_partial,
+    whole_folder,
+    writing,
+)
 from svitt_ops.training.datasets import GlobalBatches, SkipLog
-from svitt_ops.training.recipes import Recipe, load_recipe, recipe_text
+from svitt_ops.training.gate import check_batches, check_run
+from svitt_ops.training.lock import own_folder
+from svitt_ops.training.recipes import Recipe, recipe_text
+from svitt_ops.training.sharding import KEYS, read_sharding
 from svitt_ops.training.text import load_tokenizer, save_tokenizer
 from svitt_ops.training.trainer import PretrainTrainer
 
@@ -63,20 +77,36 @@ def pretrain(
         label: of the progress bar.
     """
     _quiet_transformers()
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    recipe = check_run(recipe)
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
+    with own_folder(output) if rank == 0 else nullcontext():
+        if rank == 0:
+            remove_partial(output)
+        return _pretrain(recipe, output, rank, callbacks, label)
+
+
+def _pretrain(
+    recipe: Recipe, output: Path, rank: int, callbacks: Sequence[TrainerCallback], label: str
+) -> Trained:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    settings = recipe.optimizer
+    read_sharding(recipe)  # refused before anything is read
     set_seed(recipe.seed)  # the initial weights, on every process
+    resumed, broken = newest_whole(output)
+    if resumed is not None and settings.steps and resumed[0] >= settings.steps:
+        return _trained_before(output, resumed, settings.steps, rank)
     entries = read_corpora(recipe.data.train, recipe.data, "train")
-    resumed = last_checkpoint(output)
+    check_batches(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     if resumed is None:
         tokenizer = build_tokenizer(recipe, entries)
     else:
         tokenizer = load_tokenizer(str(resumed[1]))
-        _report_changes(output, recipe)
     model = build_model(recipe, tokenizer)
+    if resumed is not None:
+        refuse_other_shapes(model.config, resumed[1], also=("image_size", "num_frames"))
     dataset = build_dataset(recipe, entries, model.config.num_frames)
-    settings = recipe.optimizer
+    del entries  # or forked workers would each come to own a copy
     if settings.batch_size % (world * settings.accumulation):
         raise ValueError(
             f"recipe: optimizer.batch_size must be a multiple of {world} processes x"
@@ -90,6 +120,13 @@ def pretrain(
         world_size=world,
     )
     steps, warmup = _steps(recipe, batches.batches_per_epoch)
+    if resumed is not None and resumed[0] >= steps:
+        return _trained_before(output, resumed, steps, rank)
+    if resumed is not None and rank == 0:
+        report_changes(output / RECIPE, recipe)
+        for path, reason in broken.items():
+            text = "%s: %s; going on from %s, and it is renamed to %s"
+            log.warning(text, path, reason, resumed[1].name, f"{BROKEN}{path.name}")
     arguments = _arguments(recipe, world, steps, model)
     trainer = PretrainTrainer(
         model,
@@ -103,18 +140,21 @@ def pretrain(
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar(settings.batch_size, label))
-    if recipe.run.tensorboard and rank == 0:
-        trainer.add_callback(_tensorboard(output, resumed[0] if resumed else 0))
+    began_at = resumed[0] if resumed else 0
+    if rank == 0:
+        trainer.add_callback(WriteRecipe(output / RECIPE, recipe_text(recipe)))
+        if recipe.run.tensorboard:
+            trainer.add_callback(TensorBoard(output / "tensorboard", began_at))
     for callback in callbacks:
         trainer.add_callback(callback)
+    trainer.train_from(resumed, broken)
+    trainer.refuse_weights_not_finite()
+    weights = trainer.whole_weights()
     if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
-    began_at = trainer.train_from_last()
-    if rank == 0:
-        with whole_folder(output / FINAL) as folder:
-            model.save_pretrained(folder)
-            save_tokenizer(tokenizer, folder)
+        _write_final(output, model, tokenizer, recipe_text(recipe), weights)
+    if weights is not None:  # the model itself stays in shards
+        trainer.accelerator.wait_for_everyone()
+        model = load_trained(output / FINAL)[0]
     _report_skipped(trainer.skipped, output, rank)
     return Trained(
         model=model,
@@ -125,13 +165,36 @@ def pretrain(
     )
 
 
+def _trained_before(output: Path, last: tuple[int, Path], steps: int, rank: int) -> Trained:
+    """What a run that is complete left behind; its recipe stays, and no data is read."""
+    step, folder = last
+    log.warning("already trained %d of %d steps: %s", step, steps, output)
+    model, tokenizer, _ = load_trained(folder)
+    if rank == 0 and not (output / FINAL / "config.json").is_file():  # killed before the end
+        stored = output / RECIPE
+        text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
+        _write_final(output, model, tokenizer, text)
+    return Trained(model=model, folder=output / FINAL, skipped=SkipLog(), history=[], began_at=step)
+
+
+def _write_final(
+    output: Path, model: SViTTForPreTraining, tokenizer: Any, recipe: str, weights: Any = None
+) -> None:
+    with whole_folder(output / FINAL) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        save_tokenizer(tokenizer, folder)
+        if recipe:
+            (folder / RECIPE).write_text(recipe, encoding="utf-8")
+
+
 def load_trained(path: str | Path) -> tuple[SViTTForPreTraining, Any, Path]:
     """Model and tokenizer of a run's folder, or of a folder with weights."""
     from svitt_ops.models import SViTTForPreTraining
 
     _quiet_transformers()
     folder = model_folder(path)
-    return SViTTForPreTraining.from_pretrained(folder), load_tokenizer(str(folder)), folder
+    model = SViTTForPreTraining.from_pretrained(folder)
+    return model, load_tokenizer(str(folder)), folder
 
 
 def _quiet_transformers() -> None:
@@ -144,7 +207,12 @@ def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps of the run and of its warm-up."""
     settings = recipe.optimizer
     per_epoch = batches_per_epoch / settings.accumulation
-    total = settings.steps or max(1, math.floor(settings.epochs * per_epoch))
+    total = settings.steps or math.floor(settings.epochs * per_epoch)
+    if total < 1:
+        raise ValueError(
+            f"recipe: optimizer.epochs must make at least one step, of {per_epoch:g} an epoch,"
+            f" got {settings.epochs:g}"
+        )
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(settings.warmup_epochs * per_epoch)
@@ -159,6 +227,8 @@ def _arguments(
     unknown = sorted(set(run.trainer) - known)
     if unknown:
         raise ValueError(f"recipe: run.trainer has {unknown[0]!r}, no TrainingArguments has")
+    if run.trainer.get("fp16"):
+        raise ValueError("recipe: run.trainer.fp16 is not supported; set run.precision=bf16")
     if run.device not in (None, "cpu", "cuda"):
         raise ValueError(f"recipe: run.device must be 'cpu' or 'cuda', got {run.device!r}")
     if run.device == "cuda" and not torch.cuda.is_available():
@@ -190,37 +260,26 @@ def _arguments(
         "ignore_data_skip": True,  # the batch sampler starts where the run stopped
         "disable_tqdm": True,
         "report_to": [],
+        "log_level_replica": "error",  # as this one's: what changed is said by key
         "seed": recipe.seed,
     }
-    return TrainingArguments(**{**values, **run.trainer})
-
-
-def _tensorboard(output: Path, step: int) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard"), purge_step=step))
-
-
-def _report_changes(output: Path, recipe: Recipe) -> None:
-    """Say which keys differ from those that the run was begun with."""
-    stored = output / "recipe.yaml"
-    if not stored.is_file():
-        return
-    before, after = (text.splitlines() for text in (_stored_text(stored), recipe_text(recipe)))
-    for old, new in zip(before, after, strict=False):
-        if old != new:
-            log.warning("resuming with a changed recipe: %s -> %s", old.strip(), new.strip())
-
-
-def _stored_text(path: Path) -> str:
-    try:
-        return recipe_text(load_recipe(path))
-    except ValueError:  # of another version of the library
-        return path.read_text(encoding="utf-8", errors="replace")
+    given = {key: value for key, value in run.trainer.items() if key not in KEYS}
+    arguments = TrainingArguments(**{**values, **given})
+    if arguments.n_gpu > 1:
+        # Trainer would wrap the model in nn.DataParallel, which splits the negatives of a batch.
+        log.warning(
+            "%d GPUs, of which one is used; all with torchrun --nproc-per-node %d"
+            " -m svitt_ops.training pretrain ...",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _report_skipped(skipped: SkipLog, output: Path, rank: int) -> None:
     if skipped.reasons:
         path = output / f"skipped-{rank}.tsv"
-        skipped.write(path)
+        with writing(path):
+            skipped.write(path)
         log.warning("%s: %s", skipped.summary(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.augment import to_pixel_values
+from svitt_ops.training.checks import check_finite
 from svitt_ops.training.collate import encode_texts
+from svitt_ops.training.paths import output_file
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
 FADE = 0.82  # of white over a patch that was dropped
+# Of figures, in inches, and points for letters.
+PICTURE, GAP, CAPTION_LINE, MIN_WIDTH = 1.05, 0.1, 0.2, 3.0
+TITLE, LABEL = 11, 10
+MAX_LINES = 4  # of a caption
+DPI = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,7 @@ def find_survivors(
     caption: str,
     *,
     text_length: int = 32,
+    resize: str = "antialias",
 ) -> Survivors:
     """Run a clip and its caption, and note which patches survive.
 
@@ -50,17 +59,23 @@ def find_survivors(
         frames: uint8 (frames, 3, height, width).
         caption: what the multimodal pruning looks for.
         text_length: longest text, in tokens.
+        resize: as in `to_pixel_values`.
+
+    Raises:
+        ValueError: what the model computes is not finite, so that its survivors mean nothing.
     """
     model.eval()
     config = model.config
     device = next(model.parameters()).device
-    pixels = to_pixel_values(frames[None].to(device), config.image_size)
+    pixels = to_pixel_values(frames[None].to(device), config.image_size, resize=resize)
     video = model.encode_video(pixels)
     ids, mask = (
         t.to(device) for t in encode_texts(tokenizer, [caption], text_length, "longest").values()
     )
     text = model.encode_text(ids, mask)
     fused = model.fuse(text.states, mask, video.states, video.indices)
+    for what, states in (("clips", video.states), ("texts", fused.states)):
+        check_finite(states, f"visualize: states of {what}", lambda _: repr(caption))
     left = fused.video_indices
     stages = video.indices_per_stage or (video.indices,)
     shown = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -74,6 +89,23 @@ def find_survivors(
     )
 
 
+def figure_file(path: str | Path, name: str) -> Path:
+    """A file that a figure can be written to; without a suffix it gets that of PNG.
+
+    Raises:
+        ValueError: it cannot be written, or has a suffix of no known format; begins with `name`.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    file = output_file(path, name)
+    if not file.suffix:
+        return output_file(file.with_name(f"{file.name}.png"), name)
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"{name}: must end in one of .{', .'.join(known)}, got {str(path)!r}")
+    return file
+
+
 def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     """Draw clips with the patches that were dropped faded out, one row for each pruning.
 
@@ -81,27 +113,63 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     pruning, and the last what is left after multimodal pruning.
     """
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     parts = [_rows(sample) for sample in samples]
-    columns = max(sample.frames.shape[0] for sample in samples)
-    heights = [len(rows) + 0.35 for rows in parts]  # the caption takes some
-    figure = Figure(
-        figsize=(1.1 * columns + 1.2, 1.15 * sum(heights)),
-        layout=ConstrainedLayoutEngine(h_pad=0.05, w_pad=0.05, hspace=0, wspace=0),
-        facecolor="white",
-    )
-    subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for sample, rows, part in zip(samples, parts, subfigures, strict=True):
-        part.suptitle(f"“{sample.caption}”", fontsize=11)
-        for axis, (name, pictures) in zip(part.subplots(len(rows)), rows, strict=True):
-            axis.imshow(_strip(pictures), interpolation="nearest")
+    strips = [[_strip(pictures) for _, pictures in rows] for rows in parts]
+    names = [line for rows in parts for name, _ in rows for line in name.split("\n")]
+    # Everything has its place in inches, which no layout engine moves out of the picture.
+    left = max(_text_width(line, LABEL) for line in names) + 2 * GAP
+    widths = [PICTURE * rows[0].shape[1] / rows[0].shape[0] for rows in strips]
+    width = max(*widths, MIN_WIDTH) + left + GAP
+    captions = [_wrapped(f"“{sample.caption}”", width - 2 * GAP) for sample in samples]
+    heights = [
+        CAPTION_LINE * (caption.count("\n") + 1) + 2 * GAP + (PICTURE + GAP) * len(rows)
+        for caption, rows in zip(captions, strips, strict=True)
+    ]
+    height = sum(heights) + GAP  # above the first
+    figure = Figure(figsize=(width, height), facecolor="white")
+    top = height - GAP
+    for caption, rows, pictures, across, down in zip(
+        captions, parts, strips, widths, heights, strict=True
+    ):
+        # A caption is no formula, whatever dollars it has.
+        place: dict[str, Any] = {"ha": "center", "va": "top", "parse_math": False}
+        figure.text(0.5, top / height, caption, fontsize=TITLE, **place)
+        bottom = top - down + GAP + (PICTURE + GAP) * len(rows)
+        for (name, _), strip in zip(rows, pictures, strict=True):
+            bottom -= PICTURE
+            box = (left / width, bottom / height, across / width, PICTURE / height)
+            axis = figure.add_axes(box)
+            axis.imshow(strip, interpolation="nearest", aspect="auto")
             axis.set_axis_off()
-            axis.text(-0.01, 0.5, name, ha="right", va="center", transform=axis.transAxes)
+            middle = (bottom + PICTURE / 2) / height
+            x = (left - GAP) / width
+            figure.text(x, middle, name, ha="right", va="center", fontsize=LABEL)
+            bottom -= GAP
+        top -= down
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)
     return path
+
+
+def _text_width(line: str, size: float) -> float:
+    """Inches of a line of text."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    found = text_to_path.get_text_width_height_descent(line, FontProperties(size=size), False)
+    return float(found[0]) / 72
+
+
+def _wrapped(caption: str, width: float) -> str:
+    """A caption in lines that are no wider, the end left out where they are too many."""
+    letters = min(len(caption), int(width * 72 / TITLE * 4))  # four of them in an em: few are less
+    while True:
+        lines = textwrap.wrap(caption, max(letters, 1), max_lines=MAX_LINES, placeholder=" …")
+        if letters <= 4 or max(_text_width(line, TITLE) for line in lines) <= width:
+            return "\n".join(lines)
+        letters -= 1
 
 
 def _rows(sample: Survivors) -> list[tuple[str, list[Any]]]:

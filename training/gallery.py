@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from svitt_ops.training.annotations import Entry, Kind
+from svitt_ops.training.columns import FileNames
 from svitt_ops.training.datasets import ClipSpec, FrameReader
 from svitt_ops.training.sampling import FrameOrder, reorder, sample_positions, split_clips
+from svitt_ops.training.transport import Batch
 from svitt_ops.training.video import UnusableVideoError
 
 
@@ -43,22 +45,26 @@ class Gallery:
 
 
 def build_gallery(entries: Sequence[Entry]) -> Gallery:
-    """Every file once; entries that share a file are one group."""
+    """Every file once, however it is spelled; entries that share a file are one group."""
     gallery = Gallery()
     group_of: dict[str, int] = {}
+    name_of = FileNames()
     for entry in entries:
-        shared = {group_of[path] for path in entry.media if path in group_of}
+        names: dict[str, str] = {}
+        for path in entry.media:
+            names.setdefault(name_of(path), path)
+        shared = {group_of[name] for name in names if name in group_of}
         group = min(shared, default=len(group_of))
         if len(shared) > 1:  # this entry joins groups
             for groups in (gallery.video_groups, gallery.text_groups):
                 groups[:] = [group if g in shared else g for g in groups]
-            group_of = {path: group if g in shared else g for path, g in group_of.items()}
-        for path in entry.media:
-            if path not in group_of:
+            group_of = {name: group if g in shared else g for name, g in group_of.items()}
+        for name, path in names.items():
+            if name not in group_of:
                 gallery.videos.append(path)
                 gallery.kinds.append(entry.kind)
                 gallery.video_groups.append(group)
-                group_of[path] = group
+                group_of[name] = group
         gallery.texts += entry.captions
         gallery.text_groups += [group] * len(entry.captions)
     if len(set(gallery.kinds)) > 1:
@@ -132,13 +138,18 @@ class GalleryClips(Dataset[GalleryClip]):
         return GalleryClip(number, frames.unflatten(0, (self.num_clips, self.num_frames)))
 
 
-def stack_clips(
-    clips: Sequence[GalleryClip],
-) -> tuple[list[GalleryClip], Tensor | list[Tensor] | None]:
-    """Clips as read, and all their frames: one tensor where sizes agree."""
-    frames = [clip.frames for clip in clips if clip.frames is not None]
-    if not frames:
-        return list(clips), None
-    flat = [f for one in frames for f in one]
-    same = len({f.shape for f in flat}) == 1
-    return list(clips), torch.stack(flat) if same else flat
+def stack_clips(clips: Sequence[GalleryClip]) -> Batch:
+    """All frames of some videos' clips, one tensor where sizes agree.
+
+    Returns:
+        ``numbers`` of the videos that could be read; ``frames`` of their clips, video by video;
+        ``unusable``: number and reason of the others.
+    """
+    usable = [clip for clip in clips if clip.frames is not None]
+    frames = [frame for clip in usable for frame in clip.frames]  # type: ignore[union-attr]
+    same = len({f.shape for f in frames}) == 1
+    return Batch(
+        numbers=[clip.number for clip in usable],
+        frames=torch.stack(frames) if same else frames,
+        unusable=[(clip.number, clip.reason) for clip in clips if clip.frames is None],
+    )

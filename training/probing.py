@@ -31,10 +31,17 @@ def probe_retrieval(
     short_side: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Retrieval under every frame order, and what shuffling costs (normal - shuffled)."""
+    """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
+
+    A video that cannot be read in one order is left out of all, so that the numbers differ by the
+    order alone; `skipped` of every order names it.
+    """
     settings = settings or Evaluation()
     found: dict[str, Any] = {}
-    for order in ORDERS:
+    skipped: dict[str, str] = {}
+    orders = list(ORDERS)
+    while orders:
+        order = orders.pop(0)
         clips = GalleryClips(
             gallery,
             model.config.num_frames,
@@ -44,7 +51,14 @@ def probe_retrieval(
             order=order,
             seed=seed,
         )
-        found[order] = retrieval(model, tokenizer, clips, settings=settings, **options)
+        result = retrieval(model, tokenizer, clips, settings=settings, **options)
+        if new := result["skipped"]:
+            skipped |= new
+            gallery = gallery.without([k for k, v in enumerate(gallery.videos) if v in new])
+            orders += found  # again, without these
+            found = {}
+        found[order] = result
+    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
     found["delta"] = found["normal"]["mean"] - found["shuffled"]["mean"]
     return found
 
@@ -60,6 +74,7 @@ def pair_accuracy(
     draws: int = 1,
     text_length: int = 32,
     short_side: int | None = None,
+    resize: str = "antialias",
 ) -> float:
     """Share of right choices between a video's own text and its minimal pair's, in percent.
 
@@ -74,6 +89,7 @@ def pair_accuracy(
         draws: how often to draw a "shuffled" order; the mean is returned.
         text_length: longest text, in tokens.
         short_side: as in `ClipSpec`.
+        resize: as in `to_pixel_values`.
     """
     model.eval()
     texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length).embeds
@@ -82,7 +98,7 @@ def pair_accuracy(
         clips = GalleryClips(
             gallery, model.config.num_frames, order=order, seed=draw, short_side=short_side
         )
-        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False)
+        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False, resize=resize)
         if unusable:
             raise ValueError(f"pairs: video {gallery.videos[unusable[0]]} cannot be read")
         right.append(pair_choices(texts @ encoded.embeds.T, pairs.to(texts.device)))
@@ -90,7 +106,11 @@ def pair_accuracy(
 
 
 def pair_choices(scores: Tensor, pairs: Tensor) -> Tensor:
-    """Which of the four choices of each pair are right, bool (4, pairs); a tie is wrong."""
+    """Which of the four choices of each pair are right, bool (4, pairs).
+
+    A tie is wrong, as is any choice with a score that is not finite.
+    """
+    scores = scores.masked_fill(~torch.isfinite(scores), torch.nan)  # which compares as nothing
     first, second = pairs.unbind(1)
     rows = []
     for own, other in ((first, second), (second, first)):

@@ -1,9 +1,15 @@
-"""Recipes: what a run is made of, as YAML files with overrides, checked key by key."""
+"""Recipes: what a run is made of, as YAML files with overrides, checked key by key.
+
+Paths may begin with `~`, may hold `${oc.env:NAME}`, and are relative to the working folder. An
+override gives a path as it is, whatever YAML would make of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,13 +17,21 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from svitt_ops.training.paths import expand
+
+PATHS = (
+    r"output|init\.(?:checkpoint|beit|bert)|tokenizer\.name|data\.train\.\d+\.(?:annotations|root)"
+)
+"""Keys that hold a path; those of `init` and `tokenizer` may be names of downloads too."""
+RESIZES = ("antialias", "official")
+
 
 @dataclass
 class Corpus:
     """One annotation file and the media it speaks of."""
 
     annotations: str = MISSING
-    """JSON list of {video or image, caption}."""
+    """File of {video or image, caption}, see `annotations.read_annotations`."""
     root: str | None = None
     """Folder of the media; default: that of the annotations."""
     kind: str = "video"
@@ -33,19 +47,22 @@ class Init:
     checkpoint: str | None = None
     """Folder of an earlier run (its frames are expanded to this run's), or an official file."""
     beit: str | None = None
-    """Folder of a Hugging Face BEiT, for the video tower."""
+    """Folder, or name of a downloaded Hugging Face BEiT, for the video tower."""
     bert: str | None = None
-    """Folder of a Hugging Face BERT, for the text tower."""
+    """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
 
 
 @dataclass
 class TokenizerRecipe:
-    """Exactly one of the two; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
+    """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
 
     name: str | None = None
     """Folder, or name of a downloaded Hugging Face tokenizer."""
     train_vocab_size: int | None = None
     """Train WordPiece on the captions, with at most so many pieces."""
+    append_sep: bool | None = None
+    """Whether texts end with [SEP]; default: as the tokenizer has it, and not where
+    `init.checkpoint` is an official file, whose texts did not."""
 
 
 @dataclass
@@ -68,7 +85,10 @@ class Data:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Share of the picture that a random crop keeps."""
     flip: bool = True
-    """Mirror half of the clips."""
+    """Mirror half of the clips; never one whose caption speaks of left, right or clockwise."""
+    resize: str = "antialias"
+    """How pictures are made smaller: "antialias", or "official": as the released SViTT does,
+    bicubic without antialiasing, rounded to whole numbers, from frames decoded at full size."""
     positives: str = "video"
     """Pairs with the same "video" or "caption" are positives of each other."""
     keep_together: str | None = None
@@ -124,7 +144,7 @@ class Run:
     device: str | None = None
     """"cpu" to leave a GPU alone; default: a GPU if there is one."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """More arguments of transformers.TrainingArguments, such as fsdp."""
+    """More arguments of transformers.TrainingArguments, such as fsdp: FSDP2, under torchrun."""
 
 
 @dataclass
@@ -150,30 +170,45 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe and check every key and value.
 
     Args:
-        source: a YAML file, or the name of a shipped recipe; None: the defaults.
-        overrides: such as "optimizer.lr=1e-4" or "data.train.0.root=/videos".
+        source: a YAML file, the name of a shipped recipe, or None for the defaults.
+        overrides: "key=value" texts, such as "optimizer.lr=1e-4"; elements of lists are numbered,
+            "data.train.0.root=videos". `data.annotations`, `data.root`, `data.kind` and
+            `data.captions` describe one corpus in place of all that the recipe lists.
 
     Raises:
-        ValueError: the file is missing or is no YAML mapping; a key is unknown, which is
-            named; a value has a wrong type.
+        ValueError: a key is unknown, a value has the wrong type or cannot be; the message names it.
     """
-    schema = OmegaConf.structured(Recipe)
     try:
-        merged = OmegaConf.merge(schema, _read(source)) if source is not None else schema
-        for override in overrides:
-            merged = _override(merged, override)
+        merged: Any = OmegaConf.structured(Recipe)
+        if source is not None:
+            merged = OmegaConf.merge(merged, _read(source))
+        for key, value in _one_corpus([_split(override) for override in overrides]):
+            merged = _override(merged, key, value)
         recipe = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None)
+        place = getattr(error, "full_key", None)
         message = str(error).splitlines()[0]
-        where = f"{source or 'defaults'}{': ' + key if key else ''}"
-        raise ValueError(f"recipe {where}: {message}") from error
+        where = f"{source or 'defaults'}{f': {place}' if place else ''}"
+        raise ValueError(f"recipe {where}: {message}{_elsewhere(error)}") from error
     assert isinstance(recipe, Recipe)
-    _check_values(recipe)
+    from svitt_ops.training.recipe_checks import check_values
+
+    check_values(recipe)
     return recipe
+
+
+def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> None:
+    """Replace every path of a recipe by what `change(key, path)` makes of it."""
+    places: list[tuple[str, Any]] = [("", recipe), ("init.", recipe.init)]
+    places.append(("tokenizer.", recipe.tokenizer))
+    places += [(f"data.train.{number}.", corpus) for number, corpus in enumerate(recipe.data.train)]
+    for prefix, section in places:
+        for name, value in vars(section).items():
+            if _is_path(prefix + name) and value is not None:
+                setattr(section, name, change(prefix + name, value))
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -182,69 +217,97 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def _read(source: str | Path) -> DictConfig:
-    path = Path(source)
-    if not path.exists():
-        shipped = shipped_recipes()
-        if str(source) not in shipped:
-            raise ValueError(
-                f"recipe: must be a YAML file or one of {', '.join(shipped)}, got {str(source)!r}"
-            )
+    path, shipped = expand(source, "recipe"), shipped_recipes()
+    if str(source) in shipped and not path.is_file():
         path = shipped[str(source)]
+    if not path.exists():
+        near = difflib.get_close_matches(str(source), shipped, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"recipe: must be a YAML file or one of {', '.join(shipped)}, got {str(source)!r}{hint}"
+        )
     import yaml  # a dependency of omegaconf, whose errors it lets through
 
     try:
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ValueError(f"recipe {path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, DictConfig):
         raise ValueError(f"recipe {path}: must be a mapping")
     return content
 
 
-def _override(merged: Any, override: str) -> Any:
-    key, equals, _ = override.partition("=")
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override: must be key=value, got {override!r}")
-    nested = OmegaConf.from_dotlist([override])
-    if any(part.isdigit() for part in key.split(".")):  # an element of a list: merge replaces lists
+    return key, value
+
+
+def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`data.annotations` and what belongs to it as the only corpus, before other overrides."""
+    names = {f"data.{f.name}": f.name for f in fields(Corpus)}
+    given = [(key, value) for key, value in overrides if key in names]
+    if not given:
+        return list(overrides)
+    if not any(key == "data.annotations" for key, _ in given):
+        raise ValueError(f"override: {given[0][0]} must stand beside data.annotations=FILE")
+    corpus = [(f"data.train.0.{names[key]}", value) for key, value in given]
+    return [("data.train", "[]"), *corpus, *(pair for pair in overrides if pair[0] not in names)]
+
+
+def _override(merged: Any, key: str, value: str) -> Any:
+    parts = key.split(".")
+    place = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+    if place is not None:
+        _append(OmegaConf.select(merged, ".".join(parts[:place])), key, int(parts[place]))
+    if _is_path(key):  # as it is: it may hold a colon, brackets, or look like a number
+        OmegaConf.update(merged, key, None if value == "null" else value)
+        return merged
+    import yaml
+
+    try:
+        nested = OmegaConf.from_dotlist([f"{key}={value}"])
+    except (yaml.YAMLError, UnicodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"override: {key} must be YAML, got {value!r}: {reason}") from error
+    if place is not None:  # an element of a list: merge replaces lists
         OmegaConf.update(merged, key, OmegaConf.select(nested, key), merge=True)
         return merged
     return OmegaConf.merge(merged, nested)
 
 
-def _check_values(recipe: Recipe) -> None:
-    optimizer, run, data = recipe.optimizer, recipe.run, recipe.data
-    choices = [
-        ("run.precision", run.precision, ("bf16", "fp32")),
-        ("data.pad_to", data.pad_to, ("longest", "max")),
-        ("data.positives", data.positives, ("video", "caption")),
-    ]
-    for corpus in data.train:
-        choices.append(("data corpus kind", corpus.kind, ("video", "image")))
-        choices.append(("data corpus captions", corpus.captions, ("each", "join")))
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"recipe: {name} must be one of {', '.join(known)}, got {value!r}")
-    positive = {
-        "optimizer.lr": optimizer.lr,
-        "optimizer.bias_lr_scale": optimizer.bias_lr_scale,
-        "optimizer.epochs": optimizer.epochs,
-        "optimizer.batch_size": optimizer.batch_size,
-        "optimizer.accumulation": optimizer.accumulation,
-        "data.text_length": data.text_length,
-        "run.save_steps": run.save_steps,
-        "run.log_steps": run.log_steps,
-    }
-    for name, number in positive.items():
-        if number <= 0:
-            raise ValueError(f"recipe: {name} must be positive, got {number}")
-    low, high = data.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"recipe: data.crop_scale must be 0 < low <= high <= 1, got {low}, {high}")
-    if optimizer.batch_size % optimizer.accumulation:
+def _append(elements: Any, key: str, number: int) -> None:
+    """Make room for the element after the last of the corpora."""
+    if not key.startswith("data.train."):
+        return
+    if number > len(elements):
         raise ValueError(
-            f"recipe: optimizer.batch_size must be a multiple of optimizer.accumulation"
-            f" ({optimizer.accumulation}), got {optimizer.batch_size}"
+            f"override: {key} must be of a corpus 0 to {len(elements)}, there are {len(elements)}"
         )
-    if recipe.tokenizer.name and recipe.tokenizer.train_vocab_size:
-        raise ValueError("recipe: tokenizer takes a name or a train_vocab_size, got both")
+    if number == len(elements):
+        elements.append(OmegaConf.structured(Corpus))
+
+
+def _is_path(key: str) -> bool:
+    return re.fullmatch(PATHS, key) is not None
+
+
+def _elsewhere(error: Exception) -> str:
+    """Where a key that is unknown at its place is known."""
+    key = str(getattr(error, "key", None) or "")
+    if " not in " not in str(error) or "Did you mean" in str(error):
+        return ""
+    known = [name for name in _keys(Recipe) if name.rpartition(".")[2] == key]
+    near = known or difflib.get_close_matches(key, _keys(Recipe), n=1)
+    return f". Did you mean: {near[0]!r}?" if near else ""
+
+
+def _keys(section: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all keys."""
+    names = []
+    for key, value in vars(section()).items():
+        names.append(prefix + key)
+        if is_dataclass(value):
+            names += _keys(type(value), f"{prefix}{key}.")
+    return names

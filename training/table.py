@@ -22,11 +22,11 @@ def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def render_retrieval(facts: dict[str, Any]) -> str:
-    """Recalls of `retrieval`, or of every frame order of `probe_retrieval`."""
+    """Recalls of `retrieval`, or of every frame order of `probe_retrieval`, and what was lost."""
     orders = {"": facts} if "text_to_video" in facts else facts
     rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10", "mean")]
     for order, found in orders.items():
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or "text_to_video" not in found:
             continue
         for name, key in (("text to video", "text_to_video"), ("video to text", "video_to_text")):
             label = f"{order}, {name}" if order else name
@@ -39,8 +39,10 @@ def render_retrieval(facts: dict[str, Any]) -> str:
     lines = [f"{first['texts']} texts, {first['videos']} videos", *format_rows(rows)]
     if "delta" in facts:
         lines.append(f"normal - shuffled: {facts['delta']:.1f}")
-    if first["skipped"]:
-        lines.append(f"{len(first['skipped'])} unusable videos skipped:")
+    if cut := first.get("texts_cut"):
+        lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
+    if count := len(first["skipped"]):
+        lines.append(f"{count} unusable video{'s' * (count > 1)} skipped:")
         lines += [f"  {reason}" for reason in first["skipped"].values()]
     return "\n".join(lines)
 

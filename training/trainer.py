@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.augment import to_pixel_values
-from svitt_ops.training.checkpoints import (
-    PARTIAL,
-    keep_last,
-    last_checkpoint,
-    publish,
-    remove_partial,
-)
+from svitt_ops.training.checkpoints import set_aside
 from svitt_ops.training.collate import Collator
 from svitt_ops.training.datasets import GlobalBatches, PairDataset, SkipLog
+from svitt_ops.training.finite import first_not_finite
 from svitt_ops.training.recipes import Recipe
+from svitt_ops.training.saving import SavingTrainer, wait
 from svitt_ops.training.schedule import learning_rate_factor
+from svitt_ops.training.sharding import fit_optimizer_state, shard, whole
 
 log = logging.getLogger(__name__)
 LOSSES = ("loss_vtc", "loss_vtm", "loss_mlm")
 MODEL_INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SavingTrainer):
     """The engine.
 
     Everything random in a step (sparse patterns, drop path, hard negatives) is drawn from a seed
     that is made of the run's seed and the step, and everything random in a clip from the clip's
     own. So a run that was killed goes on exactly as it would have, from any checkpoint, and
     processes that share a batch draw the same patterns.
+
+    A loss or gradient that is not finite ends the run before the optimizer sees it, and weights
+    that are not finite before they are saved, on all processes at once.
     """
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None
 
     def __init__(
         self,
@@ -51,33 +54,32 @@ class PretrainTrainer(Trainer):
         collator: Collator,
         warmup_steps: int,
     ) -> None:
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=dataset)
-        self.recipe = recipe
+        super().__init__(
+            recipe, model=model, args=args, data_collator=collator, train_dataset=dataset
+        )
         self.dataset = dataset
-        self.output = Path(recipe.output)
         self._size = int(model.config.image_size)
         self.batches = batches
         self.warmup_steps = warmup_steps
         self.skipped = SkipLog()
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
-        self._folder: str | None = None
         self._sums: dict[str, Tensor] = {}
         self._part = 0
+        self._norm: Tensor | None = None
 
-    def train_from_last(self) -> int:
-        """Train to the end, from the newest checkpoint if there is one; the step it began at."""
-        output = self.output
+    def train_from(self, last: tuple[int, Path] | None, broken: Iterable[Path] = ()) -> None:
+        """Train to the end.
+
+        Args:
+            last: step and folder of the checkpoint to go on from; None: from the start.
+            broken: newer checkpoints, which are renamed.
+        """
+        wait()  # until every process has looked at them
         if self.is_world_process_zero():
-            remove_partial(output)
-        _wait()
-        last = last_checkpoint(output)
-        step = 0 if last is None else last[0]
-        if last is not None and step >= self.args.max_steps:
-            self._load_from_checkpoint(str(last[1]))
-            return step
-        self.batches.start = step * self.args.gradient_accumulation_steps
+            set_aside(broken)
+        if last is not None:
+            self.batches.start = last[0] * self.args.gradient_accumulation_steps
         self.train(resume_from_checkpoint=None if last is None else str(last[1]))
-        return step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Not prepared by accelerate: the sampler knows its process, and where to start.
@@ -94,11 +96,17 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
         if self.optimizer is None:
-            whole = self.model if model is None else model
-            assert whole is not None
+            target = self.model if model is None else model
+            assert target is not None
+            if self.sharding is not None:
+                # Here the weights of a checkpoint are in the model, and no optimizer has them.
+                shard(self.model, self.sharding, self.args.device)
+                self.accelerator.prepare_model(
+                    self.model, device_placement=False, evaluation_mode=True
+                )  # autocast; and what is prepared is not wrapped in DDP
             settings = self.recipe.optimizer
-            tables = {m.table for m in whole.modules() if isinstance(m, RelativePositionBias3D)}
-            wanted = [p for p in whole.parameters() if p.requires_grad]
+            tables = {m.table for m in target.modules() if isinstance(m, RelativePositionBias3D)}
+            wanted = [p for p in target.parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
                 {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
                 {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
@@ -116,6 +124,7 @@ class PretrainTrainer(Trainer):
                 # One pass over all parameters, where the kernel exists: CPU and CUDA.
                 fused=self.args.device.type in ("cpu", "cuda"),
             )
+            self.optimizer.register_load_state_dict_pre_hook(fit_optimizer_state)
         return self.optimizer
 
     def create_scheduler(
@@ -147,7 +156,30 @@ class PretrainTrainer(Trainer):
         torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
         with torch.no_grad():
             self.accelerator.unwrap_model(model).clamp_temperature()
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._refuse_not_finite(self.accelerator.unwrap_model(model))
+        return loss
+
+    def _refuse_not_finite(self, model: torch.nn.Module) -> None:
+        """Stop before a step whose losses, or gradient, are not finite on any process.
+
+        Costs one read of a few numbers, for which the next batch's transfer would have waited.
+        """
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self._norm = whole(torch.nn.utils.get_total_norm(gradients))
+        name = first_not_finite([*self._sums.items(), ("the gradient", self._norm)])
+        if name is None:
+            return
+        if name not in self._sums:
+            named = ((n, p if p.grad is None else p.grad) for n, p in model.named_parameters())
+            parameter = first_not_finite(named)  # none: the sum of squares overflows
+            name = f"the gradient of {parameter}" if parameter else "the norm of the gradient"
+        self.stop(f"{name} is not finite in step {self.state.global_step + 1}")
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # Spares a second pass over the gradients where nothing is clipped.
+        return self._norm if grad_norm is None else grad_norm
 
     def _next_part(self) -> int:
         """Which of a step's accumulated batches this is."""
@@ -162,7 +194,13 @@ class PretrainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        pixels = to_pixel_values(inputs["clips"], self._size, inputs["boxes"], inputs["flips"])
+        pixels = to_pixel_values(
+            inputs["clips"],
+            self._size,
+            inputs["boxes"],
+            inputs["flips"],
+            resize=self.recipe.data.resize,
+        )
         tensors = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(pixel_values=pixels, **tensors)
         for name in LOSSES:
@@ -185,33 +223,10 @@ class PretrainTrainer(Trainer):
             self._sums = {}
             temperature = getattr(self.accelerator.unwrap_model(self.model), "temperature", None)
             if temperature is not None:
-                logs["temperature"] = temperature.item()
+                logs["temperature"] = whole(temperature.detach()).item()
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return self._folder or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """Write beside the checkpoints, and rename when everything is on the disk."""
-        output = self.output
-        name = f"checkpoint-{self.state.global_step}"
-        partial = output / f"{PARTIAL}{name}"
-        if self.is_world_process_zero() and partial.exists():
-            shutil.rmtree(partial)
-        _wait()
-        self._folder = str(partial)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._folder = None
-        _wait()
-        if self.is_world_process_zero():
-            publish(partial / name, output / name)
-            partial.rmdir()
-            keep_last(output, self.recipe.run.keep_checkpoints)
-        _wait()
 
 
 def hash_seed(*numbers: int) -> int:
@@ -222,8 +237,3 @@ def hash_seed(*numbers: int) -> int:
         seed = (seed ^ seed >> 31) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         seed ^= seed >> 29
     return seed & 0x7FFFFFFFFFFFFFFF
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
                                               double label_smoothing) {
   ContrastProblem<ContrastForward> problem(query, key, query_ids, key_ids, first_row);
   ContrastForward& p = problem.p;
-  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  set_temperature(p, temperature);
   const ContrastKernels k = loss_kernels(p.dtype);
   p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
   problem.pack(k, false);
@@ -92,6 +92,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
         write_statistics(of_rows, p.queries, first + r, p.row_parts + r, p.tiles(), p.chunk_rows());
     });
   }
+  // One similarity that is none leaves nothing of the batch, here and in the backward.
+  if (std::any_of(of_rows, of_rows + p.queries, [](double x) { return x != x; })) {
+    for (Tensor* x : {&loss, &rows, &columns}) torch::stable::fill_(*x, NAN);
+    return {loss, rows, columns};
+  }
   double mean = mean_loss(of_rows, p.queries, p.scale, p.keys, label_smoothing);
   if (symmetric) {
     for (int64_t j = 0; j < p.keys; ++j)
@@ -109,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
                                                bool wide) {
   ContrastProblem<ContrastBackward> problem(query, key, query_ids, key_ids, first_row);
   ContrastBackward& p = problem.p;
-  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  set_temperature(p, temperature);
   const ContrastKernels k = loss_kernels(p.dtype);
   problem.pack(k, true);
   const bool tiled = k.pack_tiles != nullptr;
@@ -135,6 +140,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
   Tensor grad_query = empty(query, {p.queries, p.dim}, type),
          grad_key = empty(query, {p.keys, p.dim}, type),
          grad_temperature = empty(query, {}, ScalarType::Float);
+  if (p.centre != p.centre) {
+    for (Tensor* x : {&grad_query, &grad_key, &grad_temperature}) torch::stable::fill_(*x, NAN);
+    return {grad_query, grad_key, grad_temperature};
+  }
   p.grad_dtype = wide ? Dtype::f32 : p.dtype;
   p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
   const Buffer grads(p.tiles() * p.chunk_rows() * (tiled ? kRoundedStride / 2 : kGradStride)),

@@ -44,6 +44,7 @@ struct Contrast {
   const int32_t *query_ids, *key_ids;  // or null: query i belongs to key first_row + i
   int64_t first_row;
   float scale;
+  float limit;  // of similarities, see `set_temperature`
   bool symmetric, smooth;
 
   // Packed to fp32. `rows`: queries as they are. `columns`: tiles of keys, transposed.

@@ -77,7 +77,11 @@ SVITT_INLINE void sum_apart(const Contrast& p, const DotTile& t, Tally* of_rows,
 
 /// Everything that a tile of similarities says about its rows and its keys.
 SVITT_INLINE void add_tile(const ContrastForward& p, DotTile& t, Tally* of_rows, Tally* of_keys) {
-  for (int r = 0; r < t.rows; ++r) clear(of_rows[r]);
+  for (int r = 0; r < t.rows; ++r) {
+    clear(of_rows[r]);
+    // A maximum of its own, so that the NaN is not taken for the sum of nothing.
+    if (t.unusable(r, p.limit)) of_rows[r].most = 0.0f, of_rows[r].sum = __builtin_nanf("");
+  }
   if (p.smooth)
     for (int r = 0; r < t.rows; ++r)
       for (int c = 0; c < t.keys; ++c) {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <memory>
 #include <vector>
@@ -63,6 +64,15 @@ inline ContrastKernels loss_kernels(Dtype dtype) {
   }
 #endif
   return k;
+}
+
+/// Similarities times `scale` are logits; those of `limit` or more are none, nor are infinities and
+/// NaN, and none are unless the temperature is positive and finite. The number is
+/// `LOGIT_LIMIT` of the reference.
+inline void set_temperature(Contrast& p, const Tensor& temperature) {
+  const float t = *temperature.const_data_ptr<float>();
+  p.scale = 1.0f / t;
+  p.limit = t > 0.0f && t < HUGE_VALF ? 1e9f * t : -1.0f;
 }
 
 /// Memory that nobody initialises, aligned to a vector.

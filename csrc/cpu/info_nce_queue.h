@@ -90,6 +90,14 @@ SVITT_INLINE void weigh_candidates(const ContrastQueue& p, const DotTile& t, con
   }
 }
 
+/// Rows with a similarity that is no logit have no sums: NaN stays NaN whatever joins it.
+SVITT_INLINE void mark_unusable(const ContrastQueue& p, const DotTile& t, QueueTally* of_rows,
+                                SoftSum QueueTally::* which) {
+  for (int r = 0; r < t.rows; ++r)
+    if (t.unusable(r, p.limit))
+      (of_rows[r].*which).sum = (of_rows[r].*which).moment = __builtin_nanf("");
+}
+
 /// A chunk of queries by a split of the candidates, its sums empty.
 struct QueueItem {
   int64_t start, limit;  // queries
@@ -132,7 +140,12 @@ void sweep_candidates(const ContrastQueue& p, Products& products, int64_t begin,
         DotTile t = tile.some_rows(row, of.limit, kStep, dots), other = t;
         other.dots = taught;
         products.compute(tile, t, false);
-        if (soft) products.compute(tile, other, true), other.keep_negatives(tile);
+        mark_unusable(p, t, of.tallies + row, &QueueTally::student);
+        if (soft) {
+          products.compute(tile, other, true);
+          mark_unusable(p, other, of.tallies + row, &QueueTally::teacher);
+          other.keep_negatives(tile);
+        }
         t.keep_negatives(tile);
         const auto add = [&](const DotTile& x, const float* centres, SoftSum QueueTally::* which,
                              int64_t distribution) {

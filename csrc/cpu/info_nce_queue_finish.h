@@ -55,7 +55,7 @@ struct Distribution {
       weights += weight, moment += weight * positives[i].similarity;
     }
     if (count > 0) positive = high + __builtin_log(weights);
-    const double negative = sum > 0.0 ? most + __builtin_log(sum) : -kInfinity;
+    const double negative = sum == 0.0 ? -kInfinity : most + __builtin_log(sum);
     total = log_sum(negative, positive);
     lost = __builtin_exp(negative - total);
     expected = lost * mean + (count > 0 ? __builtin_exp(positive - total) * moment / weights : 0.0);

@@ -21,6 +21,16 @@ SVITT_INLINE DotTile some_tile(const Contrast& p, int64_t row, int64_t rows, int
   return t;
 }
 
+/// Makes what cannot be drawn -inf: positives, and similarities that are no logits.
+SVITT_INLINE void keep_choices(const Contrast& p, DotTile& t) {
+  t.keep_negatives(p);
+  for (int r = 0; r < t.rows; ++r)
+    for (int c = 0; c < t.keys; c += W) {
+      float* x = t.dots + r * kDotStride + c;
+      store(x, DotTile::beyond(load(x), p.limit) ? splat(-kInfinity) : load(x));
+    }
+}
+
 /// The key of one tile at which the weights exp(x - most), added up, pass `target`; or the last
 /// that weighs anything, where rounding leaves none.
 SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most, double target) {
@@ -50,7 +60,7 @@ void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
       DotTile t = some_tile(p, row, rows, tile, dots);
       Tally* of_rows = parts + tile * kDotRows;
       for (int64_t r = 0; r < rows; ++r) clear(of_rows[r]);
-      t.keep_negatives(p);
+      keep_choices(p, t);
       sum_apart(p, t, of_rows, nullptr);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -75,7 +85,7 @@ void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
       p.found[row + r] = -1;
       if (chosen < 0) continue;
       DotTile t = some_tile(p, row + r, 1, chosen, dots);
-      t.keep_negatives(p);
+      keep_choices(p, t);
       p.found[row + r] = pass(p, t, most, left);
     }
   }
@@ -87,12 +97,14 @@ SVITT_INLINE bool holds_positives(const Contrast& p, const DotTile& t) {
   return found;
 }
 
-/// Adds, per lane, how many similarities of a row exceed `best`.
-SVITT_INLINE vi count_above(const float* dots, int keys, float best, vi above) {
+/// Adds, per lane, how many similarities of a row are finite and at most `best`: what is no number
+/// counts against the query.
+SVITT_INLINE vi count_beaten(const float* dots, int keys, float best, vi beaten) {
+  const auto holds = [&](vf x) { return (x <= best) & (x > -kInfinity); };  // -1 where it does
   int c = 0;
-  for (; c + W <= keys; c += W) above -= load(dots + c) > best;  // -1 where it holds
-  if (c < keys) above -= (load(dots + c) > best) & (lane_numbers() + c < keys);
-  return above;
+  for (; c + W <= keys; c += W) beaten -= holds(load(dots + c));
+  if (c < keys) beaten -= holds(load(dots + c)) & (lane_numbers() + c < keys);
+  return beaten;
 }
 
 constexpr int kKeptTiles = 8;  // with positives, half a megabyte; more are computed twice
@@ -104,8 +116,8 @@ void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row += kDotRows) {
     const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
     float best[kDotRows];
-    vi above[kDotRows];
-    for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, above[r] = vi{};
+    vi beaten[kDotRows];
+    for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, beaten[r] = vi{};
     int64_t tiles_kept[kKeptTiles];
     int count = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
@@ -113,7 +125,7 @@ void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
       if (!holds_positives(p, t)) continue;
       t.compute(p);
       t.for_positives(p, [&](int r, int, float dot) {
-        if (dot > best[r]) best[r] = dot;
+        if (dot > best[r] && dot < kInfinity) best[r] = dot;
       });
       if (count < kKeptTiles) tiles_kept[count++] = tile;
     }
@@ -123,12 +135,12 @@ void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
       DotTile t = place_tile(p, row, rows, tile, known ? kept + next++ * kSize : dots);
       if (!known) t.compute(p);
       for (int64_t r = 0; r < rows; ++r)
-        above[r] = count_above(t.dots + r * kDotStride, t.keys, best[r], above[r]);
+        beaten[r] = count_beaten(t.dots + r * kDotStride, t.keys, best[r], beaten[r]);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      int64_t rank = 0;
-      for (int i = 0; i < W; ++i) rank += above[r][i];
-      p.found[row + r] = best[r] == -kInfinity ? p.keys : rank;
+      int64_t rank = p.keys;  // also where no positive has a finite similarity: nothing is beaten
+      for (int i = 0; i < W; ++i) rank -= beaten[r][i];
+      p.found[row + r] = rank;
     }
   }
 }

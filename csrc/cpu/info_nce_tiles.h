@@ -135,6 +135,18 @@ struct DotTile {
     }
   }
 
+  /// Which similarities are no logits; see `set_temperature`.
+  static vi beyond(vf x, float limit) {
+    return ~(reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff) < splat(limit));
+  }
+
+  /// Whether a row has such a similarity.
+  bool unusable(int r, float limit) const {
+    vi bad{};
+    for (int c = 0; c < keys; c += W) bad |= beyond(load(dots + r * kDotStride + c), limit);
+    return any_lane(bad);
+  }
+
   /// Makes positives and padding -inf.
   void keep_negatives(const Contrast& p) {
     for_positives(p, [&](int r, int c, float) { dots[r * kDotStride + c] = -kInfinity; });

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor q
   p.queries = query.size(0), p.keys = key.size(0), p.dim = static_cast<int>(query.size(1));
   p.key = key.const_data_ptr(), p.key_step = key.stride(0);
   p.queue = queue.const_data_ptr(), p.queue_rows = queue.size(0), p.queue_step = queue.stride(0);
-  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  set_temperature(p, temperature);
   p.alpha = alpha, p.gradients = gradients;
   std::vector<int32_t> of_queries, of_keys, of_queue;
   if (query_ids.has_value()) {

@@ -13,7 +13,7 @@ Tensor sample_hard_negatives(Tensor query, Tensor key, Tensor temperature, Optio
   ContrastSearch& p = problem.p;
   const ContrastKernels k = contrast_kernels();
   Tensor found = empty(query, {p.queries}, ScalarType::Long);
-  p.scale = 1.0f / *temperature.const_data_ptr<float>();
+  set_temperature(p, temperature);
   p.uniform = uniform.const_data_ptr<double>();
   p.found = found.mutable_data_ptr<int64_t>();
   problem.pack(k, false);

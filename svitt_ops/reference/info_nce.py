@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOGIT_LIMIT = 1e9
+"""A logit of this size has no digits left behind the point in fp32: it is no number to learn from,
+nor are infinities and NaN."""
+
 
 def info_nce(
     query: Tensor,
@@ -16,12 +20,20 @@ def info_nce(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The contrastive loss; see `svitt_ops.info_nce`. Differentiable; keeps B x B logits."""
-    logits = query @ key.T / temperature
+    logits = finite_logits(query @ key.T, temperature)
     same = positives(ids, ids, 0, logits.shape, query.device)
     loss = _cross_entropy(logits, same, label_smoothing)
     if symmetric:
         loss = (loss + _cross_entropy(logits.T, same.T, label_smoothing)) / 2
     return loss
+
+
+def finite_logits(dots: Tensor, temperature: float | Tensor) -> Tensor:
+    """``dots / temperature``; NaN where that is `LOGIT_LIMIT` or more, infinite or NaN, and
+    everywhere unless the temperature is positive and finite: no softmax makes a number of it.
+    """
+    usable = (dots.abs() < LOGIT_LIMIT * temperature) & (temperature < float("inf"))
+    return torch.where(usable, dots / temperature, float("nan"))
 
 
 def positives(
@@ -55,11 +67,13 @@ def statistics(
     """What the loss is made of, ``(5, queries)`` and ``(5, keys)``; see `svitt_ops.info_nce`."""
     dots = query @ key.T
     same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
-    logits = dots / temperature
+    logits = finite_logits(dots, temperature)
     infinity = float("inf")
+    # All of them NaN if a logit is: so are then the loss and every gradient.
+    poison = (logits * 0).sum()
 
     def along(dim: int) -> Tensor:
-        return torch.stack(
+        return poison + torch.stack(
             [
                 logits.masked_fill(same, -infinity).logsumexp(dim),
                 logits.masked_fill(~same, -infinity).logsumexp(dim),

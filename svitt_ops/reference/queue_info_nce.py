@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svitt_ops.reference.info_nce import positives
+from svitt_ops.reference.info_nce import finite_logits, positives
 
 
 def queue_info_nce(
@@ -26,8 +26,10 @@ def queue_info_nce(
     targets = (1 - alpha) * (same / same.sum(1, keepdim=True).clamp(min=1)).to(query.dtype)
     if teacher_query is not None and alpha > 0:
         with torch.no_grad():
-            targets = targets + alpha * (teacher_query @ candidates.T / temperature).softmax(1)
-    logits = query @ candidates.T / temperature
+            targets = targets + alpha * finite_logits(
+                teacher_query @ candidates.T, temperature
+            ).softmax(1)
+    logits = finite_logits(query @ candidates.T, temperature)
     return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
@@ -69,8 +71,8 @@ def gradients(
         weights.add_(factor * share)
         single.sub_(factor * share.masked_fill(same, 0).sum(1, keepdim=True))
 
-    add(dots / temperature, hard + alpha)
+    add(finite_logits(dots, temperature), hard + alpha)
     if teacher_query is not None and alpha > 0:
-        add(teacher_query @ candidates.T / temperature, -alpha)
+        add(finite_logits(teacher_query @ candidates.T, temperature), -alpha)
     weights = torch.where(same & (count == 1), single, weights) / query.shape[0]
     return weights @ candidates / temperature, -(weights * dots).sum() / temperature**2

@@ -75,3 +75,25 @@ def test_model(make_config: Callable[..., SViTTConfig]) -> None:
         arguments = (text.states, mask, first.states, first.indices)
         assert torch.equal(model.fuse(*arguments).video_indices, first.indices)  # never prunes
         assert ours.fuse(*arguments).video_indices.shape[1] == 16
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_patterns_are_drawn_as_there(make_config: Callable[..., SViTTConfig], train: bool) -> None:
+    """Seed for seed: one square of noise a layer, and nothing else that is random."""
+    torch.manual_seed(0)
+    config = make_config(compat="svitt-official", num_random=2, block_size=6)
+    model = SViTTForPreTraining(config).train(train)
+    layouts = []
+    for layer in model.video.layers:
+        layer.register_forward_pre_hook(lambda _, given: layouts.append(given[1]))
+    torch.manual_seed(11)
+    with torch.no_grad():
+        model.encode_video(torch.ones(2, 4, 3, 32, 32))
+    torch.manual_seed(11)
+    for layout, tokens in zip(layouts, config.kept_tokens(), strict=False):
+        blocks = -(-tokens // 6)
+        noise = torch.rand(blocks, blocks).fill_diagonal_(0)
+        drawn = noise.topk(2).indices
+        wanted = torch.eye(blocks, dtype=torch.bool).scatter_(1, drawn, True)
+        assert torch.equal(layout.to_mask(), wanted)
+    assert len(layouts) == 3

@@ -1,12 +1,15 @@
 """The towers compute what Hugging Face's BEiT and BERT compute, from the same weights."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BeitConfig, BeitModel, BertConfig, BertForPreTraining, BertModel
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
+from svitt_ops.models.expansion import resize_bias_table
 
 MakeConfig = Callable[..., SViTTConfig]
 
@@ -159,3 +162,54 @@ def test_weights_come_from_folders(
     for slice_ in ours[:-3].unflatten(0, (3, 49)):
         torch.testing.assert_close(slice_, table[:-3])
     torch.testing.assert_close(ours[-3:], table[-3:])
+
+
+@pytest.mark.parametrize("pixels", [48, 24])
+def test_a_beit_of_another_resolution(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture, pixels: int
+) -> None:
+    torch.manual_seed(0)
+    beit = make_beit(make_config())
+    model = SViTTForPreTraining(make_config(image_size=pixels, num_frames=2))
+    found = convert.load_beit(model, beit)
+    assert found.num_frames == 1 and not found.missing
+    assert f"interpolated from 32 to {pixels} pixels a side" in caplog.text
+    table = next(v for k, v in beit.state_dict().items() if k.endswith("bias_table"))
+    wanted = resize_bias_table(table, pixels // 8, 2, source_grid=4)
+    assert torch.equal(model.video.layers[0].attention.bias.table, wanted)
+
+
+def test_folders_that_are_not_such_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    make_beit(config).save_pretrained(tmp_path / "beit")
+    make_bert(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tmp_path / "bert", tmp_path / "no weights")
+    (tmp_path / "no weights" / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "beit", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"<html>")
+    loads = {"beit": convert.load_beit, "bert": convert.load_bert}
+    wrong = [
+        ("beit", "bert", "must be the folder of a model of type 'beit', got 'bert' in"),
+        ("bert", "beit", "must be the folder of a model of type 'bert', got 'beit' in"),
+        ("bert", "empty", "must be the folder of a bert model"),
+        ("beit", "none", "must be the folder of a beit model, .*; get one by: hf download micro"),
+        ("bert", "no weights", "must be the folder of a bert model"),
+        ("beit", "damaged", "must be the folder of a beit model"),
+    ]
+    for kind, name, message in wrong:
+        with pytest.raises(ValueError, match=f"load_{kind}: source {message}") as caught:
+            loads[kind](SViTTForPreTraining(config), str(tmp_path / name))
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+    sizes = [
+        ("beit", {"hidden_size": 64}, "hidden_size must be 32, .*got 64"),
+        ("beit", {"num_attention_heads": 4}, "num_attention_heads must be 2, .*got 4"),
+        ("beit", {"patch_size": 16}, "patch_size must be 8, .*got 16"),
+        ("bert", {"text_hidden_size": 48}, "text_hidden_size must be 24, .*got 48"),
+        ("bert", {"text_num_attention_heads": 2}, "text_num_attention_heads must be 3, .*got 2"),
+        ("bert", {"vocab_size": 60}, "vocab_size must be 50, .*got 60"),
+    ]
+    for kind, changes, message in sizes:
+        with pytest.raises(ValueError, match=f"load_{kind}: {message}"):
+            loads[kind](SViTTForPreTraining(make_config(**changes)), tmp_path / kind)

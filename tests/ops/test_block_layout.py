@@ -58,6 +58,27 @@ def test_local_random(
     assert all(torch.equal(getattr(layout, n), getattr(again, n)) for n in names)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_without_random_blocks_nothing_is_drawn(own: bool) -> None:
+    """The draws that follow are those of a run without such a layout, seed for seed."""
+    generator = torch.Generator().manual_seed(3) if own else None
+    torch.manual_seed(3)
+    states = generator or torch.default_generator
+    before = states.get_state()
+    for num_local in (0, 1, 3, 20):
+        found = so.BlockLayout.local_random(
+            500, num_local=num_local, num_random=0, generator=generator
+        )
+        noise = torch.rand(9, 9, generator=torch.Generator().manual_seed(1))
+        drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, 0)
+        assert torch.equal(found.key_blocks, drawn[1]) and torch.equal(found.query_blocks, drawn[3])
+    assert torch.equal(states.get_state(), before)
+    so.BlockLayout.local_random(500, num_random=1, generator=generator)
+    other = torch.Generator().manual_seed(3)
+    torch.rand(9, 9, generator=other)
+    assert torch.equal(states.get_state(), other.get_state())
+
+
 @given(data=st.data(), blocks=st.integers(0, 9), lead=st.sampled_from([(), (3,), (2, 3)]))
 def test_masks_round_trip(data: st.DataObject, blocks: int, lead: tuple[int, ...]) -> None:
     seed = data.draw(st.integers(0, 10**6))

@@ -179,4 +179,4 @@ out = so.reference.block_sparse_attention(q, q, q, layout)
 (expected,) = torch.autograd.grad(out.square().sum(), q)
 torch.testing.assert_close(found, expected)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -143,4 +143,4 @@ assert [str(w.message).startswith("svitt_ops: the compiled CPU") for w in caught
 (expected,) = torch.autograd.grad(so.reference.cross_attention(q, k, k).square().sum(), q)
 torch.testing.assert_close(found, expected)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True)

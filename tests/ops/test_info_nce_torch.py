@@ -133,6 +133,29 @@ for ids in (None, torch.randint(7, (24,), generator=generator)):
         torch.testing.assert_close(found[0] / ranks, exact[0][part])
         torch.testing.assert_close(found[1] / ranks, exact[1][part])
         torch.testing.assert_close(found[2], exact[2])
+
+        def of(a, s):
+            return so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
+
+        by_func = torch.func.grad(of, argnums=(0, 1))(a, s)
+        assert torch.equal(by_func[0], found[0]) and torch.equal(by_func[1], found[2])
+        if rank == 1:
+            a.data[0, 0] = float("nan")  # is known on both
+        broken = so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
+        assert broken.isnan()
+        assert all(x.isnan().all() for x in torch.autograd.grad(broken, (a, b, s)))
+for refused, word in (
+    (lambda: torch.func.jvp(of, (a, s), (a, s)), "a forward-mode derivative (jvp)"),
+    (lambda: torch.func.jacrev(of)(a, s), "vmap (and so jacrev)"),
+    (lambda: torch.func.vmap(of, in_dims=(0, None))(a[None], s), "vmap (and so jacrev)"),
+    (lambda: torch.func.grad(lambda x: torch.func.grad(of)(x, s).sum())(a), "a second derivative"),
+):
+    try:
+        refused()
+    except NotImplementedError as error:
+        assert str(error).startswith(f"info_nce: {word} is not available"), error
+    else:
+        raise AssertionError(word)
 try:
     rows = 5 + rank
     so.info_nce(torch.ones(rows, 4), torch.ones(rows, 4), 0.1, group=dist.group.WORLD)
@@ -155,7 +178,7 @@ def test_two_ranks_compute_the_loss_of_one(tmp_path: Path) -> None:
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=55)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

@@ -172,7 +172,7 @@ expected = so.reference.prune_tokens(tokens, scores, keep=7, position_codes=code
 assert all(torch.equal(a, b) for a, b in zip(kept, expected))
 assert torch.equal(found, torch.autograd.grad(expected.tokens.square().sum(), tokens)[0])
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 TOKENS, SCORES = torch.randn(2, 31, 8), torch.randn(2, 30)

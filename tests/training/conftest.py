@@ -1,17 +1,24 @@
 """A small corpus of real mp4 files and a recipe for a tiny model, shared by these tests."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
+sys.path.append(str(Path(__file__).parent))  # for running.py
 
+from svitt_ops.training.annotations import read_annotations
+from svitt_ops.training.build import build_model
 from svitt_ops.training.corpus import CorpusSpec, plan, write_video
+from svitt_ops.training.gallery import build_gallery
 from svitt_ops.training.recipes import Recipe, load_recipe
+from svitt_ops.training.text import train_tokenizer
 
 MODEL = {
     "image_size": 16,
@@ -90,3 +97,13 @@ def make_recipe(corpus: Path) -> MakeRecipe:
         return recipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(make_recipe: Any, corpus: Path) -> tuple[Any, Any, Any]:
+    """An untrained model, its tokenizer, and the gallery of the test clips."""
+    entries = read_annotations(corpus / "test.json").entries
+    tokenizer = train_tokenizer([c for e in entries for c in e.captions], 100)
+    torch.manual_seed(0)
+    model = build_model(make_recipe(Path("unused")), tokenizer)
+    return model.eval(), tokenizer, build_gallery(entries)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,6 +121,30 @@ def test_plain_resize_and_normalisation() -> None:
     assert to_pixel_values(sizes, 16).shape == (2, 2, 3, 16, 16)
 
 
+def test_official_resize() -> None:
+    """As torchvision resizes tensors of whole numbers: no antialiasing, clamped, rounded."""
+    clips = torch.randint(0, 256, (2, 3, 3, 61, 47), dtype=torch.uint8)
+    found = to_pixel_values(clips, 16, resize="official")
+    wanted = F.interpolate(
+        clips.flatten(0, 1).double(), (16, 16), mode="bicubic", align_corners=False
+    )
+    whole = (found + 1) * 127.5
+    torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-4)
+    assert (whole.flatten(0, 1).double() - wanted.clamp(0, 255)).abs().max() < 0.501
+    assert whole.min() >= 0 and whole.max() <= 255
+    boxes, flips = [(3, 5, 40, 30), (0, 0, 61, 47)], [True, False]
+    cut = to_pixel_values(list(clips), 16, boxes, flips, resize="official")
+    alone = to_pixel_values(clips[:1, :, :, 3:43, 5:35], 16, resize="official")
+    assert torch.equal(cut[0], alone[0].flip(-1)) and torch.equal(cut[1], found[1])
+    large = to_pixel_values(clips, 90, resize="official")
+    assert ((large + 1) * 127.5).sub(((large + 1) * 127.5).round()).abs().max() < 1e-4
+    smooth = to_pixel_values(clips, 16)
+    assert torch.equal(smooth, to_pixel_values(clips, 16, resize="antialias"))
+    assert (smooth - found).abs().mean() > 0.1  # of noise, most of all
+    with pytest.raises(ValueError, match="resize: must be one of antialias, official, got 'area'"):
+        to_pixel_values(clips, 16, resize="area")
+
+
 def test_masking() -> None:
     tokenizer = train_tokenizer(CAPTIONS, 80)
     collate = Collator(tokenizer=tokenizer, text_length=16, mask_probability=0.5)
@@ -128,7 +153,9 @@ def test_masking() -> None:
     ]
     batch = collate(clips)
     ids, masked, labels = batch["input_ids"], batch["mlm_input_ids"], batch["mlm_labels"]
-    eligible = batch["attention_mask"].bool() & (ids != tokenizer.cls_token_id)
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    assert special.sum(1).min() >= 2  # [CLS] and [SEP]
+    eligible = batch["attention_mask"].bool() & ~special
     chosen = labels != -100
     assert not (chosen & ~eligible).any()
     assert torch.equal(labels[chosen], ids[chosen])

@@ -2,67 +2,23 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import ENOUGH, LONG, StopAt, losses, run, torchrun, write
 from transformers import TrainerCallback
 
 from svitt_ops.training.build import build_model
 from svitt_ops.training.checkpoints import checkpoints, last_checkpoint, model_folder
-from svitt_ops.training.engine import Trained, load_trained, pretrain
-from svitt_ops.training.recipes import Recipe, recipe_text
+from svitt_ops.training.engine import load_trained, pretrain
 from svitt_ops.training.text import train_tokenizer
 
-PARTS = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
-LONG = 100_000  # steps that no test waits for
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads here as `run` gives: sums depend on their number in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class StopAt(TrainerCallback):
-    """Ends a run early, without changing its schedule."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
-
-
-def losses(trained: Trained) -> dict[int, tuple[float, ...]]:
-    """All parts of the loss by step, from where the run began."""
-    found = {}
-    for entry in trained.history:
-        if "loss" in entry and entry["step"] > trained.began_at:
-            found[int(entry["step"])] = tuple(entry[part] for part in PARTS if part in entry)
-    return found
-
-
-def write(recipe: Recipe, path: Path) -> Path:
-    path.write_text(recipe_text(recipe))
-    return path
-
-
-def run(*command: str, **options: Any) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options
-    )
+pytestmark = pytest.mark.usefixtures("one_thread")  # as `run` gives: sums depend on it
 
 
 def test_trains_saves_and_loads(make_recipe: Any, tmp_path: Path) -> None:
@@ -90,8 +46,10 @@ def test_trains_saves_and_loads(make_recipe: Any, tmp_path: Path) -> None:
 
 def test_killed_at_any_time_and_resumed(make_recipe: Any, tmp_path: Path) -> None:
     options = (f"optimizer.steps={LONG}", "run.save_steps=3")
-    whole = losses(pretrain(make_recipe(tmp_path / "whole", *options), callbacks=[StopAt(12)]))
-    recipe = make_recipe(tmp_path / "killed", *options)
+    random = {"text_dropout": 0.1}  # what is dropped is drawn alike after a restart
+    whole = make_recipe(tmp_path / "whole", *options, **random)
+    whole = losses(pretrain(whole, callbacks=[StopAt(12)]))
+    recipe = make_recipe(tmp_path / "killed", *options, **random)
     path = write(recipe, tmp_path / "killed.yaml")
     # While it writes its third checkpoint: the process kills itself in torch.save.
     dying = """
@@ -107,7 +65,7 @@ from svitt_ops.training.cli import main
 main(["pretrain", "--config", sys.argv[1]])
 """
     process = run(sys.executable, "-c", dying, str(path))
-    assert process.wait(timeout=50) == -signal.SIGKILL
+    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
     output = tmp_path / "killed"
     assert [step for step, _ in checkpoints(output)] == [3, 6]
     assert list(output.glob(".partial-*"))
@@ -123,7 +81,7 @@ def test_killed_from_outside_and_resumed(make_recipe: Any, tmp_path: Path) -> No
     recipe = make_recipe(tmp_path / "killed", *options)
     path = write(recipe, tmp_path / "killed.yaml")
     process = run(sys.executable, "-m", "svitt_ops.training", "pretrain", "--config", str(path))
-    end = time.monotonic() + 50
+    end = time.monotonic() + ENOUGH
     while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < end:
         time.sleep(0.02)
     process.kill()
@@ -143,11 +101,9 @@ def test_two_ranks_equal_one_process(make_recipe: Any, tmp_path: Path) -> None:
     model = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
     recipe = make_recipe(tmp_path / "two", *options, **model)
     path = write(recipe, tmp_path / "two.yaml")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = ["--nproc-per-node", "2", "-m", "svitt_ops.training", "pretrain"]
-    process = run(*torchrun, *command, "--config", str(path))
+    process = torchrun("-m", "svitt_ops.training", "pretrain", "--config", str(path))
     one = pretrain(make_recipe(tmp_path / "one", *options, **model))
-    assert process.wait(timeout=55) == 0
+    assert process.wait(timeout=ENOUGH) == 0
     state = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())
     two = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
     wanted = {step: parts[0] for step, parts in losses(one).items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from svitt_ops.training.recipes import load_recipe, recipe_text, shipped_recipes
+from svitt_ops.training.recipes import Corpus, Recipe, load_recipe, recipe_text, shipped_recipes
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,133 @@ def test_wrong_files_are_named(tmp_path: Path, text: str, named: str) -> None:
 def test_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match="pretrain-4f"):
         load_recipe("pretrain-5f")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed must be 0 to"),
+        ("data.sampling=foo", "data.sampling must be rand, middle or fpsX"),
+        ("data.sampling=fps0", "data.sampling must be"),
+        ("data.short_side=0", "data.short_side must be at least 1, got 0"),
+        ("data.text_length=2", "data.text_length must be at least 3"),
+        ("data.text_length=513", r"at most model.max_position_embeddings \(512\), got 513"),
+        ("data.pad_to=both", "data.pad_to must be one of longest, max, got 'both'"),
+        ("data.max_words=0", "data.max_words must be at least 1"),
+        ("data.crop_scale=[0,1]", "data.crop_scale must be 0 < low <= high <= 1"),
+        ("data.crop_scale=[.nan,1]", "data.crop_scale must be"),
+        ("data.workers=-1", "data.workers must be at least 0, got -1"),
+        ("data.train.1.captions=some", "data.train.1.captions must be one of each, join"),
+        ("optimizer.lr=nan", "optimizer.lr must be positive and finite, got nan"),
+        ("optimizer.lr=inf", "optimizer.lr must be positive and finite, got inf"),
+        ("optimizer.lr=0", "optimizer.lr must be positive"),
+        ("optimizer.bias_lr_scale=-1", "optimizer.bias_lr_scale must be positive"),
+        ("optimizer.min_lr_ratio=1.5", "optimizer.min_lr_ratio must be 0 to 1, got 1.5"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas must be two numbers of 0 to less than 1"),
+        ("optimizer.eps=0", "optimizer.eps must be positive"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be at least 0"),
+        ("optimizer.epochs=0", "optimizer.epochs must be positive"),
+        ("optimizer.epochs=.inf", "optimizer.epochs must be positive and finite"),
+        ("optimizer.steps=0", "optimizer.steps must be at least 1, got 0"),
+        ("optimizer.steps=-5", "optimizer.steps must be at least 1, got -5"),
+        ("optimizer.warmup_epochs=-1", "optimizer.warmup_epochs must be at least 0"),
+        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps must be at least 0"),
+        ("optimizer.accumulation=0", "optimizer.accumulation must be at least 1"),
+        ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm must be at least 0"),
+        ("optimizer.mask_probability=1.1", "optimizer.mask_probability must be 0 to 1"),
+        ("run.save_steps=0", "run.save_steps must be at least 1"),
+        ("run.keep_checkpoints=-1", "run.keep_checkpoints must be at least 0, got -1"),
+        ("run.log_steps=0", "run.log_steps must be at least 1"),
+        ("run.device=tpu", "run.device must be one of cpu, cuda, got 'tpu'"),
+        ("run.trainer.fdsp=x", "run.trainer has 'fdsp'.*did you mean 'fsdp'"),
+        ("run.trainer.num_train_epochs=x", "run.trainer.num_train_epochs must be a number, got"),
+        ("run.trainer.use_cpu=3", "run.trainer.use_cpu must be true or false, got 3"),
+        ("model.hiden_size=3", "model has no key 'hiden_size'; did you mean 'hidden_size'"),
+        ("model.keep_rate=2", "model.keep_rate must be more than 0 and at most 1, got 2"),
+        ("model.num_frames=0", "model.num_frames must be an integer of at least 1, got 0"),
+        ("model.block_size=257", "model.block_size must be 1 to 256, got 257"),
+        ("model.num_attention_heads=384", "model.num_attention_heads must be such that hidden"),
+        ("model.layer_norm_eps=-1", "model.layer_norm_eps must be a number of at least 0"),
+        ("model.bias_init_std=.nan", "model.bias_init_std must be a number of at least 0, got nan"),
+        ("model.eval_pattern_seed=x", "model.eval_pattern_seed must be an integer or None"),
+        ("model.loss_weights=3", "model.loss_weights must be keyed by"),
+        ("model.loss_weights={vtc: -1}", "model.loss_weights must be numbers of at least 0"),
+        ("model.vocab_size=3", "model.vocab_size is the tokenizer's"),
+        ("output=", "output: must be a path, got ''"),
+        ("data.train.0.root=x\udce9", "data.train.0.root must be UTF-8, as the recipe itself, got"),
+        ("lr=1e-3", "Did you mean: 'optimizer.lr'"),
+        ("optimizer.lrr=1e-3", "Did you mean: 'lr'"),
+        ("optimizer.lr={", "override: optimizer.lr must be YAML, got '{'"),
+        ("data.train.5.root=x", "data.train.5.root must be of a corpus 0 to 2, there are 2"),
+        ("data.root=x", "data.root must stand beside data.annotations=FILE"),
+    ],
+)
+def test_values_that_cannot_be_are_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe("pretrain-4f", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_cached_videos_have_no_times() -> None:
+    with pytest.raises(ValueError, match=r"data\.sampling must be rand or middle with data\.cache"):
+        load_recipe("pretrain-4f", ["data.sampling=fps2", "data.cache=true"])
+
+
+def test_the_default_recipe_is_within_its_limits() -> None:
+    assert load_recipe() == Recipe()
+
+
+def test_paths_are_taken_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = [
+        "output=~/runs/1e3",
+        "init.beit=~/beit",
+        "tokenizer.name=~/words",
+        "data.train.0.annotations=~/my: anno [old].json",
+        "data.train.0.root=on",
+        "data.train.1.root={videos",
+        "data.train.1.annotations=${oc.env:HOME}/x.json",
+        "init.bert=null",
+    ]
+    recipe = load_recipe("pretrain-4f", overrides)
+    assert recipe.output == f"{tmp_path}/runs/1e3"
+    assert recipe.init.beit == f"{tmp_path}/beit"
+    assert recipe.init.bert is None
+    assert recipe.tokenizer.name == f"{tmp_path}/words"
+    assert recipe.data.train[0].annotations == f"{tmp_path}/my: anno [old].json"
+    assert [corpus.root for corpus in recipe.data.train] == ["on", "{videos"]
+    assert recipe.data.train[1].annotations == f"{tmp_path}/x.json"
+    (tmp_path / "r.yaml").write_text("output: ~/runs/y\ninit: {checkpoint: ~/run}\n")
+    recipe = load_recipe("~/r.yaml")
+    assert (recipe.output, recipe.init.checkpoint) == (f"{tmp_path}/runs/y", f"{tmp_path}/run")
+
+
+def test_one_corpus_in_place_of_all() -> None:
+    given = ["data.kind=image", "data.annotations=my.json", "data.root=pictures", "data.workers=0"]
+    recipe = load_recipe("pretrain-4f", given)
+    assert recipe.data.train == [Corpus(annotations="my.json", root="pictures", kind="image")]
+    assert recipe.data.workers == 0
+    recipe = load_recipe("pretrain-4f", ["data.annotations=my.json"])
+    assert recipe.data.train == [Corpus(annotations="my.json")]
+
+
+def test_the_number_after_the_last_adds_a_corpus() -> None:
+    given = ["data.train.0.annotations=a.json", "data.train.1.annotations=b.json"]
+    recipe = load_recipe(None, [*given, "data.train.1.kind=image"])
+    assert recipe.data.train == [
+        Corpus(annotations="a.json"),
+        Corpus(annotations="b.json", kind="image"),
+    ]
+
+
+def test_a_folder_does_not_hide_a_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    assert load_recipe("small").output == "runs/small"
+    with pytest.raises(ValueError, match="did you mean 'small'"):
+        load_recipe("smallest-4f")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be read as YAML: .*Is a directory"):
+        load_recipe("folder")

@@ -1,6 +1,7 @@
 """Ranks, re-ranking, galleries with broken files, several clips, temporal probing, figures."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from svitt_ops.training.annotations import Entry, read_annotations
-from svitt_ops.training.build import build_model
+from svitt_ops.training.datasets import FrameReader
 from svitt_ops.training.figures import draw_survivors, find_survivors
 from svitt_ops.training.gallery import GalleryClips, build_gallery
 from svitt_ops.training.probing import pair_accuracy, pair_choices, probe_retrieval
@@ -21,17 +22,7 @@ from svitt_ops.training.retrieval import (
 )
 from svitt_ops.training.sampling import ORDERS
 from svitt_ops.training.table import render_retrieval
-from svitt_ops.training.text import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained(make_recipe: Any, corpus: Path) -> tuple[Any, Any, Any]:
-    """An untrained model, its tokenizer, and the gallery of the test clips."""
-    entries = read_annotations(corpus / "test.json").entries
-    tokenizer = train_tokenizer([c for e in entries for c in e.captions], 100)
-    torch.manual_seed(0)
-    model = build_model(make_recipe(Path("unused")), tokenizer)
-    return model.eval(), tokenizer, build_gallery(entries)
+from svitt_ops.training.video import UnusableVideoError
 
 
 def entry(media: str, captions: str) -> Entry:
@@ -52,6 +43,32 @@ def test_ties_are_no_success() -> None:
     ranks = best_ranks(torch.zeros(4, 10), torch.eye(4, 10, dtype=torch.bool))
     assert ranks.tolist() == [9] * 4
     assert recall_table(ranks) == {"R1": 0, "R5": 0, "R10": 100, "mean": pytest.approx(100 / 3)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_in_the_last_place(value: float, caplog: Any) -> None:
+    own = torch.eye(4, 9, dtype=torch.bool)
+    assert best_ranks(torch.full((4, 9), value), own).tolist() == [8] * 4
+    assert "4 of 4" in caplog.text
+    scores = own.float()  # perfect
+    scores[1] = value
+    scores[2, 2] = value
+    assert best_ranks(scores, own).tolist() == [0, 8, 8, 0]
+    scores = own.float()
+    scores[3, 0] = value  # a wrong candidate: -inf alone is less than the right one
+    assert best_ranks(scores, own).tolist() == [0, 0, 0, int(value != -math.inf)]
+    gallery = build_gallery([entry("a", "one two"), entry("b", "three")])
+    wrong = torch.tensor([[0.9, 0.1], [0.2, value], [0.3, 0.7]])
+    for scores in ((wrong,), (wrong.nan_to_num(), wrong)):
+        with pytest.raises(ValueError, match=r"scores of texts: 1 of 3 not finite, .*'two'"):
+            recalls(scores[0], gallery, *scores[1:])
+
+
+def test_a_positive_that_is_not_a_number_spoils_its_row() -> None:
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
+    scores[0, 1] = math.nan
+    positives = torch.tensor([[True, True, False]] * 2)
+    assert best_ranks(scores, positives).tolist() == [1, 0]
 
 
 def test_galleries_group_what_shares_a_video() -> None:
@@ -173,11 +190,46 @@ def test_probing(trained: Any) -> None:
     assert "normal - shuffled" in render_retrieval(found)
 
 
+def test_probing_compares_the_same_videos(trained: Any, monkeypatch: Any) -> None:
+    """A frame that one order alone needs cannot be read: its video is left out of all orders."""
+    model, tokenizer, gallery = trained
+    bad = gallery.videos[2]
+    read = FrameReader.read
+
+    def unless_reversed(self: FrameReader, path: str, kind: Any, choose: Any) -> torch.Tensor:
+        chosen = list(choose([k / 8 for k in range(8)]))
+        if path == bad and chosen == sorted(chosen, reverse=True) and len(set(chosen)) > 1:
+            raise UnusableVideoError(f"{path}: frame 7 of 8 cannot be decoded")
+        return read(self, path, kind, lambda _: chosen)
+
+    monkeypatch.setattr(FrameReader, "read", unless_reversed)
+    found = probe_retrieval(model, tokenizer, gallery)
+    for order in ORDERS:
+        assert found[order]["videos"] == 7, order
+        assert found[order]["skipped"] == {bad: f"{bad}: frame 7 of 8 cannot be decoded"}
+    assert list(found) == [*ORDERS, "delta"]
+    assert "1 unusable video skipped" in render_retrieval(found)
+    monkeypatch.undo()
+    without = probe_retrieval(model, tokenizer, gallery.without([2]))
+    assert all(without[order]["mean"] == found[order]["mean"] for order in ORDERS)
+
+
 def test_pair_choices() -> None:
     scores = torch.tensor([[0.9, 0.5, 0, 0], [0.6, 0.7, 0, 0], [0, 0, 0.1, 0.1], [0, 0, 0.3, 0.1]])
     right = pair_choices(scores, torch.tensor([[0, 1], [2, 3]]))
     assert right[:, 0].all()
     assert not right[:, 1].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_pair_choices_of_what_is_not_finite_are_wrong(value: float) -> None:
+    pairs = torch.tensor([[0, 1]])
+    assert not pair_choices(torch.full((2, 2), value), pairs).any()
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    for place in ((0, 0), (0, 1)):
+        one = scores.clone()
+        one[place] = value
+        assert pair_choices(one, pairs).sum() == 2  # those without it
 
 
 def test_pairs_cannot_be_told_apart_by_frozen_frames(trained: Any) -> None:

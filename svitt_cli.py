@@ -1,0 +1,302 @@
+"""The `svitt` command: its words, and how it ends. Imports neither torch nor `svitt_ops`.
+
+`import svitt_ops` takes the second or more that torch does. So this module stands outside of the
+package: help and mistyped words are answered at once. What the commands do is in
+`svitt_ops.training.cli`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+DESCRIPTION = """\
+svitt-ops: sparse video-text transformers, from kernels to trained models.
+
+  svitt demo                                  see all of it work, in minutes, without a GPU
+  svitt pretrain --config small ...           train on your videos
+  svitt evaluate retrieval runs/small ...     find videos by text and texts by video
+  svitt bench --quick                         how fast the kernels are on your machine
+"""
+PRETRAIN = """\
+Train a model from a recipe: a YAML file, or the name of one that comes with the package.
+Any value of the recipe can be overridden by key=value:
+
+  svitt pretrain --config small data.annotations=my.json data.root=videos
+  svitt pretrain --config small --show > my-recipe.yaml
+  torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml
+
+An annotation file is a JSON list of {"video": path, "caption": text}, or JSON lines, CSV, TSV or
+parquet with these fields. Paths are relative to the working folder, and ~ is the home folder.
+Unusable videos are skipped, counted and listed in the output folder. A run that was killed goes on
+where its last checkpoint was when the same command is given again.
+"""
+RETRIEVAL = """\
+Find videos by text and texts by video, in annotation files like those of training:
+
+  svitt evaluate retrieval runs/small --annotations my.json --root videos
+  svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
+
+R@K is the share of queries with a right answer among the first K. Candidates with the same score
+as the right answer come before it, so a model that gives everything one score finds nothing.
+"""
+INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
+BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `svitt` command; the exit status: 2 after a mistake, 130 after Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may hold anything
+        sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = argparse.Namespace(command=None)
+    try:
+        try:
+            _parse(argv, arguments)
+            logging.basicConfig(handlers=[_LogHandler()], format="%(levelname)s %(message)s")
+            status: int = import_module("svitt_ops.training.cli").run(arguments)
+            return status
+        finally:
+            _flush()  # here, where a full disk or a reader that left can still be answered
+    except BrokenPipeError:
+        _abandon_stdout()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        line, status = "interrupted", INTERRUPTED
+    except Exception as error:
+        explained = explain(error, arguments.command)
+        if explained is None:
+            _end_bars()
+            raise
+        line, status = explained, 2
+        _abandon_stdout()
+    _end_bars()
+    print(f"svitt {arguments.command}: {line}", file=sys.stderr)
+    return status
+
+
+def explain(error: Exception, command: str | None = None) -> str | None:
+    """What went wrong, in a line; None for a fault of this library, whose trace is wanted."""
+    kind, text = type(error).__name__, one_line(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] in ("svitt_ops", "svitt_cli", "torch"):
+            return None
+        extra = "bench" if command == "bench" else "train"
+        return f"needs {error.name}, of the extra `{extra}`: {INSTALL.format(extra=extra)}"
+    if isinstance(error, OSError):
+        reason = error.strerror or text
+        return reason if error.filename is None else f"{error.filename}: {reason}"
+    if isinstance(error, ValueError) or kind == "SafetensorError":
+        return text
+    if (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+    ):
+        smaller = "a smaller optimizer.batch_size, or run.gradient_checkpointing=true, takes less"
+        return f"out of memory{f'; {smaller}' if command == 'pretrain' else ''} ({text})"
+    if isinstance(error, RuntimeError) and re.search(r"DataLoader worker .* (exited|killed)", text):
+        return f"a process that reads videos died, perhaps for want of memory ({text})"
+    return None
+
+
+def one_line(text: str) -> str:
+    """A message without line breaks; of an error out of a worker process, its last line alone."""
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        names = [*re.finditer(r"^[\w.]+(?:Error|Exception): ", text, re.MULTILINE)]
+        text = text[names[-1].end() :] if names else text
+    return " ".join(text.split())
+
+
+class _LogHandler(logging.Handler):
+    """Writes above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm: Any = sys.modules.get("tqdm")
+        write = print if tqdm is None else tqdm.tqdm.write
+        write(self.format(record), file=sys.stderr)
+
+
+def _end_bars() -> None:
+    """Close progress bars that an error has left open: nothing is to be glued to them."""
+    tqdm: Any = sys.modules.get("tqdm")
+    for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
+        bar.close()
+
+
+def _flush() -> None:
+    if sys.stdout is None:  # closed by whoever started the command
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _abandon_stdout() -> None:
+    """Drop what cannot be written, or the interpreter would complain about it once more."""
+    try:
+        _flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # not everything is a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
+    parser = _parser()
+    _, rest = parser.parse_known_args(argv, arguments)
+    if arguments.command == "bench":
+        arguments.rest = rest  # the benchmark has a parser of its own
+    elif rest and hasattr(arguments, "overrides") and not any(x.startswith("-") for x in rest):
+        arguments.overrides += rest  # after an option that follows others
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="svitt", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"svitt-ops {version('svitt-ops')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="film a little corpus, pretrain a tiny model on it, evaluate, draw",
+        description="Film a corpus of mp4 files whose captions differ by the order of events"
+        " alone, pretrain a tiny SViTT on it through 4 and 8 frames, evaluate it on scenes it has"
+        " never seen, and draw which patches survive. A few minutes on two CPU cores.",
+    )
+    demo.add_argument(
+        "--output", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    demo.add_argument("--motion", action="store_true", help="the harder corpus of moving shapes")
+    demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
+    _add_overrides(demo)
+
+    pretrain = commands.add_parser(
+        "pretrain", help="train from a recipe", description=PRETRAIN, formatter_class=raw
+    )
+    pretrain.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="a YAML file, or the name of a recipe of the package, such as small",
+    )
+    pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
+    _add_overrides(pretrain)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a trained model")
+    tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
+    found = tasks.add_parser(
+        "retrieval", help="R@1/5/10 both ways", description=RETRIEVAL, formatter_class=raw
+    )
+    found.add_argument("model", help="folder of a run or of a model")
+    found.add_argument(
+        "--annotations",
+        required=True,
+        nargs="+",
+        metavar="JSON",
+        help='{"video": path, "caption": text or texts}, in any form that training reads',
+    )
+    found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
+    found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
+    found.add_argument("--paragraph", action="store_true", help="join a video's captions to one")
+    found.add_argument("--clips", type=int, default=1, help="clips of each video (default: 1)")
+    found.add_argument("--strided", action="store_true", help="clips take every n-th frame")
+    found.add_argument(
+        "--merge",
+        choices=("logsumexp", "mean", "max"),
+        default="logsumexp",
+        help="how match scores of a video's clips become one (default: logsumexp)",
+    )
+    found.add_argument(
+        "--top-k",
+        type=int,
+        default=128,
+        metavar="K",
+        help="best candidates that the match head ranks anew; 0: none (default: 128)",
+    )
+    _add_reading(found)
+    found.add_argument(
+        "--probe",
+        action="store_true",
+        help="also with frames shuffled, reversed and frozen: does the model use time?",
+    )
+    found.add_argument("--bf16", action="store_true", help="compute in bf16")
+    found.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    found.add_argument("--batch-size", type=int, default=32, help="clips at a time (default: 32)")
+    found.add_argument(
+        "--workers", type=int, default=2, help="processes that decode; 0: none (default: 2)"
+    )
+    found.add_argument("--json", metavar="FILE", help="also write the numbers here")
+
+    visualize = commands.add_parser(
+        "visualize",
+        help="draw which patches of a video survive pruning",
+        description="Draw the frames of videos with the patches that survive: after visual pruning,"
+        " and after multimodal pruning, which looks for what the caption says.",
+    )
+    visualize.add_argument("model", help="folder of a run or of a model")
+    visualize.add_argument("video", nargs="+", help="video files")
+    visualize.add_argument(
+        "--caption", nargs="+", required=True, metavar="TEXT", help="one for each video"
+    )
+    visualize.add_argument(
+        "--output", default="survivors.png", metavar="PNG", help="figure (default: %(default)s)"
+    )
+    _add_reading(visualize)
+
+    sparsity = commands.add_parser(
+        "sparsity",
+        help="edges and tokens of the full-size model, the paper's Table A1",
+        description="How sparse the full-size model is: attention edges against dense attention,"
+        " multiplications (MACs), and the tokens left after each pruning.",
+    )
+    sparsity.add_argument(
+        "--frames", type=int, nargs="+", default=[4, 8, 16], metavar="T", help="(default: 4 8 16)"
+    )
+
+    commands.add_parser(
+        "bench", add_help=False, help="measure the kernels and the training step, against peers"
+    )
+
+    info = commands.add_parser("info", help="versions, devices, what was built, what will run")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="of a clip; a model of another number is expanded (default: the model's)",
+    )
+    parser.add_argument(
+        "--text-length",
+        type=int,
+        metavar="N",
+        help="tokens; longer texts are cut, and counted (default: that of training, else 32)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("antialias", "official"),
+        help="how frames become the model's size (default: that of training, else antialias)",
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe values, such as optimizer.lr=1e-4"
+    )

@@ -1,0 +1,146 @@
+"""`make guides`: every documented command, as a reader gives it, on what a reader brings.
+
+    python tests/guides BIN FOLDER      # where `svitt` is installed, and an empty folder to work in
+
+Commands are taken from the README, the recipes' guide and `--help`, word for word; what `PLAN` adds
+to one makes it shorter, not different. A command that is documented and not in `PLAN` is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpus import FILMS, write_corpus
+from documented import documented_commands
+from weights import TINY, write_weights
+
+SHORT = "optimizer.steps=6 optimizer.warmup_steps=2 run.save_steps=3"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One documented command."""
+
+    command: str
+    more: str = ""
+    """Arguments behind it that make it shorter."""
+    leaves: str = ""
+    """The file that it must leave behind."""
+    killed_at: str = ""
+    """Killed once this exists, and then given again."""
+
+
+OWN = "data.annotations=my.json data.root=videos"
+SMALL = f"svitt pretrain --config small {OWN}"
+PICTURES = (
+    "svitt pretrain --config small data.annotations=pictures.json data.root=pictures"
+    " data.kind=image output=runs/pictures"
+)
+FOUND = "svitt evaluate retrieval runs/small --annotations my.json --root videos"
+SEEN = 'svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png'
+RANKS = "torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml"
+STAGES = {n: f"svitt pretrain --config pretrain-{n}f" for n in (4, 8)}
+PLAN = (
+    Step("svitt info"),
+    Step("svitt sparsity --frames 4 8 16"),
+    Step(
+        "svitt demo", "optimizer.steps=2 optimizer.batch_size=8", leaves="runs/demo/survivors.png"
+    ),
+    Step(
+        SMALL,
+        SHORT,
+        leaves="runs/small/final/model.safetensors",
+        killed_at="runs/small/checkpoint-3",
+    ),
+    Step("svitt pretrain --config small --show > my-recipe.yaml", leaves="my-recipe.yaml"),
+    Step(RANKS, f"{OWN} {SHORT} output=runs/ranks", leaves="runs/ranks/final/config.json"),
+    Step(PICTURES, SHORT, leaves="runs/pictures/final/model.safetensors"),
+    Step(f"{FOUND} --probe", "--json probe.json", leaves="probe.json"),
+    Step(FOUND, "--json found.json", leaves="found.json"),
+    Step(SEEN, leaves="survivors.png"),
+    Step(STAGES[4], "--show"),
+    Step(
+        f"{STAGES[4]} {OWN}",
+        f"{SHORT} optimizer.batch_size=8 {TINY}",
+        leaves="runs/svitt-4f/final/config.json",
+    ),
+    Step(
+        f"{STAGES[8]} {OWN}",
+        f"{SHORT} optimizer.batch_size=8",
+        leaves="runs/svitt-8f/final/config.json",
+    ),
+)
+ELSEWHERE = {
+    "svitt bench --quick": "needs the checkout: `make bench`",
+    "svitt pretrain --config small ...": "an abbreviation",
+    "svitt evaluate retrieval runs/small ...": "an abbreviation",
+}
+
+
+def main(programs: Path, folder: Path) -> None:
+    documented = documented_commands(programs / "svitt")
+    unknown = set(documented) - {step.command for step in PLAN} - set(ELSEWHERE)
+    for command in sorted(unknown):
+        print(f"documented in {documented[command]}, but not run here: {command}")
+    if unknown:
+        sys.exit(1)
+    write_corpus(folder)
+    write_weights(folder)
+    environment = dict(os.environ, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    for step in PLAN:
+        line = f"{step.command} {step.more}".replace("per-node 8", "per-node 2")
+        began = time.monotonic()
+        if step.killed_at:
+            _kill(line, folder, environment, folder / step.killed_at)
+        _run(line, folder, environment)
+        if step.leaves and not (folder / step.leaves).is_file():
+            sys.exit(f"{step.command}: did not leave {step.leaves}")
+        print(f"{time.monotonic() - began:5.0f} s  {step.command}", flush=True)
+    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    assert found["videos"] == FILMS and len(found["skipped"]) == 2, found
+    print(f"{len(PLAN)} documented commands ran, {len(ELSEWHERE)} are run elsewhere")
+
+
+def _run(line: str, folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode or "Traceback" in done.stdout:
+        sys.exit(f"{done.stdout}\nexit {done.returncode}: {line}")
+
+
+def _kill(line: str, folder: Path, environment: dict[str, str], seen: Path) -> None:
+    """Start a command, and kill it with all of its processes once a file is there."""
+    log = folder / "killed.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        while not seen.exists():
+            if process.poll() is not None:
+                sys.exit(f"{log.read_text()}\nended before {seen}: {line}")
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
