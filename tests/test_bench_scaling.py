@@ -65,9 +65,9 @@ def test_both_sides_pass_their_gates_and_a_broken_head_does_not(biased: bool) ->
     case = next(x for x in scaling.cases("cpu") if x.fields["bias"] == biased)
     problem = scaling.problem(scaling.shrunk(case))
     assert next(x.name for x in problem.providers) == "svitt_ops" and len(problem.providers) == 2
+    # The budget is twice the error of torch's own fp32, which is the processor's affair.
+    dtype = torch.float16
     for provider in problem.providers:
-        # How torch's own kernels round is the processor's affair.
-        dtype = torch.float32 if provider.name == "svitt_ops" else torch.float16
         for direction in harness.DIRECTIONS:
             found = harness.results(provider.build(), problem, direction)
             expected = problem.oracles[provider.oracle]()

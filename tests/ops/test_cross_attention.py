@@ -109,12 +109,12 @@ def rounded_terms(
     v: torch.Tensor,
     grad: torch.Tensor,
     scale: float | None,
-    saliency: torch.Tensor,
+    oracle: dict[str, torch.Tensor],
 ) -> dict[str, float]:
     """Magnitudes of dP = dO V^T times what it multiplies; a row of one key cancels it exactly.
 
-    And of a logit's terms times the saliency: how well their sum comes out in fp32 is a matter of
-    its order, which a kernel has one of and a processor's BLAS another.
+    And of a logit's terms times what its weight multiplies: how well their sum comes out in fp32 is
+    a matter of its order, which a kernel has one of and a processor's BLAS another.
     """
     if not q.numel() or not k.numel():
         return {}
@@ -122,7 +122,7 @@ def rounded_terms(
     slope = scale * (grad.float() @ v.float().mT).abs().max().item()
     logits = scale * (q.float().abs() @ k.float().abs().mT).max().item()
     return {
-        "saliency": logits * saliency.max().item(),
+        **{name: logits * x.abs().max().item() for name, x in oracle.items()},
         "grad_query": slope * k.abs().max().item(),
         "grad_key": slope * q.abs().max().item(),
     }
@@ -141,7 +141,7 @@ def test_matches_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
     with poisoned():
         found = cross_attention_results(*arguments, **options)
     assert found.keys() == oracle.keys()
-    terms = rounded_terms(*arguments, case.scale, oracle["saliency"])
+    terms = rounded_terms(*arguments, case.scale, oracle)
     for name, result in found.items():
         assert_within_budget(
             result, baseline[name], oracle[name], f"{case} {name}", dtype, terms.get(name, 0.0)
