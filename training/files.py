@@ -47,9 +47,8 @@ class MediaFile:
     """An open regular file. Names are never taken for addresses, patterns or protocols."""
 
     def __init__(self, path: str | Path) -> None:
-        mode = os.stat(
-            os.fspath(path)
-        ).st_mode  # first: to open a FIFO waits, to open a device may act
+        # First: to open a FIFO waits, to open a device may act.
+        mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise UnusableVideoError(f"is {KINDS.get(stat.S_IFMT(mode), 'something')}, not a file")
         self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -59,7 +58,9 @@ class MediaFile:
             os.close(self._descriptor)
             raise UnusableVideoError("is empty")
         self.changed = facts.st_mtime
-        self.identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        # ctime, too: whoever copies times may put another film of the same size in its place.
+        changes = facts.st_mtime_ns, facts.st_ctime_ns
+        self.identity = (facts.st_dev, facts.st_ino, facts.st_size, *changes)
 
     def __enter__(self) -> MediaFile:
         return self

@@ -12,6 +12,7 @@ from svitt_ops.training.files import MediaFile
 
 Spans = list[tuple[int, int]]
 UNKNOWN = 2**31 - 16  # and more say those who write into a pipe
+FILLED = (b"moov", b"moof", b"mdat")  # what frames are made of; the rest may be no box at all
 # Matroska: what is entered, and what holds a frame.
 SEGMENT, CLUSTER, BLOCK_GROUP = 0x18538067, 0x1F43B675, 0xA0
 SIMPLE_BLOCK, BLOCK = 0xA3, 0xA1
@@ -34,7 +35,7 @@ def declared_size(file: MediaFile, container: str) -> int:
         size = int.from_bytes(file.read(4, 4), "little")
         return 8 + size if size < UNKNOWN else 0
     if container.startswith("mov"):
-        return max((end for _, _, end in _boxes(file)), default=0)
+        return max((end for name, _, end in _boxes(file) if name in FILLED), default=0)
     if container == "asf":
         head = file.read(0, 2**16)
         facts = head[head.find(FILE_PROPERTIES) :][:96]

@@ -116,7 +116,7 @@ class Film:
                 else:
                     done = any(
                         self._follow(run, group, found, size, key=start)
-                        for start in dict.fromkeys((key, key // 2))
+                        for start in dict.fromkeys((key, key - 1, key // 2))
                         if start
                     )
                 if not done:
@@ -158,7 +158,7 @@ class Film:
             except av.FFmpegError:
                 return False
             most = wanted[-1] - int(np.searchsorted(times, time)) + OVERRUN
-            packets = itertools.islice(self._known(run), most)
+            packets = self._known(run, most)
         taken: dict[int, Tensor] = {}
         among = set(wanted)
         for frame in run.frames(packets):
@@ -178,12 +178,17 @@ class Film:
         found.update(taken)
         return True
 
-    def _known(self, run: Pass) -> Iterator[Packet]:
-        """Packets after a seek, as long as they are those that were listed, in their order."""
+    def _known(self, run: Pass, most: int) -> Iterator[Packet]:
+        """Packets from the first key frame after a seek, as long as they are those listed.
+
+        A seek may land within a packet, as in MPEG program streams: that one is passed over.
+        """
         listed, place = self._line.packets, None
-        for packet in run.packets():
+        for packet in itertools.islice(run.packets(), most):
             if place is None:
                 same = (listed == (packet.pts, packet.size)).all(1)
+                if packet.pts not in self._line.keys[:, 0] or not same.any():
+                    continue
                 place = int(same.argmax())
             if place == len(listed) or (packet.pts, packet.size) != tuple(listed[place]):
                 return

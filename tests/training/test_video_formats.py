@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops.training import timeline
+from svitt_ops.training.decoding import Pass
 from svitt_ops.training.files import MediaFile
 from svitt_ops.training.video import UnusableVideoError, read_frames
 
@@ -188,6 +189,14 @@ def test_each_frame_alone_is_that_of_reading_all(tmp_path: Path, name: str) -> N
 def test_shapes_of_mp4(tmp_path: Path, flags: str) -> None:
     path = film(tmp_path / "a.mp4", 20, options=GROUPS, container={"movflags": flags}, sound=0.8)
     check(path, range(20))
+
+
+@pytest.mark.parametrize("flags", ["frag_keyframe+empty_moov", "faststart"])
+@pytest.mark.parametrize("more", [bytes(5000), b"\r\n--boundary of an upload--\r\n" * 9])
+def test_what_trails_an_mp4_is_not_missing(tmp_path: Path, flags: str, more: bytes) -> None:
+    path = film(tmp_path / "a.mp4", options=X264, container={"movflags": flags}, size=(96, 72))
+    path.write_bytes(path.read_bytes() + more)
+    assert numbers(read_frames(path)) == list(range(20))
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.[aow]*")), ids=lambda path: path.name)
@@ -413,6 +422,35 @@ def test_reads_about_what_was_asked_for(
     assert later < size / 3
 
 
+SEEKS = {
+    "a.ts": ("libx264", {**X264, "g": "10", "bf": "2"}),
+    "a.vob": ("mpeg2video", {"q": "4", "g": "10", "bf": "2"}),  # a seek lands within a picture
+}
+
+
+@pytest.mark.parametrize("name", SEEKS)
+def test_decodes_about_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    codec, options = SEEKS[name]
+    path = film(tmp_path / name, 120, codec, options=options)
+    os.utime(path, (0, 0))  # one that still changes is not remembered
+    read_frames(path, lambda times: [0])
+    decoded = 0
+    plain = Pass.frames
+
+    def frames(self: Pass, *packets: Any) -> Iterator[av.VideoFrame]:
+        nonlocal decoded
+        for frame in plain(self, *packets):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(Pass, "frames", frames)
+    found = read_frames(path, lambda times: [62, 105])
+    assert numbers(found) == [62, 105 % 64]
+    assert decoded < 60
+
+
 def test_a_file_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "a.ts", 20, options=GROUPS, size=(96, 72))
     os.utime(path, (0, 0))
@@ -439,6 +477,17 @@ def test_a_file_that_changes_is_listed_again(tmp_path: Path) -> None:
     assert len(read_frames(path, lambda times: range(len(times)))) == 20
     film(path, 12, "mpeg4", options=QUALITY, size=(96, 72))
     assert len(read_frames(path, lambda times: range(len(times)))) == 12
+
+
+def test_another_film_of_the_same_size_and_time(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.avi", 20, "rawvideo", "bgr24", size=(96, 72))
+    other = film(tmp_path / "b.avi", 20, "rawvideo", "bgr24", size=(72, 96)).read_bytes()
+    assert len(other) == path.stat().st_size
+    os.utime(path, (0, 0))
+    assert read_frames(path).shape == (20, 3, 72, 96)
+    path.write_bytes(other)  # as those do that synchronise in place
+    os.utime(path, (0, 0))
+    assert read_frames(path).shape == (20, 3, 96, 72)
 
 
 MEMORY = """
