@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from svitt_ops.training.paths import expand
 from svitt_ops.training.recipes import RESIZES, Data, Recipe, map_paths
@@ -71,6 +72,37 @@ OF_A_CORPUS: dict[str, Rule] = {
     "kind": _one_of("video", "image"),
     "captions": _one_of("each", "join"),
 }
+
+
+def check_form(kind: Any, value: Any, where: str, key: str = "") -> None:
+    """Raise a ValueError that names the first value that is no mapping, list or pair, but must be.
+
+    Args:
+        kind: the type that the value stands for, a section of a recipe or the type of its field.
+        value: as YAML has it.
+        where: what the message begins with.
+        key: of the value.
+    """
+    words, form = "", cast(Any, get_origin(kind) or kind)
+    if isinstance(value, str) and "${" in value:  # not known before it is filled in
+        return
+    if is_dataclass(kind) or form is dict:
+        section = f" of {form.__name__}" if is_dataclass(kind) else ""
+        words = "" if isinstance(value, dict) else f"a mapping of keys{section}"
+    elif form is list:
+        words = "" if isinstance(value, list) else "a list"
+    elif form is tuple:
+        pair = isinstance(value, list) and len(value) == 2
+        words = "" if pair and all(map(_is_number, value)) else "a list of two numbers"
+    if words:
+        raise ValueError(f"{where}{key} must be {words}, got {value!r}")
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        for name, inner in value.items():
+            check_form(kinds.get(name), inner, where, f"{key}.{name}" if key else str(name))
+    elif form is list:
+        for number, inner in enumerate(value):
+            check_form(get_args(kind)[0], inner, where, f"{key}.{number}")
 
 
 def check_values(recipe: Recipe) -> None:
@@ -149,6 +181,14 @@ def _path(key: str, path: str) -> str:
     if not expanded.isascii() and any("\ud800" <= letter <= "\udfff" for letter in expanded):
         raise ValueError(f"recipe: {key} must be UTF-8, as the recipe itself, got {path!r}")
     return expanded
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str) and "${" in value
+    return not isinstance(value, bool)
 
 
 def _is_sampling(mode: str) -> bool:
