@@ -12,7 +12,7 @@ from pathlib import Path
 from svitt_ops.training.annotations import Entry
 from svitt_ops.training.checkpoints import last_checkpoint, model_folder
 from svitt_ops.training.folders import check_folder
-from svitt_ops.training.paths import expand, input_file, input_folder, output_folder
+from svitt_ops.training.paths import expand, input_file, input_folder
 from svitt_ops.training.recipe_checks import check_config, check_values
 from svitt_ops.training.recipes import Recipe, map_paths
 from svitt_ops.training.text import load_tokenizer
@@ -36,10 +36,12 @@ def check_run(recipe: Recipe) -> Recipe:
     recipe = copy.deepcopy(recipe)
     check_values(recipe)
     map_paths(recipe, _whole)
+    last = last_checkpoint(Path(recipe.output))
+    if last and recipe.optimizer.steps and last[0] >= recipe.optimizer.steps:
+        return recipe  # it is complete, and needs nothing any more
     _check_data(recipe)
     _check_init(recipe)
-    output = output_folder(recipe.output, "recipe: output")
-    if last_checkpoint(output) is None:  # or the tokenizer is that of the checkpoint
+    if last is None:  # or the tokenizer is that of the checkpoint
         _check_tokenizer(recipe)
     return recipe
 

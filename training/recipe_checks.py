@@ -211,6 +211,10 @@ def _check_trainer(options: dict[str, Any]) -> None:
             if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):
                 kind = "true or false" if wanted is bool else "a number"
                 raise ValueError(f"recipe: run.trainer.{name} must be {kind}, got {value!r}")
+        if name == "fp16" and value:
+            raise ValueError("recipe: run.trainer.fp16 is not supported; set run.precision=bf16")
+        if name == "gradient_accumulation_steps":
+            raise ValueError(f"recipe: run.trainer.{name} must be set by optimizer.accumulation")
         if name not in defaults:
             raise ValueError(
                 f"recipe: run.trainer has {name!r}, no TrainingArguments has;"
