@@ -18,11 +18,6 @@ from svitt_ops.training.recipes import Recipe, map_paths
 from svitt_ops.training.text import load_tokenizer
 
 log = logging.getLogger(__name__)
-DOWNLOADS = {
-    "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
-    "bert": "google-bert/bert-base-uncased",
-}
-"""What the paper starts from."""
 LOOKED_FOR = 1000
 """Entries of which one file at least must be there."""
 
@@ -110,7 +105,9 @@ def _check_init(recipe: Recipe) -> None:
         return
     for kind, source in (("beit", init.beit), ("bert", init.bert)):
         if source is not None:
-            advice = f"get it by: hf download {DOWNLOADS[kind]} --local-dir {source}"
+            from svitt_ops.models.convert import RELEASED
+
+            advice = f"get it by: hf download {RELEASED[kind]} --local-dir {source}"
             check_folder(f"recipe: init.{kind}", source, (kind,), advice)
 
 

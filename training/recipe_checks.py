@@ -137,9 +137,12 @@ def check_values(recipe: Recipe) -> None:
 
 def check_model_keys(recipe: Recipe) -> None:
     """Raise a ValueError that names a key of the model that is none, or is not the recipe's."""
+    from transformers import PreTrainedConfig
+
     from svitt_ops.models import SViTTConfig
 
-    known = [*SViTTConfig().to_dict()]
+    general = PreTrainedConfig().to_dict()  # of no meaning here, such as id2label
+    known = [name for name in SViTTConfig().to_dict() if name not in general]
     for name in recipe.model:
         if name not in known:
             raise ValueError(f"recipe: model has no key {name!r}; {unknown_key(name, known)}")
