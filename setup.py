@@ -83,7 +83,7 @@ def runs(command: list[str]) -> str | None:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip()
-        return said.splitlines()[-1]
+        return said.splitlines()[-1] if said else f"{command[0]} fails"
     return None
 
 

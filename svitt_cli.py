@@ -91,6 +91,8 @@ def explain(error: Exception, command: str | None = None) -> str | None:
             return None
         extra = "bench" if command == "bench" else "train"
         return f"needs {error.name}, of the extra `{extra}`: {INSTALL.format(extra=extra)}"
+    if isinstance(error, ImportError) and error.name is None:
+        return text  # said by a library that looked for another
     if isinstance(error, OSError):
         reason = error.strerror or text
         return reason if error.filename is None else f"{error.filename}: {reason}"

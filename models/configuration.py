@@ -234,6 +234,7 @@ class SViTTConfig(VideoConfig):
         if self.fusion_layer > self.text_num_hidden_layers:
             self._refuse("fusion_layer", f"0 to {self.text_num_hidden_layers}", self.fusion_layer)
         self._check_layers("multimodal_prune_layers", self.num_fusion_layers)
+        self._check_numbers("temperature_min", "temperature_init", "temperature_max")
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:
             limits = f"{self.temperature_min} to {self.temperature_max}"
             self._refuse("temperature_init", limits, self.temperature_init)

@@ -179,6 +179,9 @@ def _visualize(arguments: argparse.Namespace) -> int:
             f"--caption: must be one for each of the {len(arguments.video)} videos,"
             f" got {len(arguments.caption)}"
         )
+    for caption in arguments.caption:
+        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise ValueError(f"--caption: must be text in UTF-8, got {caption!r}")
     from svitt_ops.training.collate import count_cut
     from svitt_ops.training.figures import draw_survivors, figure_file, find_survivors
     from svitt_ops.training.sampling import sample_positions
@@ -224,6 +227,8 @@ def _visualize(arguments: argparse.Namespace) -> int:
 def _sparsity(arguments: argparse.Namespace) -> int:
     from svitt_ops.training.table import render_sparsity
 
+    if min(arguments.frames) < 1:
+        raise ValueError(f"--frames: must be at least 1, got {min(arguments.frames)}")
     print(render_sparsity(arguments.frames))
     return 0
 

@@ -100,8 +100,8 @@ def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Reci
     for override in overrides:
         if re.match(r"output=|seed=|init\.|data\.(train|annotations)\b", override):
             raise ValueError(
-                f"demo: output, seed, init and the corpus must be left to --output, --seed and the"
-                f" demo, got {override!r}"
+                f"override: must leave output, seed, init and the corpus to --output, --seed and"
+                f" the demo, got {override!r}"
             )
     recipes: dict[str, Recipe] = {}
     for name in STAGES:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,17 @@ if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
 log = logging.getLogger(__name__)
+_OWN = "the optimizer is AdamW, with the values of `optimizer`"
+UNUSED = {
+    "output_dir": "set output",
+    "per_device_train_batch_size": "set optimizer.batch_size",
+    "num_train_epochs": "set optimizer.epochs",
+    "resume_from_checkpoint": "a run goes on from the newest checkpoint of its output",
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2"), _OWN),
+    **dict.fromkeys(("adam_epsilon", "optim", "optim_args", "optim_target_modules"), _OWN),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"), _OWN),
+}
+"""Of `run.trainer`: what the recipe or this package decides, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +102,12 @@ def _pretrain(
 ) -> Trained:
     world = int(os.environ.get("WORLD_SIZE", 1))
     settings = recipe.optimizer
-    read_sharding(recipe)  # refused before anything is read
-    set_seed(recipe.seed)  # the initial weights, on every process
     resumed, broken = newest_whole(output)
     if resumed is not None and settings.steps and resumed[0] >= settings.steps:
         return _trained_before(output, resumed, settings.steps, rank)
+    read_sharding(recipe)  # refused before anything is read, as what follows
+    arguments = _arguments(recipe, world)
+    set_seed(recipe.seed)  # the initial weights, on every process
     entries = read_corpora(recipe.data.train, recipe.data, "train")
     check_batches(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     if resumed is None:
@@ -107,11 +119,6 @@ def _pretrain(
         refuse_other_shapes(model.config, resumed[1], also=("image_size", "num_frames"))
     dataset = build_dataset(recipe, entries, model.config.num_frames)
     del entries  # or forked workers would each come to own a copy
-    if settings.batch_size % (world * settings.accumulation):
-        raise ValueError(
-            f"recipe: optimizer.batch_size must be a multiple of {world} processes x"
-            f" {settings.accumulation} accumulated batches, got {settings.batch_size}"
-        )
     batches = GlobalBatches(
         dataset.items,
         settings.batch_size // settings.accumulation,
@@ -127,16 +134,16 @@ def _pretrain(
         for path, reason in broken.items():
             text = "%s: %s; going on from %s, and it is renamed to %s"
             log.warning(text, path, reason, resumed[1].name, f"{BROKEN}{path.name}")
-    arguments = _arguments(recipe, world, steps, model)
-    trainer = PretrainTrainer(
-        model,
-        arguments,
-        recipe,
-        dataset,
-        batches,
-        build_collator(recipe, tokenizer, model.config),
-        warmup,
-    )
+    known_now: dict[str, Any] = {
+        "max_steps": steps,
+        # A loss of weight 0 leaves its heads out of the graph.
+        "ddp_find_unused_parameters": not all(model.config.loss_weights.values()),
+    }
+    for name in known_now.keys() - recipe.run.trainer.keys():
+        setattr(arguments, name, known_now[name])
+    collator = build_collator(recipe, tokenizer, model.config)
+    with _of_trainer(recipe):
+        trainer = PretrainTrainer(model, arguments, recipe, dataset, batches, collator, warmup)
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar(settings.batch_size, label))
@@ -219,37 +226,47 @@ def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
     return total, warmup
 
 
-def _arguments(
-    recipe: Recipe, world: int, steps: int, model: SViTTForPreTraining
-) -> TrainingArguments:
+@contextmanager
+def _of_trainer(recipe: Recipe) -> Iterator[None]:
+    """Name `run.trainer` in an error about what it says."""
+    try:
+        yield
+    except Exception as error:  # of several packages, about arguments of any kind
+        if not recipe.run.trainer:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"recipe: run.trainer must be what TrainingArguments take, got {recipe.run.trainer}"
+            f" ({reason})"
+        ) from error
+
+
+def _arguments(recipe: Recipe, world: int) -> TrainingArguments:
+    """All arguments that can be known before the data is read."""
     settings, run = recipe.optimizer, recipe.run
-    known = {f.name for f in fields(TrainingArguments)}
-    unknown = sorted(set(run.trainer) - known)
-    if unknown:
-        raise ValueError(f"recipe: run.trainer has {unknown[0]!r}, no TrainingArguments has")
-    if run.trainer.get("fp16"):
-        raise ValueError("recipe: run.trainer.fp16 is not supported; set run.precision=bf16")
-    if run.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"recipe: run.device must be 'cpu' or 'cuda', got {run.device!r}")
+    if settings.batch_size % (world * settings.accumulation):
+        raise ValueError(
+            f"recipe: optimizer.batch_size must be a multiple of {world} processes x"
+            f" {settings.accumulation} accumulated batches, got {settings.batch_size}"
+        )
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("recipe: run.device is 'cuda', but torch sees no GPU here")
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     # What newer versions of transformers call it, and what older ones do.
+    known = {f.name for f in fields(TrainingArguments)}
     names = ("activation_checkpointing", "gradient_checkpointing")
     recompute = next(name for name in names if name in known)
     values: dict[str, Any] = {
         "output_dir": recipe.output,
         "per_device_train_batch_size": settings.batch_size // (world * settings.accumulation),
         "gradient_accumulation_steps": settings.accumulation,
-        "max_steps": steps,
+        "max_steps": settings.steps or 1,  # of epochs they are counted later
         "learning_rate": settings.lr,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "bf16": run.precision == "bf16",
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and world > 1 else None,
-        # A loss of weight 0 leaves its heads out of the graph.
-        "ddp_find_unused_parameters": not all(model.config.loss_weights.values()),
         recompute: run.gradient_checkpointing,
         "save_strategy": "steps",
         "save_steps": run.save_steps,
@@ -263,8 +280,11 @@ def _arguments(
         "log_level_replica": "error",  # as this one's: what changed is said by key
         "seed": recipe.seed,
     }
-    given = {key: value for key, value in run.trainer.items() if key not in KEYS}
-    arguments = TrainingArguments(**{**values, **given})
+    given = {key: value for key, value in run.trainer.items() if key not in (*KEYS, *UNUSED)}
+    with _of_trainer(recipe):
+        arguments = TrainingArguments(**{**values, **given})
+    for key in run.trainer.keys() & UNUSED.keys():
+        log.warning("run.trainer.%s has no effect: %s", key, UNUSED[key])
     if arguments.n_gpu > 1:
         # Trainer would wrap the model in nn.DataParallel, which splits the negatives of a batch.
         log.warning(

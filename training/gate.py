@@ -12,17 +12,12 @@ from pathlib import Path
 from svitt_ops.training.annotations import Entry
 from svitt_ops.training.checkpoints import last_checkpoint, model_folder
 from svitt_ops.training.folders import check_folder
-from svitt_ops.training.paths import expand, input_file, input_folder, output_folder
+from svitt_ops.training.paths import expand, input_file, input_folder
 from svitt_ops.training.recipe_checks import check_config, check_values
 from svitt_ops.training.recipes import Recipe, map_paths
 from svitt_ops.training.text import load_tokenizer
 
 log = logging.getLogger(__name__)
-DOWNLOADS = {
-    "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
-    "bert": "google-bert/bert-base-uncased",
-}
-"""What the paper starts from."""
 LOOKED_FOR = 1000
 """Entries of which one file at least must be there."""
 
@@ -36,10 +31,12 @@ def check_run(recipe: Recipe) -> Recipe:
     recipe = copy.deepcopy(recipe)
     check_values(recipe)
     map_paths(recipe, _whole)
+    last = last_checkpoint(Path(recipe.output))
+    if last and recipe.optimizer.steps and last[0] >= recipe.optimizer.steps:
+        return recipe  # it is complete, and needs nothing any more
     _check_data(recipe)
     _check_init(recipe)
-    output = output_folder(recipe.output, "recipe: output")
-    if last_checkpoint(output) is None:  # or the tokenizer is that of the checkpoint
+    if last is None:  # or the tokenizer is that of the checkpoint
         _check_tokenizer(recipe)
     return recipe
 
@@ -108,7 +105,9 @@ def _check_init(recipe: Recipe) -> None:
         return
     for kind, source in (("beit", init.beit), ("bert", init.bert)):
         if source is not None:
-            advice = f"get it by: hf download {DOWNLOADS[kind]} --local-dir {source}"
+            from svitt_ops.models.convert import RELEASED
+
+            advice = f"get it by: hf download {RELEASED[kind]} --local-dir {source}"
             check_folder(f"recipe: init.{kind}", source, (kind,), advice)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from svitt_ops.training.paths import output_folder
+
 log = logging.getLogger(__name__)
 LOCK = ".lock"
 _held: set[int] = set()
@@ -29,7 +31,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     there = folder.exists()
     handle = -1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output_folder(folder, "recipe: output")
         handle = _locked(folder / LOCK)
     except BlockingIOError as error:
         who = _text(folder / LOCK)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from svitt_ops.training.paths import expand
 from svitt_ops.training.recipes import RESIZES, Data, Recipe, map_paths
@@ -73,6 +74,37 @@ OF_A_CORPUS: dict[str, Rule] = {
 }
 
 
+def check_form(kind: Any, value: Any, where: str, key: str = "") -> None:
+    """Raise a ValueError that names the first value that is no mapping, list or pair, but must be.
+
+    Args:
+        kind: the type that the value stands for, a section of a recipe or the type of its field.
+        value: as YAML has it.
+        where: what the message begins with.
+        key: of the value.
+    """
+    words, form = "", cast(Any, get_origin(kind) or kind)
+    if isinstance(value, str) and "${" in value:  # not known before it is filled in
+        return
+    if is_dataclass(kind) or form is dict:
+        section = f" of {form.__name__}" if is_dataclass(kind) else ""
+        words = "" if isinstance(value, dict) else f"a mapping of keys{section}"
+    elif form is list:
+        words = "" if isinstance(value, list) else "a list"
+    elif form is tuple:
+        pair = isinstance(value, list) and len(value) == 2
+        words = "" if pair and all(map(_is_number, value)) else "a list of two numbers"
+    if words:
+        raise ValueError(f"{where}{key} must be {words}, got {value!r}")
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        for name, inner in value.items():
+            check_form(kinds.get(name), inner, where, f"{key}.{name}" if key else str(name))
+    elif form is list:
+        for number, inner in enumerate(value):
+            check_form(get_args(kind)[0], inner, where, f"{key}.{number}")
+
+
 def check_values(recipe: Recipe) -> None:
     """Raise a ValueError that names the first key whose value cannot be."""
     for key, rule in RULES.items():
@@ -105,9 +137,12 @@ def check_values(recipe: Recipe) -> None:
 
 def check_model_keys(recipe: Recipe) -> None:
     """Raise a ValueError that names a key of the model that is none, or is not the recipe's."""
+    from transformers import PreTrainedConfig
+
     from svitt_ops.models import SViTTConfig
 
-    known = [*SViTTConfig().to_dict()]
+    general = PreTrainedConfig().to_dict()  # of no meaning here, such as id2label
+    known = [name for name in SViTTConfig().to_dict() if name not in general]
     for name in recipe.model:
         if name not in known:
             raise ValueError(f"recipe: model has no key {name!r}; {unknown_key(name, known)}")
@@ -151,6 +186,14 @@ def _path(key: str, path: str) -> str:
     return expanded
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str) and "${" in value
+    return not isinstance(value, bool)
+
+
 def _is_sampling(mode: str) -> bool:
     rate = re.fullmatch(r"fps(\d+(?:\.\d+)?)", mode)
     return mode in ("rand", "middle") or (rate is not None and 0 < float(rate[1]) < inf)
@@ -171,6 +214,10 @@ def _check_trainer(options: dict[str, Any]) -> None:
             if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):
                 kind = "true or false" if wanted is bool else "a number"
                 raise ValueError(f"recipe: run.trainer.{name} must be {kind}, got {value!r}")
+        if name == "fp16" and value:
+            raise ValueError("recipe: run.trainer.fp16 is not supported; set run.precision=bf16")
+        if name == "gradient_accumulation_steps":
+            raise ValueError(f"recipe: run.trainer.{name} must be set by optimizer.accumulation")
         if name not in defaults:
             raise ValueError(
                 f"recipe: run.trainer has {name!r}, no TrainingArguments has;"

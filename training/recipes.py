@@ -23,6 +23,7 @@ PATHS = (
     r"output|init\.(?:checkpoint|beit|bert)|tokenizer\.name|data\.train\.\d+\.(?:annotations|root)"
 )
 """Keys that hold a path; those of `init` and `tokenizer` may be names of downloads too."""
+PAIRS = ("data.crop_scale.", "optimizer.betas.")
 RESIZES = ("antialias", "official")
 
 
@@ -181,10 +182,14 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
         ValueError: a key is unknown, a value has the wrong type or cannot be; the message names it.
     """
+    from svitt_ops.training.recipe_checks import check_form, check_values
+
     try:
         merged: Any = OmegaConf.structured(Recipe)
         if source is not None:
-            merged = OmegaConf.merge(merged, _read(source))
+            content = _read(source)
+            check_form(Recipe, OmegaConf.to_container(content), f"recipe {source}: ")
+            merged = OmegaConf.merge(merged, content)
         for key, value in _one_corpus([_split(override) for override in overrides]):
             merged = _override(merged, key, value)
         recipe = OmegaConf.to_object(merged)
@@ -194,8 +199,6 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
         where = f"{source or 'defaults'}{f': {place}' if place else ''}"
         raise ValueError(f"recipe {where}: {message}{_elsewhere(error)}") from error
     assert isinstance(recipe, Recipe)
-    from svitt_ops.training.recipe_checks import check_values
-
     check_values(recipe)
     return recipe
 
@@ -241,7 +244,7 @@ def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override: must be key=value, got {override!r}")
-    return key, value
+    return re.sub(r"\[(\d+)\]", r".\1", key), value  # lists are indexed in either way
 
 
 def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -261,6 +264,11 @@ def _override(merged: Any, key: str, value: str) -> Any:
     place = next((k for k, part in enumerate(parts) if part.isdigit()), None)
     if place is not None:
         _append(OmegaConf.select(merged, ".".join(parts[:place])), key, int(parts[place]))
+        if key.startswith(PAIRS):
+            whole = ".".join(parts[:place])
+            raise ValueError(
+                f"override: {whole} must be given as a whole, {whole}=[A,B], got {key}"
+            )
     if _is_path(key):  # as it is: it may hold a colon, brackets, or look like a number
         OmegaConf.update(merged, key, None if value == "null" else value)
         return merged
@@ -271,10 +279,20 @@ def _override(merged: Any, key: str, value: str) -> Any:
     except (yaml.YAMLError, UnicodeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"override: {key} must be YAML, got {value!r}: {reason}") from error
+    from svitt_ops.training.recipe_checks import check_form
+
     if place is not None:  # an element of a list: merge replaces lists
-        OmegaConf.update(merged, key, OmegaConf.select(nested, key), merge=True)
+        element = OmegaConf.select(nested, key)
+        if re.fullmatch(r"data\.train\.\d+", key):
+            check_form(Corpus, _plain(element), "override: ", key)
+        OmegaConf.update(merged, key, element, merge=True)
         return merged
+    check_form(Recipe, _plain(nested), "override: ")
     return OmegaConf.merge(merged, nested)
+
+
+def _plain(content: Any) -> Any:
+    return OmegaConf.to_container(content) if OmegaConf.is_config(content) else content
 
 
 def _append(elements: Any, key: str, number: int) -> None:

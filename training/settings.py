@@ -8,14 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svitt_ops.training.checkpoints import FINAL
+from svitt_ops.training.checkpoints import FINAL, RECIPE
 from svitt_ops.training.recipes import RESIZES
 
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
 log = logging.getLogger(__name__)
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)

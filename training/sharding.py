@@ -48,7 +48,8 @@ def read_sharding(recipe: Recipe) -> Sharding | None:
     words = "full_shard" if wanted is True else wanted
     words = words.split() if isinstance(words, str) else words
     # transformers' words; "auto_wrap" says what is done anyway.
-    if not isinstance(words, list) or sorted({*words} - {"auto_wrap"}) not in WAYS:
+    names = words if isinstance(words, list) else []
+    if sorted({*map(str, names)} - {"auto_wrap"}) not in WAYS:
         raise ValueError(
             "recipe: run.trainer.fsdp must be true, 'full_shard' or 'shard_grad_op',"
             f" got {wanted!r}"
@@ -67,10 +68,16 @@ def read_sharding(recipe: Recipe) -> Sharding | None:
                 f"recipe: run.trainer.fsdp_config has {key}={value!r}; known: version=2,"
                 " reshard_after_forward, transformer_layer_cls_to_wrap"
             )
-    layers = config.get("transformer_layer_cls_to_wrap")
+    layers = config.get("transformer_layer_cls_to_wrap", [])
+    layers = [layers] if isinstance(layers, str) else layers or []
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(
+            "recipe: run.trainer.fsdp_config.transformer_layer_cls_to_wrap must be names of"
+            f" classes, got {layers!r}"
+        )
     return Sharding(
-        layers=None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers),
-        reshard=bool(config.get("reshard_after_forward", "full_shard" in words)),
+        layers=tuple(layers) or None,
+        reshard=bool(config.get("reshard_after_forward", "full_shard" in names)),
     )
 
 

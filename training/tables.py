@@ -121,7 +121,12 @@ def _json(path: Path, text: str) -> list[Row]:
     if isinstance(content, dict):
         if isinstance(content.get("sentences"), list) and isinstance(content.get("videos"), list):
             return _sentences(path, content)
-        if "caption" in content and len({"video", "image"} & set(content)) == 1:
+        media = {"video", "image"} & set(content)
+        if "caption" in content and len(media) == 1:
+            if isinstance(content[media.pop()], list) and isinstance(content["caption"], list):
+                raise ValueError(
+                    f"annotations {path}: must be a list of rows, got an object of columns"
+                )
             return [Row("line 1", content)]  # JSON lines, of one line
         found = f"dict with the fields {fields_of(content)}"
     else:

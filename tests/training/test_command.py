@@ -91,6 +91,7 @@ def test_the_command_is_the_light_one() -> None:
         (ValueError("recipe: x\n  must be y"), "recipe: x must be y"),
         (FileNotFoundError(2, "No such file or directory", "a.json"), "a.json: No such file or"),
         (OSError(28, "No space left on device", "/runs/x"), "/runs/x: No space left on device"),
+        (ImportError("no liger-kernel:\n pip install it"), "no liger-kernel: pip install it"),
         (OSError("cannot\nbe"), "cannot be"),
         (MemoryError("512 GB"), "out of memory (512 GB)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory (DefaultCPU"),
@@ -221,11 +222,13 @@ def test_overrides_may_follow_options(home: Path, capsys: pytest.CaptureFixture[
             "--output: must end in",
         ),
         (["visualize", "~/half", "bad.yaml", "--caption=x"], "no weights"),
+        (["visualize", "RUN", "bad.yaml", "--caption=\udcff"], "--caption: must be text in UTF-8"),
+        (["sparsity", "--frames", "4", "0"], "--frames: must be at least 1, got 0"),
         (["demo", "--output=bad.yaml"], "--output: must be a folder to write to"),
         (["demo", "--output=new", "optimizer.steps=0"], "optimizer.steps must be at least 1"),
         (
             ["demo", "--output=new", "output=x"],
-            "demo: output, seed, init and the corpus must be left",
+            "override: must leave output, seed, init and the corpus",
         ),
     ],
 )

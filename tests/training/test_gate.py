@@ -74,6 +74,16 @@ def no_file_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokenizer={train_vocab_size: null}", "tokenizer needs a name or a train_vocab_size"),
         ("data.text_length=33", r"at most model\.max_position_embeddings \(32\), got 33"),
         ("data.train=[]", r"data\.train must list at least one corpus"),
+        (
+            "run.trainer.accelerator_config={x: 1}",
+            r"^recipe: run\.trainer must be .*TypeError: .*'x'",
+        ),
+        (
+            "run.trainer.save_strategy=foo",
+            r"^recipe: run\.trainer must be .*foo is not a valid Save",
+        ),
+        ("run.trainer.fp16=true", r"run\.trainer\.fp16 is not supported; set run\.precision"),
+        ("run.trainer.gradient_accumulation_steps=2", r"must be set by optimizer\.accumulation"),
     ],
 )
 def test_what_is_not_there_is_named(
@@ -95,7 +105,7 @@ def test_what_is_not_there_is_named(
     with pytest.raises(ValueError, match=message) as error:
         pretrain(make_recipe(tmp_path / "run", override))
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_file_is_opened")

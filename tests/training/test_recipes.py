@@ -85,7 +85,7 @@ def test_wrong_overrides_are_named(override: str, named: str) -> None:
         ("optimizer: {lr: 3", "YAML"),
         ("- a\n- b", "mapping"),
         ("optimizer: 3", "Optimizer"),
-        ("data: {train: {annotations: x}}", "container"),
+        ("data: {train: {annotations: x}}", "data.train must be a list"),
         ("data: {train: [{root: x}]}", "annotations"),
     ],
 )
@@ -96,6 +96,39 @@ def test_wrong_files_are_named(tmp_path: Path, text: str, named: str) -> None:
         load_recipe(path)
     assert named in str(error.value)
     assert "recipe" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("data:\n", "data must be a mapping of keys of Data, got None"),
+        ("optimizer: 5\n", "optimizer must be a mapping of keys of Optimizer, got 5"),
+        ("data: {train: {annotations: a}}", "data.train must be a list, got {'annotations': 'a'}"),
+        (
+            "data: {train: [[a.json, videos]]}",
+            "data.train.0 must be a mapping of keys of Corpus, got ['a.",
+        ),
+        ("optimizer: {betas: [.9, x]}", "optimizer.betas must be a list of two numbers, got [0.9,"),
+        ("run: {trainer: [1]}", "run.trainer must be a mapping of keys, got [1]"),
+    ],
+)
+def test_values_of_another_form_are_named(tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_recipe(path)
+    assert str(error.value).startswith(f"recipe {path}: {named}")
+
+
+def test_forms_that_stand_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "data: {train: [{annotations: a}], crop_scale: ['0.5', '${optimizer.eps}']}\n"
+        "optimizer: {betas: '${data.crop_scale}', eps: 0.75}\n"
+    )
+    recipe = load_recipe(path, ["data.train[0].root=x", "data.train[1].annotations=b"])
+    assert recipe.optimizer.betas == recipe.data.crop_scale == (0.5, 0.75)
+    assert recipe.data.train == [Corpus(annotations="a", root="x"), Corpus(annotations="b")]
 
 
 def test_unknown_recipe_lists_the_shipped_ones() -> None:
@@ -152,6 +185,9 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("model.eval_pattern_seed=x", "model.eval_pattern_seed must be an integer or None"),
         ("model.loss_weights=3", "model.loss_weights must be keyed by"),
         ("model.loss_weights={vtc: -1}", "model.loss_weights must be numbers of at least 0"),
+        ("model.id2label=5", "model has no key 'id2label'"),
+        ("model.dtype=nope", "model has no key 'dtype'"),
+        ("model.temperature_min=x", "model.temperature_min must be a number of at least 0, got"),
         ("model.vocab_size=3", "model.vocab_size is the tokenizer's"),
         ("output=", "output: must be a path, got ''"),
         ("data.train.0.root=x\udce9", "data.train.0.root must be UTF-8, as the recipe itself, got"),
@@ -160,6 +196,29 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("optimizer.lr={", "override: optimizer.lr must be YAML, got '{'"),
         ("data.train.5.root=x", "data.train.5.root must be of a corpus 0 to 2, there are 2"),
         ("data.root=x", "data.root must stand beside data.annotations=FILE"),
+        ("data.train=a.json", "override: data.train must be a list, got 'a.json'"),
+        ("data.train.x.root=a", "override: data.train must be a list, got {'x': {'root': 'a'}}"),
+        (
+            "data.train=[a.json]",
+            r"override: data.train.0 must be a mapping of keys of Corpus, got 'a\.json'",
+        ),
+        (
+            "data.train[1]=[a, b]",
+            r"override: data.train.1 must be a mapping of keys of Corpus, got \['a', 'b",
+        ),
+        ("data.train[5].root=x", "data.train.5.root must be of a corpus 0 to 2"),
+        ("optimizer=3", "override: optimizer must be a mapping of keys of Optimizer, got 3"),
+        ("run={trainer: [a]}", r"override: run.trainer must be a mapping of keys, got \['a'\]"),
+        ("model=[]", r"override: model must be a mapping of keys, got \[\]"),
+        ("optimizer.betas=[a,b]", r"override: optimizer.betas must be a list of two numbers, got"),
+        ("optimizer.betas=[.9]", r"override: optimizer.betas must be a list of two numbers, got"),
+        (
+            "optimizer.betas=0.9,0.98",
+            "override: optimizer.betas must be a list of two numbers, got",
+        ),
+        ("optimizer.betas.0=.9", "override: optimizer.betas must be given as a whole"),
+        ("data.crop_scale=null", "override: data.crop_scale must be a list of two numbers, got N"),
+        ("init=???", r"override: init must be a mapping of keys of Init, got '\?\?\?'"),
     ],
 )
 def test_values_that_cannot_be_are_named(override: str, message: str) -> None:

@@ -139,6 +139,8 @@ def test_a_complete_run_given_again(
     text = (output / "recipe.yaml").read_text()
     recipe.data.train[0].annotations = str(corpus / "test.json")
     recipe.seed = 5
+    recipe.data.train[0].annotations = "gone.json"
+    recipe.init.checkpoint = "gone"
     shutil.rmtree(output / "final")  # killed before it was written
     again = pretrain(recipe)
     assert [r.getMessage() for r in caplog.records] == [f"already trained 6 of 6 steps: {output}"]
@@ -223,7 +225,7 @@ def test_weights_of_another_shape(output: Path, make_recipe: Any, tmp_path: Path
     wrong = r"^recipe: model.text_hidden_size must be 16 as in the weights of .*final, got 24$"
     with pytest.raises(ValueError, match=wrong):
         pretrain(start)
-    assert not any((tmp_path / "next").iterdir())
+    assert not (tmp_path / "next").exists()
 
 
 def test_two_runs_in_one_folder(make_recipe: Any, tmp_path: Path) -> None:
@@ -384,7 +386,7 @@ def test_several_gpus_without_torchrun(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     recipe = stored(original.folder.parent)
     recipe.run.device = None
-    arguments = _arguments(recipe, 1, 6, original.model)
+    arguments = _arguments(recipe, 1)
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == recipe.optimizer.batch_size
     assert "2 GPUs, of which one is used" in caplog.text
@@ -394,6 +396,16 @@ def test_several_gpus_without_torchrun(
 def test_fp16_is_refused(make_recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^recipe: run.trainer.fp16 is not supported"):
         pretrain(make_recipe(tmp_path / "run", "run.trainer.fp16=true"))
+
+
+def test_arguments_without_effect_are_named(
+    make_recipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("run.trainer={optim: foo, logging_first_step: true}", "optimizer.steps=7")
+    arguments = _arguments(make_recipe(tmp_path / "run", *options), 1)
+    assert arguments.logging_first_step and arguments.max_steps == 7
+    said = ["run.trainer.optim has no effect: the optimizer is AdamW, with the values of `optimize"]
+    assert [r.getMessage()[: len(said[0])] for r in caplog.records] == said
 
 
 def test_goes_on_from_a_scalar_temperature(output: Path, original: Trained) -> None:

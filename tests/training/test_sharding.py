@@ -81,9 +81,11 @@ def test_what_is_asked_for(
     assert read("fsdp=shard_grad_op") == Sharding(reshard=False)
     config = "fsdp_config={fsdp_reshard_after_forward: false, transformer_layer_cls_to_wrap: A}"
     assert read("fsdp=[full_shard]", config) == Sharding(layers=("A",), reshard=False)
-    for option in ("fsdp=hybrid_shard", "fsdp=3", "fsdp=full_shard shard_grad_op"):
+    for option in ("fsdp=hybrid_shard", "fsdp=3", "fsdp=[[a]]", "fsdp=full_shard shard_grad_op"):
         with pytest.raises(ValueError, match=r"^recipe: run.trainer.fsdp must be true, 'full_sh"):
             read(option)
+    with pytest.raises(ValueError, match=r"layer_cls_to_wrap must be names of classes, got \[5\]"):
+        read("fsdp=true", "fsdp_config.transformer_layer_cls_to_wrap=[5]")
     for option in ("cpu_offload=true", "version=1"):
         with pytest.raises(ValueError, match=f"^recipe: run.trainer.fsdp_config has {option[:7]}"):
             read("fsdp=true", f"fsdp_config.{option}")

@@ -178,6 +178,10 @@ def test_a_comma_without_quotes_is_named(tmp_path: Path) -> None:
         (b'{"data": [], "version": 1}', "got dict with the fields 'data', 'version'"),
         (b"[" + b"9" * 5000 + b"]", "must be JSON, but Exceeds the limit"),
         (b'"a text"', "must be a JSON list of objects, got str"),
+        (
+            b'{"video": ["a", "b"], "caption": ["x", "y"]}',
+            "must be a list of rows, got an object of columns",
+        ),
         (b'{"video": 1}\n{"video"', "must be JSON|no usable entry"),
     ],
 )
