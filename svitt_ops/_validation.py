@@ -18,6 +18,7 @@ _INTS = (int, torch.SymInt)
 _FLOATS: tuple[type, ...] = (float, torch.SymFloat, *_INTS)
 _NO_NUMBERS = (bool, Tensor)
 _INT64 = 2**63
+_STRIDED = torch.strided
 
 
 def check_int(op: str, name: str, value: Any) -> int:
@@ -99,10 +100,18 @@ def check_generator(op: str, generator: Any) -> None:
         )
 
 
+def check_dense(op: str, name: str, x: Any, what: str = "a tensor") -> None:
+    """A tensor that is neither sparse nor nested nor in a library's own format."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be {what}, got {type(x).__name__}")
+    if x.layout is not _STRIDED or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"{op}: {name} must be dense (torch.strided), got a {kind} tensor")
+
+
 def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
     """A floating tensor of a dtype that the kernels take, on ``device``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_dense(op, name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
     if device is not None and x.device != device:
@@ -166,8 +175,7 @@ def check_int32(
     op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device
 ) -> None:
     """An int32 tensor of one of several shapes, on ``device``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    check_dense(op, name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
     # Symbolic sizes are compared one by one: torch.compile misjudges tuples of them.

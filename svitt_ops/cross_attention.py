@@ -81,8 +81,7 @@ def cross_attention(
 
 
 def _check_mask(mask: Tensor, key: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{_OP}: key_padding_mask must be a tensor, got {type(mask).__name__}")
+    _validation.check_dense(_OP, "key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{_OP}: key_padding_mask must be bool, got {mask.dtype}")
     shape = (key.shape[0], key.shape[2])

@@ -108,6 +108,7 @@ def check_embeddings(op: str, name: str, x: Tensor, like: Tensor | None = None) 
 def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
     """The temperature as a fp32 scalar on the device of ``like``; a tensor is not read."""
     if isinstance(temperature, Tensor):
+        _validation.check_dense(op, "temperature", temperature)
         if temperature.numel() != 1 or not temperature.is_floating_point():
             raise ValueError(
                 f"{op}: temperature must be a float or a floating tensor of one element, "
@@ -127,8 +128,7 @@ def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Ten
 
 def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:
     """Integer ids ``(rows,)``, as contiguous int64."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(ids).__name__}")
+    _validation.check_dense(op, name, ids)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
     if tuple(ids.shape) != (rows,):

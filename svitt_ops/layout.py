@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from svitt_ops import _library
-from svitt_ops._validation import check_count, check_device, check_generator, readable
+from svitt_ops._validation import check_count, check_dense, check_device, check_generator, readable
 from svitt_ops.randomness import SeededGenerator, rand
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ class BlockLayout:
         """
         op = "BlockLayout.from_mask"
         sizes = _check_sizes(op, num_tokens, block_size, num_global)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"{op}: mask must be a bool tensor, got {got}")
+        check_dense(op, "mask", mask, "a bool tensor")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be a bool tensor, got {mask.dtype}")
         blocks = -(-sizes[0] // sizes[1])
         if mask.dim() not in (2, 3, 4) or mask.shape[-2:] != (blocks, blocks):
             raise ValueError(
@@ -290,9 +290,7 @@ class BlockLayout:
 
     def _check_lists(self) -> None:
         for name in _LISTS:
-            x = getattr(self, name)
-            if not isinstance(x, Tensor):
-                raise TypeError(f"BlockLayout: {name} must be a tensor, got {type(x).__name__}")
+            check_dense("BlockLayout", name, getattr(self, name))
         blocks, lead = self.num_blocks, self.key_counts.shape[:-1]
         for name in ("key", "query"):
             counts, numbers = getattr(self, f"{name}_counts"), getattr(self, f"{name}_blocks")

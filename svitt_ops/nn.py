@@ -277,8 +277,7 @@ def _check_heads(module: str, dim: Any, num_heads: Any) -> tuple[int, int]:
 
 def _check_tokens(module: str, name: str, x: Any, dim: int) -> None:
     """What a projection of ``dim`` inputs takes: ``(batch, tokens, dim)``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{module}: {name} must be a tensor, got {type(x).__name__}")
+    _validation.check_dense(module, name, x)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(
             f"{module}: {name} must have shape (batch, tokens, {dim}), got {tuple(x.shape)}"

@@ -5,6 +5,7 @@ Each refusal is one line that names the function and the argument.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,9 @@ QKV = torch.randn(2, 2, 21, 8)
 ROWS = torch.nn.functional.normalize(torch.randn(4, 8), dim=1)
 IDS = torch.tensor([0, 1, 1, 2])
 TOKENS = torch.randn(2, 21, 16)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that they are a prototype
+    NESTED = torch.nested.nested_tensor([ROWS, ROWS])
 LAYOUT = so.BlockLayout.local_random(20, block_size=4)
 LISTS = {
     name: getattr(LAYOUT, name)
@@ -51,6 +55,9 @@ WRONG: dict[str, list[Any]] = {
     "grid": [8, None, "abc", (1, 2), (1, 4, 5, 6), (0, 4, 5), (1, 4.0, 5), (True, 4, 5), 2.5],
     "group": [5, "a", object(), torch.ones(2, 2)],
 }
+WRONG["tensor"] += [QKV.to_sparse(), NESTED]
+WRONG["tensor?"] += [IDS.to_sparse(), NESTED]
+WRONG["temperature"] += [torch.ones(1).to_sparse(), NESTED]
 WRONG["device!"] = [*WRONG["device"], None]
 WRONG["grid"] += [torch.tensor([1, 4, 5]), np.array(0.5)]
 
@@ -185,7 +192,15 @@ def test_a_wrong_argument_is_named_in_one_line(name: str) -> None:
 def test_modules_name_what_they_are_given(module: Any) -> None:
     layer = module(16, 2)
     other: Any = LAYOUT if module is BlockSparseSelfAttention else TOKENS
-    for value in ([[1.0]], TOKENS[0], TOKENS[..., :8], None, 1.5, np.ones((2, 21, 16))):
+    for value in (
+        [[1.0]],
+        TOKENS.to_sparse(),
+        TOKENS[0],
+        TOKENS[..., :8],
+        None,
+        1.5,
+        np.ones((2, 21, 16)),
+    ):
         with pytest.raises((TypeError, ValueError), match=f"^{module.__name__}: tokens must "):
             layer(value, other)
     with pytest.raises(TypeError, match="CrossAttention: context must be a tensor, got NoneType"):
