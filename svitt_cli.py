@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, status = explained, 2
         _abandon_stdout()
     _end_bars()
-    print(f"svitt {arguments.command}: {line}", file=sys.stderr)
+    print(f"{' '.join(filter(None, ('svitt', arguments.command)))}: {line}", file=sys.stderr)
     return status
 
 

@@ -157,8 +157,9 @@ def test_a_reader_that_leaves_is_no_mistake(command: list[str]) -> None:
     assert (run.returncode, run.stderr) == (141, b"")
 
 
-def test_a_full_disk_behind_stdout_is_named() -> None:
-    code = "import svitt_cli, sys; sys.exit(svitt_cli.main(['info']))"
+@pytest.mark.parametrize(("word", "name"), [("info", "svitt info"), ("--help", "svitt")])
+def test_a_full_disk_behind_stdout_is_named(word: str, name: str) -> None:
+    code = f"import svitt_cli, sys; sys.exit(svitt_cli.main([{word!r}]))"
     with open("/dev/full", "w") as full:
         run = subprocess.run(
             [sys.executable, "-c", code],
@@ -168,7 +169,7 @@ def test_a_full_disk_behind_stdout_is_named() -> None:
             env=BUFFERED,
         )
     assert run.returncode == 2
-    assert run.stderr == "svitt info: standard output: No space left on device\n"
+    assert run.stderr == f"{name}: standard output: No space left on device\n"
 
 
 def test_overrides_may_follow_options(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
