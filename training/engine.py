@@ -223,18 +223,13 @@ def _arguments(
     recipe: Recipe, world: int, steps: int, model: SViTTForPreTraining
 ) -> TrainingArguments:
     settings, run = recipe.optimizer, recipe.run
-    known = {f.name for f in fields(TrainingArguments)}
-    unknown = sorted(set(run.trainer) - known)
-    if unknown:
-        raise ValueError(f"recipe: run.trainer has {unknown[0]!r}, no TrainingArguments has")
     if run.trainer.get("fp16"):
         raise ValueError("recipe: run.trainer.fp16 is not supported; set run.precision=bf16")
-    if run.device not in (None, "cpu", "cuda"):
-        raise ValueError(f"recipe: run.device must be 'cpu' or 'cuda', got {run.device!r}")
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("recipe: run.device is 'cuda', but torch sees no GPU here")
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     # What newer versions of transformers call it, and what older ones do.
+    known = {f.name for f in fields(TrainingArguments)}
     names = ("activation_checkpointing", "gradient_checkpointing")
     recompute = next(name for name in names if name in known)
     values: dict[str, Any] = {
@@ -264,7 +259,10 @@ def _arguments(
         "seed": recipe.seed,
     }
     given = {key: value for key, value in run.trainer.items() if key not in KEYS}
-    arguments = TrainingArguments(**{**values, **given})
+    try:
+        arguments = TrainingArguments(**{**values, **given})
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"recipe: run.trainer: {' '.join(str(error).split())}") from error
     if arguments.n_gpu > 1:
         # Trainer would wrap the model in nn.DataParallel, which splits the negatives of a batch.
         log.warning(

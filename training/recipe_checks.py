@@ -72,6 +72,22 @@ OF_A_CORPUS: dict[str, Rule] = {
     "captions": _one_of("each", "join"),
 }
 
+KEY_OF = {
+    "output_dir": "output",
+    "seed": "seed",
+    "max_steps": "optimizer.steps",
+    "num_train_epochs": "optimizer.epochs",
+    "warmup_steps": "optimizer.warmup_steps",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.betas",
+    "adam_beta2": "optimizer.betas",
+    "adam_epsilon": "optimizer.eps",
+    "per_device_train_batch_size": "optimizer.batch_size",
+    "gradient_accumulation_steps": "optimizer.accumulation",
+}
+"""Arguments that would not be followed, or not everywhere, and the recipe's keys that are."""
+
 
 def check_values(recipe: Recipe) -> None:
     """Raise a ValueError that names the first key whose value cannot be."""
@@ -175,4 +191,8 @@ def _check_trainer(options: dict[str, Any]) -> None:
             raise ValueError(
                 f"recipe: run.trainer has {name!r}, no TrainingArguments has;"
                 f" {unknown_key(name, known)}"
+            )
+        if name in KEY_OF:
+            raise ValueError(
+                f"recipe: run.trainer.{name} must be left to {KEY_OF[name]}, got {value!r}"
             )

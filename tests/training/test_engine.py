@@ -184,6 +184,7 @@ def test_recipes_that_cannot_be(make_recipe: Any, tmp_path: Path) -> None:
     wrong = {
         "batch_size: must not exceed": ("optimizer.batch_size=64",),
         "run.trainer has 'colour'": ("run.trainer.colour=red",),
+        "^recipe: run.trainer: False is not a valid": ("run.trainer.save_strategy=no",),
         "data.train must list": ("data.train=[]",),
         "cannot be read": ("data.train=[{annotations: none.json}]",),
         "checkpoint: must be the folder": ("init.checkpoint=none",),

@@ -142,6 +142,8 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("run.trainer.fdsp=x", "run.trainer has 'fdsp'.*did you mean 'fsdp'"),
         ("run.trainer.num_train_epochs=x", "run.trainer.num_train_epochs must be a number, got"),
         ("run.trainer.use_cpu=3", "run.trainer.use_cpu must be true or false, got 3"),
+        ("run.trainer.learning_rate=3", "run.trainer.learning_rate must be left to optimizer.lr"),
+        ("run.trainer.max_steps=3", "run.trainer.max_steps must be left to optimizer.steps, got 3"),
         ("model.hiden_size=3", "model has no key 'hiden_size'; did you mean 'hidden_size'"),
         ("model.keep_rate=2", "model.keep_rate must be more than 0 and at most 1, got 2"),
         ("model.num_frames=0", "model.num_frames must be an integer of at least 1, got 0"),
