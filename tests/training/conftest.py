@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
-sys.path.append(str(Path(__file__).parent))  # for running.py
+sys.path.append(str(Path(__file__).parent))  # for films.py and running.py
 
 from svitt_ops.training.annotations import read_annotations
 from svitt_ops.training.build import build_model
