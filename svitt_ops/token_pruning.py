@@ -146,7 +146,8 @@ def _count(op: str, keep_rate: float, num_tokens: int) -> int:
     keep_rate = _validation.check_float(op, "keep_rate", keep_rate, "a number")
     if not 0 < keep_rate <= 1:
         raise ValueError(f"{op}: keep_rate must be more than 0 and at most 1, got {keep_rate}")
-    return math.ceil(round(keep_rate * num_tokens, 9))
+    # As after `round`, whose C++ by torch's inductor is inexact: sizes would differ from Python's.
+    return math.ceil(keep_rate * num_tokens - 5e-10)
 
 
 def _check_keep(op: str, keep: Any, num_tokens: int) -> int:

@@ -6,6 +6,7 @@ The backend "aot_eager" traces all that a compiler would; the code that it write
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,24 @@ def test_numbers_as_arguments(dynamic: bool | None) -> None:
     function, x = compiled(run, dynamic), torch.randn(2, 2, 21, 8)
     for numbers in ((0.3, 0.5, 3), (0.4, 0.6, 4), (1, 1, 5)):
         torch.testing.assert_close(function(x, *numbers), run(x, *numbers))
+
+
+def test_sizes_are_what_compiled_code_makes_of_them() -> None:
+    """C++ of torch's inductor takes `round(x, 9)` times an inexact 1e-9: a token more than is."""
+    graphs, prune = [], so.nn.TokenPruning(0.55)
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(prune, backend=keep, fullgraph=True, dynamic=True)
+    assert run(torch.randn(2, 101, 8), torch.randn(2, 100)).tokens.shape == (2, 56, 8)
+    sizes = [str(x) for node in graphs[0].graph.nodes for x in pytree.tree_leaves(node.meta)]
+    assert not any("Round" in x for x in sizes)
+    for rate in (i / 100 for i in range(1, 101)):
+        for count in (1, 7, 100, 196, 784, 6272, 100_000):
+            assert so.keep_count(rate, count) == math.ceil(round(rate * count, 9))
 
 
 def test_what_builds_layouts() -> None:
