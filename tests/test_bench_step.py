@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import svitt_ops
 
@@ -54,7 +55,8 @@ def test_every_variant_passes_its_gate_and_leaves_the_model_as_it_was(
     part: str, dtype: str
 ) -> None:
     problem = svitt_step.problem(tiny(part, dtype))
-    found = verdicts(problem)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fast one fails under some ATEN_CPU_CAPABILITY
+        found = verdicts(problem)
     assert tuple(found) == PROVIDERS
     for name, verdict in found.items():
         assert verdict["passed"], (name, verdict["objection"])

@@ -45,10 +45,12 @@ def nothing_lost(output: Path, steps: list[int]) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_learning_rate_that_is_too_high(make_recipe: Any, tmp_path: Path, precision: str) -> None:
     options = ("optimizer.lr=1e6", "run.save_steps=1", f"run.precision={precision}")
-    with pytest.raises(ValueError, match=r"^loss_vtc is not finite in step 2: ") as caught:
+    # Which number overflows first, and when, is a matter of the processor's rounding.
+    with pytest.raises(ValueError, match=r" is not finite in step [23]: training stop") as caught:
         pretrain(make_recipe(tmp_path / "run", *options))
-    assert f"the last checkpoint is {tmp_path / 'run' / 'checkpoint-1'};" in str(caught.value)
-    nothing_lost(tmp_path / "run", [1])
+    done = int(str(caught.value).partition(" in step ")[2][0]) - 1
+    assert f"the last checkpoint is {tmp_path / 'run' / f'checkpoint-{done}'};" in str(caught.value)
+    nothing_lost(tmp_path / "run", [*range(1, done + 1)])
 
 
 def hooked(model: Any) -> None:
@@ -100,8 +102,8 @@ def test_the_command_exits_with_2(
     path = write(make_recipe(tmp_path / "run", "optimizer.lr=1e6"), tmp_path / "r.yaml")
     assert main(["pretrain", "--config", str(path)]) == 2
     errors = capsys.readouterr().err
-    wanted = "svitt pretrain: loss_vtc is not finite in step 2: training stopped, no checkpoint was"
-    assert wanted in errors
+    (line,) = (line for line in errors.splitlines() if line.startswith("svitt pretrain: "))
+    assert " is not finite in step " in line and ": training stopped, no checkpoint was" in line
     assert not list((tmp_path / "run").glob("[cf]*"))
 
 
