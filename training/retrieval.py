@@ -190,7 +190,7 @@ def retrieval(
         and `texts_cut`, the texts longer than `text_length`.
 
     Raises:
-        ValueError: no video can be read; all are of one group; embeddings or scores are not finite.
+        ValueError: no video can be read; embeddings or scores are not finite.
     """
     settings = settings or Evaluation()
     if rerank is None:
