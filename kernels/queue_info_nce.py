@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _dots, _limit, _log1p
+from .info_nce import LOGIT_LIMIT, _dots, _log1p
 from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
 
 _SIZES = ["rows", "queue_rows", "splits", "each"]
@@ -90,9 +90,9 @@ def _logits(x, centre, scale):
 
 
 @triton.jit
-def _unusable(x, limit):
-    """NaN for rows with a similarity that is no logit, else 0: added to a sum, it stays."""
-    return tl.sum(tl.where(tl.abs(x) < limit, 0.0, float("nan")), axis=1)
+def _usable(x, scale):
+    """Similarities, NaN where one is too large for a logit: it stays in every sum."""
+    return tl.where(tl.abs(x) * scale < LOGIT_LIMIT, x, float("nan"))
 
 
 @triton.jit
@@ -120,11 +120,12 @@ def _sweep_kernel(
     split = tl.program_id(1)
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     temperature = tl.load(temperature_ptr)
-    scale, limit = 1.0 / temperature, _limit(temperature)
     infinity = float("inf")
+    usable = (temperature > 0) & (temperature < infinity)
+    scale = tl.where(usable, 1.0 / temperature, float("nan"))
     centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
     most = tl.full([ROWS], -infinity, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    total = _usable(centre, scale) * 0.0
     moment = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, SLICE], tl.float32)
     if teacher_ptr is not None:
@@ -132,7 +133,7 @@ def _sweep_kernel(
             teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, CHUNK
         )
         taught_most = tl.full([ROWS], -infinity, tl.float32)
-        taught_total = tl.zeros([ROWS], tl.float32)
+        taught_total = _usable(taught_centre, scale) * 0.0
         taught_moment = tl.zeros([ROWS], tl.float32)
         taught_sums = tl.zeros([ROWS, SLICE], tl.float32)
     tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
@@ -143,6 +144,7 @@ def _sweep_kernel(
         x = _dots(
             query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim, ROWS, COLUMNS, CHUNK
         )
+        x = _usable(x, scale)
         same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
         negative = (b < count)[None, :] & (same == 0)
         similarity = tl.where(negative, x - centre[:, None], 0.0)
@@ -153,7 +155,6 @@ def _sweep_kernel(
             tl.where(negative, _logits(x, centre, scale), -infinity),
             similarity,
         )
-        total += _unusable(x, limit)
         if GRADIENTS:
             values = tl.load(
                 b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
@@ -167,11 +168,11 @@ def _sweep_kernel(
                 teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
                 ROWS, COLUMNS, CHUNK,
             )  # fmt: skip
+            y = _usable(y, scale)
             logits = tl.where(negative, _logits(y, taught_centre, scale), -infinity)
             taught_most, taught_total, taught_moment, weights, shrink = _weigh(
                 taught_most, taught_total, taught_moment, logits, similarity
             )
-            taught_total += _unusable(y, limit)
             if GRADIENTS:
                 taught_sums = taught_sums * shrink[:, None]
                 taught_sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
@@ -274,6 +275,7 @@ def _combine_kernel(
                     query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
                     ROWS, COLUMNS, CHUNK,
                 )  # fmt: skip
+                x = _usable(x, scale)
                 other = (a[:, None] != b[None, :]) | queued
                 similarity = tl.where(same & other, x - centre[:, None], 0.0)
                 pairs += tl.sum(same.to(tl.float32), axis=1)
@@ -288,6 +290,7 @@ def _combine_kernel(
                         teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
                         ROWS, COLUMNS, CHUNK,
                     )  # fmt: skip
+                    y = _usable(y, scale)
                     logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
                     taught_positive_most, taught_positive_total, taught_positive_moment, _, _ = (
                         _weigh(
