@@ -94,7 +94,7 @@ isa-check: .venv/installed
 
 # The reader of videos and pictures on 2,000 mutated files.
 fuzz: .venv/installed
-	$(BIN)/python tests/training/fuzz.py --count 2000
+	$(BIN)/python tests/training/data/fuzz.py --count 2000
 
 # The interpreted kernels where numpy, torch and the C++ ops round as on the oldest processors.
 interpreter-check: .venv/installed

@@ -16,7 +16,7 @@ import svitt_ops
 from bench import compare, environment, floors, memory, results
 from bench.harness import DTYPES, Case, CaseRun, Direction
 from bench.timing import Effort
-from svitt_ops.training.paths import expand, output_file, output_folder
+from svitt_ops.training.data.paths import expand, output_file, output_folder
 
 DESCRIPTION = """\
 Measure the ops, the training step and how both scale on this machine, against everything that

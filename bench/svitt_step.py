@@ -28,7 +28,7 @@ from bench.dense_attention import DenseSelfAttention
 from bench.harness import Case, Expected, Problem, Provider
 from bench.step_report import summary
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining
-from svitt_ops.models.sparsity import CURRICULUM, TEXT_LENGTH, video_macs
+from svitt_ops.models.svitt.sparsity import CURRICULUM, TEXT_LENGTH, video_macs
 
 __all__ = ["cases", "problem", "shrunk", "summary"]
 

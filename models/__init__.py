@@ -1,18 +1,19 @@
 """Sparse video-text transformers: definitions and losses over `svitt_ops`."""
 
-from svitt_ops.models import convert, old_weights
-from svitt_ops.models.configuration import FrozenConfig, SViTTConfig
-from svitt_ops.models.expansion import change_image_size, expand_frames
-from svitt_ops.models.frozen import FrozenForRetrieval
-from svitt_ops.models.outputs import (
+from svitt_ops.models import convert
+from svitt_ops.models.frozen.model import FrozenForRetrieval
+from svitt_ops.models.parts.configuration import FrozenConfig, SViTTConfig
+from svitt_ops.models.parts.expansion import change_image_size, expand_frames
+from svitt_ops.models.parts.outputs import (
     FusionOutput,
     SViTTPreTrainingOutput,
     TextOutput,
     VideoOutput,
 )
-from svitt_ops.models.sparsity import EdgeCount, SparsityRow, edge_count, sparsity_table
-from svitt_ops.models.svitt import SViTTForPreTraining, SViTTModel
-from svitt_ops.models.token_order import token_order
+from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.svitt import old_weights
+from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+from svitt_ops.models.svitt.sparsity import EdgeCount, SparsityRow, edge_count, sparsity_table
 
 old_weights.register()
 

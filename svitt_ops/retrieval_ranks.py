@@ -26,7 +26,7 @@ def retrieval_ranks(
 
     Keys that tie with the best positive do not count against it: embeddings that have all collapsed
     into one give rank 0 everywhere, which looks like 100 %. The metrics of
-    `svitt_ops.training.retrieval` count ties against the query and give the last place there.
+    `svitt_ops.training.tasks.retrieval` count ties against the query and give the last place there.
 
     A product that is NaN or infinite counts against the query, whether the key is a positive or
     not: the best positive is the best of those with a finite product.

@@ -104,7 +104,7 @@ def test_the_source_archive_holds_what_is_spoken_of(monkeypatch: pytest.MonkeyPa
         "docs/benchmarks.md",
         "examples/drop_in.py",
         "tests/conftest.py",
-        "tests/training/test_cli.py",
+        "tests/training/cli/test_commands.py",
         "training/recipes/README.md",
     ):
         assert name in held.files, name

@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "ClipSpec": "datasets",
-    "Entry": "annotations",
-    "PairDataset": "datasets",
-    "UnusableVideoError": "video",
-    "load_recipe": "recipes",
-    "pretrain": "engine",
-    "read_annotations": "annotations",
-    "read_frames": "video",
-    "save_tokenizer": "text",
-    "train_tokenizer": "text",
+    "ClipSpec": "data.datasets",
+    "Entry": "data.annotations",
+    "PairDataset": "data.datasets",
+    "UnusableVideoError": "data.video",
+    "load_recipe": "engine.recipes",
+    "pretrain": "engine.run",
+    "read_annotations": "data.annotations",
+    "read_frames": "data.video",
+    "save_tokenizer": "data.text",
+    "train_tokenizer": "data.text",
 }
 __all__ = list(_PLACES)
 

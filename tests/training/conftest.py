@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
-sys.path.append(str(Path(__file__).parent))  # for films.py and running.py
+# For films.py and running.py.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "engine")]
 
-from svitt_ops.training.annotations import read_annotations
-from svitt_ops.training.build import build_model
-from svitt_ops.training.corpus import CorpusSpec, plan, write_video
-from svitt_ops.training.gallery import build_gallery
-from svitt_ops.training.recipes import Recipe, load_recipe
-from svitt_ops.training.text import train_tokenizer
+from svitt_ops.training.corpora.shapes import CorpusSpec, plan, write_video
+from svitt_ops.training.data.annotations import read_annotations
+from svitt_ops.training.data.text import train_tokenizer
+from svitt_ops.training.engine.build import build_model
+from svitt_ops.training.engine.recipes import Recipe, load_recipe
+from svitt_ops.training.tasks.parts.gallery import build_gallery
 
 MODEL = {
     "image_size": 16,

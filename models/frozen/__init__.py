@@ -1,0 +1,1 @@
+"""SViTT on Frozen."""

@@ -1,0 +1,69 @@
+"""SViTT on Frozen: two towers that meet in the contrastive loss only.
+
+Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import svitt_ops as so
+from svitt_ops.models.parts.configuration import FrozenConfig
+from svitt_ops.models.parts.layers import in_fp32
+from svitt_ops.models.parts.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.svitt.model import TwoTowers
+
+
+class FrozenForRetrieval(TwoTowers):
+    """Clips and texts in one space; their similarity is the cosine."""
+
+    config_class = FrozenConfig
+    config: FrozenConfig
+
+    def __init__(self, config: FrozenConfig) -> None:
+        super().__init__(config)
+        self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_init()
+
+    def encode_video(self, pixel_values: Tensor) -> VideoOutput:
+        """Encode clips ``(batch, frames, 3, image_size, image_size)``."""
+        found = self.video(pixel_values)
+        states = self.video_norm(found.tokens)
+        pooled = states[:, 0] if self.config.video_pooling == "cls" else states[:, 1:].mean(1)
+        return VideoOutput(
+            embeds=F.normalize(in_fp32(self.video_projection, pooled).float(), dim=-1),
+            states=states,
+            indices=found.indices,
+            indices_per_stage=found.indices_per_stage,
+        )
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
+        """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
+        states = self.text(input_ids, attention_mask)
+        embeds = in_fp32(self.text_projection, F.relu(states[:, 0]))
+        return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
+
+    def clamp_temperature(self) -> None:
+        """Nothing: the temperature is not learned."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pair_ids: Tensor | None = None,
+    ) -> SViTTPreTrainingOutput:
+        """Contrastive loss of a batch of pairs; arguments as of `SViTTForPreTraining`."""
+        video = self.encode_video(pixel_values)
+        text = self.encode_text(input_ids, attention_mask)
+        loss = so.info_nce(
+            video.embeds,
+            text.embeds,
+            self.config.temperature_init,
+            ids=pair_ids,
+            group=self.group(),
+        )
+        return SViTTPreTrainingOutput(
+            loss=loss, loss_vtc=loss, video_embeds=video.embeds, text_embeds=text.embeds
+        )

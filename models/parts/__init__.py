@@ -1,0 +1,1 @@
+"""What systems share: towers, fusion layers, heads, losses, and how weights are read."""

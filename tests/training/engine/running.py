@@ -1,0 +1,52 @@
+"""Runs in this process and in others, and what they logged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from svitt_ops.training.engine.recipes import Recipe, recipe_text
+from svitt_ops.training.engine.run import Trained
+
+PARTS = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
+LONG = 100_000  # steps that no test waits for
+ENOUGH = 600  # seconds in which any process ends, however busy the machine is
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, without changing its schedule."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def losses(trained: Trained) -> dict[int, tuple[float, ...]]:
+    """All parts of the loss by step, from where the run began."""
+    found = {}
+    for entry in trained.history:
+        if "loss" in entry and entry["step"] > trained.began_at:
+            found[int(entry["step"])] = tuple(entry[part] for part in PARTS if part in entry)
+    return found
+
+
+def write(recipe: Recipe, path: Path) -> Path:
+    path.write_text(recipe_text(recipe))
+    return path
+
+
+def run(*command: str, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=environment, **{**streams, **options})
+
+
+def torchrun(*command: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Two processes."""
+    start = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return run(*start, "--nproc-per-node", "2", *command, **options)

@@ -1,0 +1,195 @@
+"""Annotation files: lists of {"video" or "image": path, "caption": text or texts}."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from svitt_ops.training.data.paths import expand
+from svitt_ops.training.data.tables import fields_of, read_rows
+from svitt_ops.training.data.text import clean_caption
+
+Kind = Literal["video", "image"]
+Captions = Literal["each", "join"]
+CAPTION = ("caption", "sentence")
+"""Fields of a text: ours, and that of MSR-VTT's tables."""
+SUFFIXES = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+)
+"""Of the files that a video's or image's id is looked for as, the first before the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What one entry of an annotation file says."""
+
+    media: tuple[str, ...]
+    """Files, joined with the root. Several where a caption describes several videos (SSv2)."""
+    captions: tuple[str, ...]
+    """Clean texts, none of them empty."""
+    kind: Kind
+    together: str | None = None
+    """Entries that share this value are to share a training batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """The usable entries of a file, and why the others are not."""
+
+    entries: tuple[Entry, ...]
+    problems: tuple[str, ...]
+
+
+def read_annotations(
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    kind: Kind = "video",
+    captions: Captions = "each",
+    keep_together: str | None = None,
+    max_words: int | None = None,
+) -> Annotations:
+    """Read an annotation file.
+
+    An entry that lacks a field, has one of a wrong type, or an empty caption is left out and
+    described in `problems`; a file that cannot be read, or has no usable entry, raises.
+
+    Args:
+        path: a JSON list, JSON lines, CSV, TSV or parquet, whatever its name: the content tells.
+            Its entries have `caption` (or `sentence`) and `video` or `image` (or `video_id`,
+            `image_id`). Either kind's field is accepted for either kind, because published files do
+            not agree. MSR-VTT's JSON of `videos` and `sentences` is read as a list of sentences.
+        root: the folder that the media paths are relative to; default: the file's own. A name or
+            an id without a suffix is that of the file with a known one, if there is one.
+        kind: what the files are.
+        captions: "each" keeps a list of captions as several texts; "join" makes one paragraph of
+            it (DiDeMo, ActivityNet Captions).
+        keep_together: the field whose value says which entries share a batch.
+        max_words: where captions are cut.
+
+    Raises:
+        ValueError: the file is missing, is not UTF-8, is of no such form, or has no usable entry.
+    """
+    for name, value, known in (("kind", kind, Kind), ("captions", captions, Captions)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}: must be one of {get_args(known)}, got {value!r}")
+    file = expand(path, "annotations")
+    files = _Files(file.parent if root is None else expand(root, "root"))
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for row in read_rows(file, (*_media_fields(kind), *CAPTION)):
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            entries.append(_entry(row.content, files, kind, captions, keep_together, max_words))
+        except ValueError as error:
+            problems.append(f"{file}: {row.place}: {error}")
+    if not entries:
+        detail = f"; the first: {problems[0]}" if problems else ""
+        raise ValueError(f"annotations {file}: no usable entry among {len(problems)}{detail}")
+    return Annotations(entries=tuple(entries), problems=tuple(problems))
+
+
+def _media_fields(kind: Kind) -> tuple[str, ...]:
+    other: Kind = "image" if kind == "video" else "video"
+    return kind, other, f"{kind}_id", f"{other}_id"
+
+
+def _entry(
+    item: Any,
+    files: _Files,
+    kind: Kind,
+    captions: Captions,
+    keep_together: str | None,
+    max_words: int | None,
+) -> Entry:
+    if not isinstance(item, dict):
+        raise ValueError(f"must be an object, got {type(item).__name__}")
+    field = _field(item, _media_fields(kind))
+    media = tuple(files.find(name, field) for name in _texts(item, field))
+    field = _field(item, CAPTION)
+    texts = [_whole(text, field) for text in _texts(item, field)]
+    if captions == "join":
+        texts = [" ".join(texts)]
+    cleaned = tuple(filter(None, (clean_caption(text, max_words) for text in texts)))
+    if not cleaned:
+        raise ValueError(f"field {field!r} has no words")
+    together = None
+    if keep_together is not None:
+        together = str(item[_field(item, (keep_together,))])
+    return Entry(media=media, captions=cleaned, kind=kind, together=together)
+
+
+def _field(item: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of the fields that an entry has."""
+    for name in names:
+        if name in item:
+            return name
+    raise ValueError(f"has no field {names[0]!r}; has {fields_of(item)}")
+
+
+def _texts(item: dict[str, Any], field: str) -> Iterator[str]:
+    """The value of a field that holds a text or a list of texts."""
+    value = item[field]
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"field {field!r} is an empty list")
+    for text in values:
+        if field.endswith("_id") and isinstance(text, int) and not isinstance(text, bool):
+            text = str(text)
+        if not isinstance(text, str):
+            missing = isinstance(text, float) and math.isnan(text)
+            raise ValueError(
+                f"field {field!r} must be text, got {'NaN' if missing else type(text).__name__}"
+            )
+        if not text and field not in CAPTION:
+            raise ValueError(f"field {field!r} is empty")
+        yield text
+
+
+def _whole(text: str, field: str) -> str:
+    """A text that can be encoded: half a character, as of a text cut in UTF-16, cannot."""
+    wrong = re.search(r"[\0\ud800-\udfff]", text)
+    if wrong:
+        what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
+        raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
+    return text
+
+
+class _Files:
+    """The files below a folder, by the names that annotations have for them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._stems: dict[Path, dict[str, str]] = {}
+
+    def find(self, name: str, field: str) -> str:
+        """The path of a name; without a suffix, that of the file with a known one."""
+        try:
+            path = self.root / expand(name, f"field {field!r}")
+        except ValueError as error:
+            raise ValueError(f"{error}, which can name no file") from None
+        if path.suffix.lower() in SUFFIXES:
+            return str(path)
+        stems = self._stems.get(path.parent)
+        if stems is None:
+            stems = self._stems[path.parent] = _stems(path.parent)
+        return str(path.parent / stems.get(path.name, path.name))
+
+
+def _stems(folder: Path) -> dict[str, str]:
+    """The files of a folder by their names without a known suffix, and by their whole names."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # the files are missing, which is said when they are read
+        return {}
+    order = {suffix: number for number, suffix in enumerate(SUFFIXES)}
+    known = [name for name in names if os.path.splitext(name)[1].lower() in order]
+    known.sort(key=lambda name: order[os.path.splitext(name)[1].lower()], reverse=True)
+    return {os.path.splitext(name)[0]: name for name in known} | {name: name for name in names}

@@ -1,0 +1,187 @@
+"""From a recipe to its parts: entries, tokenizer, dataset, model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from svitt_ops.training.data.annotations import Entry, read_annotations
+from svitt_ops.training.data.augment import Augmentation
+from svitt_ops.training.data.collate import Collator
+from svitt_ops.training.data.datasets import ClipSpec, PairDataset
+from svitt_ops.training.data.text import append_sep, load_tokenizer, train_tokenizer
+from svitt_ops.training.engine.checkpoints import model_folder
+from svitt_ops.training.engine.gate import check_media
+from svitt_ops.training.engine.recipe_checks import check_model_keys
+from svitt_ops.training.engine.recipes import Corpus, Data, Recipe
+
+if TYPE_CHECKING:
+    from svitt_ops.models import SViTTConfig, SViTTForPreTraining
+
+log = logging.getLogger(__name__)
+SHOWN_PROBLEMS = 5
+
+
+def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry]:
+    """The entries of all corpora; unusable ones are counted and reported."""
+    if not corpora:
+        raise ValueError(f"recipe: data.{name} must list at least one corpus")
+    entries: list[Entry] = []
+    for number, corpus in enumerate(corpora):
+        read = read_annotations(
+            corpus.annotations,
+            root=corpus.root,
+            kind="image" if corpus.kind == "image" else "video",
+            captions="join" if corpus.captions == "join" else "each",
+            keep_together=data.keep_together,
+            max_words=data.max_words,
+        )
+        root = f"recipe: data.train.{number}.root" if name == "train" else "--root"
+        check_media(read.entries, root)
+        entries += read.entries
+        for problem in read.problems[:SHOWN_PROBLEMS]:
+            log.warning("left out: %s", problem)
+        if read.problems:
+            log.warning(
+                "%s: %d of %d entries left out",
+                corpus.annotations,
+                len(read.problems),
+                len(read.problems) + len(read.entries),
+            )
+    return entries
+
+
+def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
+    """Load the recipe's tokenizer, train it, or take that of the weights it starts from.
+
+    Texts for an official file end without [SEP], unless the recipe says otherwise.
+    """
+    tokenizer, append = _find_tokenizer(recipe, entries), recipe.tokenizer.append_sep
+    if append is None and recipe.init.checkpoint and Path(recipe.init.checkpoint).is_file():
+        append = False
+    return tokenizer if append is None else append_sep(tokenizer, append)
+
+
+def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
+    wanted = recipe.tokenizer
+    if wanted.train_vocab_size:
+        captions = [caption for entry in entries for caption in entry.captions]
+        return train_tokenizer(captions, wanted.train_vocab_size)
+    if wanted.name:
+        return load_tokenizer(wanted.name)
+    start = recipe.init.checkpoint
+    if start and Path(start).is_dir():
+        return load_tokenizer(model_folder(start), "init.checkpoint")
+    if recipe.init.bert:
+        return load_tokenizer(recipe.init.bert, "init.bert")
+    raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
+
+
+def build_dataset(recipe: Recipe, entries: Sequence[Entry], num_frames: int) -> PairDataset:
+    """The training pairs."""
+    data = recipe.data
+    spec = ClipSpec(
+        num_frames=num_frames,
+        mode=data.sampling,
+        official=data.official_sampling,
+        short_side=None if data.resize == "official" else data.short_side,
+        cache=data.cache,
+    )
+    return PairDataset(entries, spec, seed=recipe.seed, positives=data.positives)
+
+
+def build_collator(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SViTTConfig
+) -> Collator:
+    """The collator; it prepares masked texts only for a model that learns from them."""
+    data = recipe.data
+    low, high = data.crop_scale
+    masked = config.loss_weights.get("mlm", 1) > 0
+    return Collator(
+        tokenizer=tokenizer,
+        text_length=data.text_length,
+        pad_to=data.pad_to,
+        augmentation=Augmentation(crop_scale=(low, high), flip=data.flip),
+        mask_probability=recipe.optimizer.mask_probability if masked else 0.0,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForPreTraining:
+    """The model, from the weights that the recipe starts from.
+
+    Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
+    interpolated.
+    """
+    from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
+
+    changes = dict(recipe.model)
+    check_model_keys(recipe)
+    text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    start = recipe.init.checkpoint
+    if start is None:
+        model = SViTTForPreTraining(SViTTConfig(**changes, **text))
+        for key, load in (("beit", convert.load_beit), ("bert", convert.load_bert)):
+            source = getattr(recipe.init, key)
+            if source:
+                with _named(f"init.{key}"):
+                    load(model, source)
+        return model
+    if Path(start).is_file():
+        config = SViTTConfig(**changes, **text)
+        with _named("init.checkpoint"):
+            model = convert.load_official(start, config)
+        # A head that is missing there starts from random weights, to be trained.
+        model.config.loss_weights = config.loss_weights
+        frames = changes.get("num_frames", model.config.num_frames)
+        return model if frames == model.config.num_frames else expand_frames(model, frames)
+    with _named("init.checkpoint"):
+        folder = model_folder(start)
+        config = SViTTConfig.from_pretrained(folder)
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
+            f" init.checkpoint, got {len(tokenizer)}"
+        )
+    for key, value in changes.items():
+        setattr(config, key, value)
+    config.check()
+    refuse_other_shapes(config, folder)
+    with _named("init.checkpoint"):
+        model = SViTTForPreTraining.from_pretrained(folder, config=config)
+    return model
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Name the recipe's key in the error about what it says."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"recipe: {key}: {line}") from error
+
+
+def refuse_other_shapes(config: SViTTConfig, folder: Path, *, also: Sequence[str] = ()) -> None:
+    """Raise a ValueError that names the key by which a folder's weights do not fit a model.
+
+    Args:
+        config: of the model.
+        folder: with the weights and their configuration.
+        also: fields that weights can be resized in, but are not here.
+    """
+    from svitt_ops.models import SViTTConfig
+    from svitt_ops.models.parts.loading import fixed_fields
+
+    stored = SViTTConfig.from_pretrained(folder)
+    for key in (*fixed_fields(stored, config), *also):
+        before, after = getattr(stored, key), getattr(config, key)
+        if before != after:
+            raise ValueError(
+                f"recipe: model.{key} must be {before!r} as in the weights of {folder},"
+                f" got {after!r}"
+            )

@@ -1,0 +1,132 @@
+"""What a run needs, looked at before the first file of its data is opened."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from svitt_ops.training.data.annotations import Entry
+from svitt_ops.training.data.paths import expand, input_file, input_folder
+from svitt_ops.training.data.text import load_tokenizer
+from svitt_ops.training.engine.checkpoints import last_checkpoint, model_folder
+from svitt_ops.training.engine.folders import check_folder
+from svitt_ops.training.engine.recipe_checks import check_config, check_values
+from svitt_ops.training.engine.recipes import Recipe, map_paths
+
+log = logging.getLogger(__name__)
+LOOKED_FOR = 1000
+"""Entries of which one file at least must be there."""
+
+
+def check_run(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths, once everything that it names was found to be there.
+
+    Raises:
+        ValueError: names the first key whose value cannot be, what it must be and what it was.
+    """
+    recipe = copy.deepcopy(recipe)
+    check_values(recipe)
+    map_paths(recipe, _whole)
+    last = last_checkpoint(Path(recipe.output))
+    if last and recipe.optimizer.steps and last[0] >= recipe.optimizer.steps:
+        return recipe  # it is complete, and needs nothing any more
+    _check_data(recipe)
+    _check_init(recipe)
+    if last is None:  # or the tokenizer is that of the checkpoint
+        _check_tokenizer(recipe)
+    return recipe
+
+
+def check_media(entries: Sequence[Entry], name: str) -> None:
+    """Refuse a corpus none of whose files is there, as after a mistake in `root`."""
+    paths = [path for entry in entries[:LOOKED_FOR] for path in entry.media]
+    if paths and not any(os.path.exists(path) for path in paths):
+        those = "none of its files" if len(entries) <= LOOKED_FOR else "none of its first files"
+        raise ValueError(f"{name}: must be the folder of the files, {those} is there: {paths[0]!r}")
+
+
+def check_batches(entries: Sequence[Entry], batch_size: int) -> None:
+    """Say how many pairs are never trained on; refuse a batch that no kind of pairs fills."""
+    pairs: Counter[str] = Counter()
+    for entry in entries:
+        pairs[entry.kind] += len(entry.media)
+    small = {kind: count for kind, count in pairs.items() if count < batch_size}
+    if len(small) == len(pairs):
+        counts = " and ".join(f"{count} {kind} pairs" for kind, count in pairs.items())
+        apart = ", which come in batches of their own" if len(pairs) > 1 else ""
+        raise ValueError(
+            f"recipe: optimizer.batch_size: must not exceed the pairs of the corpus, got"
+            f" {batch_size} for {counts}{apart}"
+        )
+    for kind, count in small.items():
+        log.warning(
+            "the %d %s pairs fill no batch of %d, and are never trained on:"
+            " a smaller optimizer.batch_size uses them",
+            count,
+            kind,
+            batch_size,
+        )
+
+
+def _whole(key: str, path: str) -> str:
+    """A path that means the same from every working folder; names of downloads stay."""
+    expanded = expand(path, f"recipe: {key}")
+    if key.startswith(("init.", "tokenizer.")) and not expanded.exists():
+        return path
+    return os.path.abspath(expanded)
+
+
+def _check_data(recipe: Recipe) -> None:
+    if not recipe.data.train:
+        raise ValueError("recipe: data.train must list at least one corpus")
+    for number, corpus in enumerate(recipe.data.train):
+        key = f"recipe: data.train.{number}"
+        try:
+            input_file(corpus.annotations, f"{key}.annotations")
+        except ValueError as error:
+            if len(recipe.data.train) == 1:
+                raise
+            alone = "data.annotations=FILE data.root=FOLDER trains on one corpus alone"
+            raise ValueError(f"{error}; {alone}") from None
+        if corpus.root is not None:
+            input_folder(corpus.root, f"{key}.root")
+
+
+def _check_init(recipe: Recipe) -> None:
+    init = recipe.init
+    if init.checkpoint is not None:
+        _check_checkpoint(recipe, Path(init.checkpoint))
+        if init.beit or init.bert:
+            log.warning("init.beit and init.bert are not read: init.checkpoint has all weights")
+        return
+    for kind, source in (("beit", init.beit), ("bert", init.bert)):
+        if source is not None:
+            from svitt_ops.models.svitt.convert import RELEASED
+
+            advice = f"get it by: hf download {RELEASED[kind]} --local-dir {source}"
+            check_folder(f"recipe: init.{kind}", source, (kind,), advice)
+
+
+def _check_checkpoint(recipe: Recipe, start: Path) -> None:
+    if start.is_file():
+        return
+    key = "recipe: init.checkpoint"
+    folder = model_folder(start, f"{key}: must be the folder of a model or of a run, or a file")
+    check_folder(key, folder, ("svitt",))
+    from svitt_ops.models import SViTTConfig
+
+    check_config(recipe, SViTTConfig.from_pretrained(folder))
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    wanted, init = recipe.tokenizer, recipe.init
+    if wanted.name:
+        load_tokenizer(wanted.name)
+    elif not wanted.train_vocab_size:
+        started = init.checkpoint is not None and Path(init.checkpoint).is_dir()
+        if not started and not init.bert:
+            raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")

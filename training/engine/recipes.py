@@ -1,0 +1,331 @@
+"""Recipes: what a run is made of, as YAML files with overrides, checked key by key.
+
+Paths may begin with `~`, may hold `${oc.env:NAME}`, and are relative to the working folder. An
+override gives a path as it is, whatever YAML would make of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svitt_ops.training.data.paths import expand
+
+PATHS = (
+    r"output|init\.(?:checkpoint|beit|bert)|tokenizer\.name|data\.train\.\d+\.(?:annotations|root)"
+)
+"""Keys that hold a path; those of `init` and `tokenizer` may be names of downloads too."""
+PAIRS = ("data.crop_scale.", "optimizer.betas.")
+RESIZES = ("antialias", "official")
+
+
+@dataclass
+class Corpus:
+    """One annotation file and the media it speaks of."""
+
+    annotations: str = MISSING
+    """File of {video or image, caption}, see `annotations.read_annotations`."""
+    root: str | None = None
+    """Folder of the media; default: that of the annotations."""
+    kind: str = "video"
+    """"video" or "image"."""
+    captions: str = "each"
+    """What a list of captions means: "each" a text of its own, or "join" to a paragraph."""
+
+
+@dataclass
+class Init:
+    """Where the weights start; nothing set: from random ones."""
+
+    checkpoint: str | None = None
+    """Folder of an earlier run (its frames are expanded to this run's), or an official file."""
+    beit: str | None = None
+    """Folder, or name of a downloaded Hugging Face BEiT, for the video tower."""
+    bert: str | None = None
+    """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
+
+
+@dataclass
+class TokenizerRecipe:
+    """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
+
+    name: str | None = None
+    """Folder, or name of a downloaded Hugging Face tokenizer."""
+    train_vocab_size: int | None = None
+    """Train WordPiece on the captions, with at most so many pieces."""
+    append_sep: bool | None = None
+    """Whether texts end with [SEP]; default: as the tokenizer has it, and not where
+    `init.checkpoint` is an official file, whose texts did not."""
+
+
+@dataclass
+class Data:
+    """What is read, and how a clip is made."""
+
+    train: list[Corpus] = field(default_factory=list)
+    sampling: str = "rand"
+    """Frames of a training clip: "rand", "middle" or "fpsX"."""
+    official_sampling: bool = False
+    """Draw "rand" as the released SViTT does, which never takes the last frame of a chunk."""
+    short_side: int | None = 256
+    """Frames are scaled down to this as they are decoded."""
+    text_length: int = 32
+    """Tokens of the longest text; longer ones are cut."""
+    pad_to: str = "longest"
+    """"longest" text of the batch, or "max": always `text_length`."""
+    max_words: int | None = None
+    """Where captions are cut."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Share of the picture that a random crop keeps."""
+    flip: bool = True
+    """Mirror half of the clips; never one whose caption speaks of left, right or clockwise."""
+    resize: str = "antialias"
+    """How pictures are made smaller: "antialias", or "official": as the released SViTT does,
+    bicubic without antialiasing, rounded to whole numbers, from frames decoded at full size."""
+    positives: str = "video"
+    """Pairs with the same "video" or "caption" are positives of each other."""
+    keep_together: str | None = None
+    """Annotation field: pairs with an equal value share a batch."""
+    cache: bool = False
+    """Keep every decoded video in memory."""
+    workers: int = 4
+    """Processes that read ahead, for each training process; 0: none."""
+
+
+@dataclass
+class Optimizer:
+    """AdamW, linear warm-up, cosine decay that is clipped at a floor."""
+
+    lr: float = 3e-5
+    bias_lr_scale: float = 1.0
+    """Learning rate of the relative position bias tables, in terms of `lr`."""
+    min_lr_ratio: float = 0.01
+    """Floor of the learning rate, as a share of `lr`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    """Of parameters with two dimensions and more."""
+    epochs: float = 10
+    steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    warmup_epochs: float = 1
+    warmup_steps: int | None = None
+    """Overrides `warmup_epochs`."""
+    batch_size: int = 512
+    """Pairs of one optimizer step, over all processes and accumulated batches."""
+    accumulation: int = 1
+    """Batches accumulated for a step; the contrastive loss sees each one alone."""
+    max_grad_norm: float = 0.0
+    """Longer gradients are scaled to this norm; 0: never."""
+    mask_probability: float = 0.5
+    """Share of tokens masked for masked language modelling."""
+
+
+@dataclass
+class Run:
+    """How it is run."""
+
+    precision: str = "bf16"
+    """"bf16" or "fp32"."""
+    gradient_checkpointing: bool = False
+    save_steps: int = 1000
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 2
+    log_steps: int = 10
+    """Optimizer steps between TensorBoard points."""
+    tensorboard: bool = True
+    device: str | None = None
+    """"cpu" to leave a GPU alone; default: a GPU if there is one."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """More arguments of transformers.TrainingArguments, such as fsdp: FSDP2, under torchrun."""
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    output: str = "runs/svitt"
+    """Folder for checkpoints, TensorBoard files and the final model."""
+    seed: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    """What to change in `SViTTConfig`."""
+    init: Init = field(default_factory=Init)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("svitt_ops.training") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key and value.
+
+    Args:
+        source: a YAML file, the name of a shipped recipe, or None for the defaults.
+        overrides: "key=value" texts, such as "optimizer.lr=1e-4"; elements of lists are numbered,
+            "data.train.0.root=videos". `data.annotations`, `data.root`, `data.kind` and
+            `data.captions` describe one corpus in place of all that the recipe lists.
+
+    Raises:
+        ValueError: a key is unknown, a value has the wrong type or cannot be; the message names it.
+    """
+    from svitt_ops.training.engine.recipe_checks import check_form, check_values
+
+    try:
+        merged: Any = OmegaConf.structured(Recipe)
+        if source is not None:
+            content = _read(source)
+            check_form(Recipe, OmegaConf.to_container(content), f"recipe {source}: ")
+            merged = OmegaConf.merge(merged, content)
+        for key, value in _one_corpus([_split(override) for override in overrides]):
+            merged = _override(merged, key, value)
+        recipe = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError) as error:
+        place = getattr(error, "full_key", None)
+        message = str(error).splitlines()[0]
+        where = f"{source or 'defaults'}{f': {place}' if place else ''}"
+        raise ValueError(f"recipe {where}: {message}{_elsewhere(error)}") from error
+    assert isinstance(recipe, Recipe)
+    check_values(recipe)
+    return recipe
+
+
+def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> None:
+    """Replace every path of a recipe by what `change(key, path)` makes of it."""
+    places: list[tuple[str, Any]] = [("", recipe), ("init.", recipe.init)]
+    places.append(("tokenizer.", recipe.tokenizer))
+    places += [(f"data.train.{number}.", corpus) for number, corpus in enumerate(recipe.data.train)]
+    for prefix, section in places:
+        for name, value in vars(section).items():
+            if _is_path(prefix + name) and value is not None:
+                setattr(section, name, change(prefix + name, value))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The whole recipe as YAML, which `load_recipe` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read(source: str | Path) -> DictConfig:
+    path, shipped = expand(source, "recipe"), shipped_recipes()
+    if str(source) in shipped and not path.is_file():
+        path = shipped[str(source)]
+    if not path.exists():
+        near = difflib.get_close_matches(str(source), shipped, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"recipe: must be a YAML file or one of {', '.join(shipped)}, got {str(source)!r}{hint}"
+        )
+    import yaml  # a dependency of omegaconf, whose errors it lets through
+
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise ValueError(f"recipe {path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"recipe {path}: must be a mapping")
+    return content
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override: must be key=value, got {override!r}")
+    return re.sub(r"\[(\d+)\]", r".\1", key), value  # lists are indexed in either way
+
+
+def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`data.annotations` and what belongs to it as the only corpus, before other overrides."""
+    names = {f"data.{f.name}": f.name for f in fields(Corpus)}
+    given = [(key, value) for key, value in overrides if key in names]
+    if not given:
+        return list(overrides)
+    if not any(key == "data.annotations" for key, _ in given):
+        raise ValueError(f"override: {given[0][0]} must stand beside data.annotations=FILE")
+    corpus = [(f"data.train.0.{names[key]}", value) for key, value in given]
+    return [("data.train", "[]"), *corpus, *(pair for pair in overrides if pair[0] not in names)]
+
+
+def _override(merged: Any, key: str, value: str) -> Any:
+    parts = key.split(".")
+    place = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+    if place is not None:
+        _append(OmegaConf.select(merged, ".".join(parts[:place])), key, int(parts[place]))
+        if key.startswith(PAIRS):
+            whole = ".".join(parts[:place])
+            raise ValueError(
+                f"override: {whole} must be given as a whole, {whole}=[A,B], got {key}"
+            )
+    if _is_path(key):  # as it is: it may hold a colon, brackets, or look like a number
+        OmegaConf.update(merged, key, None if value == "null" else value)
+        return merged
+    import yaml
+
+    try:
+        nested = OmegaConf.from_dotlist([f"{key}={value}"])
+    except (yaml.YAMLError, UnicodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"override: {key} must be YAML, got {value!r}: {reason}") from error
+    from svitt_ops.training.engine.recipe_checks import check_form
+
+    if place is not None:  # an element of a list: merge replaces lists
+        element = OmegaConf.select(nested, key)
+        if re.fullmatch(r"data\.train\.\d+", key):
+            check_form(Corpus, _plain(element), "override: ", key)
+        OmegaConf.update(merged, key, element, merge=True)
+        return merged
+    check_form(Recipe, _plain(nested), "override: ")
+    return OmegaConf.merge(merged, nested)
+
+
+def _plain(content: Any) -> Any:
+    return OmegaConf.to_container(content) if OmegaConf.is_config(content) else content
+
+
+def _append(elements: Any, key: str, number: int) -> None:
+    """Make room for the element after the last of the corpora."""
+    if not key.startswith("data.train."):
+        return
+    if number > len(elements):
+        raise ValueError(
+            f"override: {key} must be of a corpus 0 to {len(elements)}, there are {len(elements)}"
+        )
+    if number == len(elements):
+        elements.append(OmegaConf.structured(Corpus))
+
+
+def _is_path(key: str) -> bool:
+    return re.fullmatch(PATHS, key) is not None
+
+
+def _elsewhere(error: Exception) -> str:
+    """Where a key that is unknown at its place is known."""
+    key = str(getattr(error, "key", None) or "")
+    if " not in " not in str(error) or "Did you mean" in str(error):
+        return ""
+    known = [name for name in _keys(Recipe) if name.rpartition(".")[2] == key]
+    near = known or difflib.get_close_matches(key, _keys(Recipe), n=1)
+    return f". Did you mean: {near[0]!r}?" if near else ""
+
+
+def _keys(section: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all keys."""
+    names = []
+    for key, value in vars(section()).items():
+        names.append(prefix + key)
+        if is_dataclass(value):
+            names += _keys(type(value), f"{prefix}{key}.")
+    return names

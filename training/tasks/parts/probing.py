@@ -1,0 +1,119 @@
+"""Does a model use time? Retrieval and minimal pairs with the frames in other orders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from svitt_ops.training.data.sampling import ORDERS
+from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips
+from svitt_ops.training.tasks.retrieval import (
+    Evaluation,
+    encode_gallery_texts,
+    encode_gallery_videos,
+    retrieval,
+)
+
+if TYPE_CHECKING:
+    from svitt_ops.models import SViTTForPreTraining
+
+
+def probe_retrieval(
+    model: SViTTForPreTraining,
+    tokenizer: PreTrainedTokenizerBase,
+    gallery: Gallery,
+    *,
+    settings: Evaluation | None = None,
+    seed: int = 0,
+    short_side: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
+
+    A video that cannot be read in one order is left out of all, so that the numbers differ by the
+    order alone; `skipped` of every order names it.
+    """
+    settings = settings or Evaluation()
+    found: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    orders = list(ORDERS)
+    while orders:
+        order = orders.pop(0)
+        clips = GalleryClips(
+            gallery,
+            model.config.num_frames,
+            num_clips=settings.clips,
+            strided=settings.strided,
+            short_side=short_side,
+            order=order,
+            seed=seed,
+        )
+        result = retrieval(model, tokenizer, clips, settings=settings, **options)
+        if new := result["skipped"]:
+            skipped |= new
+            gallery = gallery.without([k for k, v in enumerate(gallery.videos) if v in new])
+            orders += found  # again, without these
+            found = {}
+        found[order] = result
+    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
+    found["delta"] = found["normal"]["mean"] - found["shuffled"]["mean"]
+    return found
+
+
+@torch.inference_mode()
+def pair_accuracy(
+    model: SViTTForPreTraining,
+    tokenizer: PreTrainedTokenizerBase,
+    gallery: Gallery,
+    pairs: Tensor,
+    *,
+    order: str = "normal",
+    draws: int = 1,
+    text_length: int = 32,
+    short_side: int | None = None,
+    resize: str = "antialias",
+) -> float:
+    """Share of right choices between a video's own text and its minimal pair's, in percent.
+
+    Each pair gives four choices: either video between both texts, either text between both videos.
+
+    Args:
+        model: to probe; put into eval mode.
+        tokenizer: the model's.
+        gallery: with one text per video, in the same order.
+        pairs: int64 (pairs, 2): numbers of the videos that differ by the order alone.
+        order: of the frames, see `sampling.reorder`.
+        draws: how often to draw a "shuffled" order; the mean is returned.
+        text_length: longest text, in tokens.
+        short_side: as in `ClipSpec`.
+        resize: as in `to_pixel_values`.
+    """
+    model.eval()
+    texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length).embeds
+    right = []
+    for draw in range(draws):
+        clips = GalleryClips(
+            gallery, model.config.num_frames, order=order, seed=draw, short_side=short_side
+        )
+        encoded, unusable, _ = encode_gallery_videos(model, clips, keep_states=False, resize=resize)
+        if unusable:
+            raise ValueError(f"pairs: video {gallery.videos[unusable[0]]} cannot be read")
+        right.append(pair_choices(texts @ encoded.embeds.T, pairs.to(texts.device)))
+    return torch.stack(right).double().mean().item() * 100
+
+
+def pair_choices(scores: Tensor, pairs: Tensor) -> Tensor:
+    """Which of the four choices of each pair are right, bool (4, pairs).
+
+    A tie is wrong, as is any choice with a score that is not finite.
+    """
+    scores = scores.masked_fill(~torch.isfinite(scores), torch.nan)  # which compares as nothing
+    first, second = pairs.unbind(1)
+    rows = []
+    for own, other in ((first, second), (second, first)):
+        rows.append(scores[own, own] > scores[other, own])  # this video: which text
+        rows.append(scores[own, own] > scores[own, other])  # this text: which video
+    return torch.stack(rows)
