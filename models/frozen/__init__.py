@@ -1,1 +1,11 @@
-"""SViTT on Frozen."""
+"""SViTT on Frozen: two towers that meet in the contrastive loss only."""
+
+from svitt_ops.models.frozen.model import FrozenForRetrieval
+from svitt_ops.models.parts.configuration import FrozenConfig
+from svitt_ops.models.parts.system import System
+
+SYSTEM = System(
+    config=FrozenConfig,
+    models={"pretraining": FrozenForRetrieval, "retrieval": FrozenForRetrieval},
+)
+__all__ = ["SYSTEM", "FrozenConfig", "FrozenForRetrieval"]

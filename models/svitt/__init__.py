@@ -1,1 +1,17 @@
-"""SViTT."""
+"""SViTT: sparse video-text transformers (CVPR 2023)."""
+
+from svitt_ops.models.parts.configuration import SViTTConfig
+from svitt_ops.models.parts.system import Source, System
+from svitt_ops.models.svitt.convert import RELEASED, load_beit, load_bert, load_official
+from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+
+SYSTEM = System(
+    config=SViTTConfig,
+    models={"pretraining": SViTTForPreTraining, "retrieval": SViTTForPreTraining},
+    load_official=load_official,
+    sources={
+        "beit": Source(released=RELEASED["beit"], load=load_beit),
+        "bert": Source(released=RELEASED["bert"], load=load_bert),
+    },
+)
+__all__ = ["SYSTEM", "SViTTConfig", "SViTTForPreTraining", "SViTTModel", "load_official"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, change_image_size, convert
+from svitt_ops.models.parts.key_maps import OFFICIAL_CHECKPOINT
 from svitt_ops.models.parts.unpickling import Inert, read_tensors
 
 MakeConfig = Callable[..., SViTTConfig]
@@ -174,7 +175,7 @@ def test_every_tensor_is_accounted_for(
     tensors["text_encoder.bert.encoder.layer.7.output.dense.weight"] = torch.zeros(1)
     del tensors["itm_head.weight"]
     model = SViTTForPreTraining(make_config(num_frames=3))
-    found = convert.convert_into(model, tensors, convert.OFFICIAL_CHECKPOINT)
+    found = convert.convert_into(model, tensors, OFFICIAL_CHECKPOINT)
     assert {*found.loaded, *found.dropped, *found.unknown} == set(tensors)
     assert len(found.loaded) + len(found.dropped) + len(found.unknown) == len(tensors)
     assert found.unknown == (

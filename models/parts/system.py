@@ -1,0 +1,33 @@
+"""What a system of models tells training about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from svitt_ops.models.parts.configuration import VideoConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Weights of another project that a part of a model can start from."""
+
+    released: str
+    """Name of those that the paper starts from."""
+    load: Callable[[Any, Any], object]
+    """Takes over the weights of a folder: `load(model, folder)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A system: `svitt_ops.models.<system>.SYSTEM`, found by `svitt_ops.models.systems`."""
+
+    config: type[VideoConfig]
+    """Configuration of all its models."""
+    models: Mapping[str, type[Any]]
+    """Classes of models by what they are for: "pretraining", "retrieval", ..."""
+    load_official: Callable[[Any, Any], Any] | None = None
+    """Reads a file of the authors' code: `load_official(path, config)`; None: there is no such."""
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    """By kind of model, as in the recipe's `init`: "beit", "bert"."""

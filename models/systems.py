@@ -1,0 +1,35 @@
+"""Systems by name: each is a package beside this file that holds a `SYSTEM`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+from svitt_ops.models.parts.system import System
+
+
+def system_names() -> list[str]:
+    """The names of all systems."""
+    found = iter_modules([str(Path(__file__).parent)])
+    return [module.name for module in found if module.ispkg and module.name != "parts"]
+
+
+def load_system(name: str) -> System:
+    """A system by the name of its package.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in system_names():
+        raise ValueError(f"system must be one of {', '.join(system_names())}, got {name!r}")
+    system: System = import_module(f"svitt_ops.models.{name}").SYSTEM
+    return system
+
+
+def system_of(model_type: str) -> str | None:
+    """The name of the system whose configuration has this `model_type`; None: no system's."""
+    for name in system_names():
+        if load_system(name).config.model_type == model_type:
+            return name
+    return None
