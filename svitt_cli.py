@@ -39,7 +39,7 @@ parquet with these fields. Paths are relative to the working folder, and ~ is th
 Unusable videos are skipped, counted and listed in the output folder. A run that was killed goes on
 where its last checkpoint was when the same command is given again.
 """
-RETRIEVAL = """\
+EVALUATE = """\
 Find videos by text and texts by video, in annotation files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
@@ -198,11 +198,10 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
     _add_overrides(pretrain)
 
-    evaluate = commands.add_parser("evaluate", help="evaluate a trained model")
-    tasks = evaluate.add_subparsers(dest="task", required=True, metavar="TASK")
-    found = tasks.add_parser(
-        "retrieval", help="R@1/5/10 both ways", description=RETRIEVAL, formatter_class=raw
+    found = commands.add_parser(
+        "evaluate", help="evaluate a trained model", description=EVALUATE, formatter_class=raw
     )
+    found.add_argument("task", metavar="TASK", help="such as retrieval: R@1/5/10 both ways")
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
         "--annotations",
@@ -214,27 +213,26 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
     found.add_argument("--paragraph", action="store_true", help="join a video's captions to one")
-    found.add_argument("--clips", type=int, default=1, help="clips of each video (default: 1)")
-    found.add_argument("--strided", action="store_true", help="clips take every n-th frame")
-    found.add_argument(
+    some = found.add_argument_group("options of some tasks", argument_default=argparse.SUPPRESS)
+    some.add_argument("--clips", type=int, help="clips of each video (default: 1)")
+    some.add_argument("--strided", action="store_true", help="clips take every n-th frame")
+    some.add_argument(
         "--merge",
         choices=("logsumexp", "mean", "max"),
-        default="logsumexp",
         help="how match scores of a video's clips become one (default: logsumexp)",
     )
-    found.add_argument(
+    some.add_argument(
         "--top-k",
         type=int,
-        default=128,
         metavar="K",
         help="best candidates that the match head ranks anew; 0: none (default: 128)",
     )
-    _add_reading(found)
-    found.add_argument(
+    some.add_argument(
         "--probe",
         action="store_true",
         help="also with frames shuffled, reversed and frozen: does the model use time?",
     )
+    _add_reading(found)
     found.add_argument("--bf16", action="store_true", help="compute in bf16")
     found.add_argument("--cpu", action="store_true", help="leave the GPU alone")
     found.add_argument("--batch-size", type=int, default=32, help="clips at a time (default: 32)")

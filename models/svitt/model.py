@@ -71,6 +71,13 @@ class TwoTowers(PreTrainedModel):
         """The embeddings of the text's tokens."""
         return self.text.embeddings.word
 
+    def before_step(self) -> None:
+        self.clamp_temperature()
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        return not all(self.config.loss_weights.values())
+
     def group(self) -> dist.ProcessGroup | None:
         """The processes that share a batch while training: negatives come from all of them."""
         shared = dist.is_available() and dist.is_initialized() and self.training

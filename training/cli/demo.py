@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import json
@@ -19,14 +20,15 @@ from tqdm.auto import tqdm
 
 from svitt_ops.models import sparsity_table
 from svitt_ops.training.cli.figures import draw_survivors, find_survivors
-from svitt_ops.training.cli.table import format_rows
 from svitt_ops.training.corpora.shapes import CorpusSpec, Film, build_corpus
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.paths import expand, output_folder, write_text
+from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.recipes import Recipe, load_recipe
-from svitt_ops.training.engine.run import Trained, load_trained, pretrain
+from svitt_ops.training.engine.run import Trained, pretrain
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy
+from svitt_ops.training.tasks.parts.table import format_rows
 from svitt_ops.training.tasks.retrieval import retrieval
 
 if TYPE_CHECKING:
@@ -47,6 +49,19 @@ OWN = (
 )
 """What a demo leaves in its folder, and the next one removes."""
 SHUFFLES = 10  # shuffled orders that the temporal-pair accuracy is averaged over
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo and print its table; the exit status."""
+    facts = run_demo(
+        arguments.output,
+        seed=arguments.seed,
+        motion=arguments.motion,
+        overrides=arguments.overrides,
+        resume=arguments.resume,
+    )
+    print(f"\n{render_demo(facts)}")
+    return 0
 
 
 def run_demo(

@@ -13,7 +13,7 @@ from kornia.geometry.transform import hflip
 from kornia.geometry.transform import resize as resize_bicubic
 from torch import Tensor
 
-from svitt_ops.training.engine.recipes import RESIZES
+from svitt_ops.training.data import RESIZES
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 

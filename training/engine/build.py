@@ -1,4 +1,4 @@
-"""From a recipe to its parts: entries, tokenizer, dataset, model."""
+"""From a recipe to its parts: entries, tokenizer, model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.annotations import Entry, read_annotations
-from svitt_ops.training.data.augment import Augmentation
-from svitt_ops.training.data.collate import Collator
-from svitt_ops.training.data.datasets import ClipSpec, PairDataset
 from svitt_ops.training.data.text import append_sep, load_tokenizer, train_tokenizer
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.gate import check_media
 from svitt_ops.training.engine.recipe_checks import check_model_keys
 from svitt_ops.training.engine.recipes import Corpus, Data, Recipe
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTConfig, SViTTForPreTraining
 
 log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 5
@@ -82,66 +77,40 @@ def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedToken
     raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
 
 
-def build_dataset(recipe: Recipe, entries: Sequence[Entry], num_frames: int) -> PairDataset:
-    """The training pairs."""
-    data = recipe.data
-    spec = ClipSpec(
-        num_frames=num_frames,
-        mode=data.sampling,
-        official=data.official_sampling,
-        short_side=None if data.resize == "official" else data.short_side,
-        cache=data.cache,
-    )
-    return PairDataset(entries, spec, seed=recipe.seed, positives=data.positives)
-
-
-def build_collator(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: SViTTConfig
-) -> Collator:
-    """The collator; it prepares masked texts only for a model that learns from them."""
-    data = recipe.data
-    low, high = data.crop_scale
-    masked = config.loss_weights.get("mlm", 1) > 0
-    return Collator(
-        tokenizer=tokenizer,
-        text_length=data.text_length,
-        pad_to=data.pad_to,
-        augmentation=Augmentation(crop_scale=(low, high), flip=data.flip),
-        mask_probability=recipe.optimizer.mask_probability if masked else 0.0,
-    )
-
-
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForPreTraining:
-    """The model, from the weights that the recipe starts from.
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, head: str = "pretraining"
+) -> Any:
+    """The system's model for a head, from the weights that the recipe starts from.
 
     Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
     interpolated.
     """
-    from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert, expand_frames
+    from svitt_ops.models import expand_frames
 
-    changes = dict(recipe.model)
+    system, changes = load_system(recipe.system), dict(recipe.model)
     check_model_keys(recipe)
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = recipe.init.checkpoint
     if start is None:
-        model = SViTTForPreTraining(SViTTConfig(**changes, **text))
-        for key, load in (("beit", convert.load_beit), ("bert", convert.load_bert)):
-            source = getattr(recipe.init, key)
-            if source:
+        model = system.models[head](system.config(**changes, **text))
+        for key, source in system.sources.items():
+            if folder := getattr(recipe.init, key):
                 with _named(f"init.{key}"):
-                    load(model, source)
+                    source.load(model, folder)
         return model
     if Path(start).is_file():
-        config = SViTTConfig(**changes, **text)
+        config: Any = system.config(**changes, **text)
         with _named("init.checkpoint"):
-            model = convert.load_official(start, config)
+            if system.load_official is None:
+                raise ValueError(f"must be a folder, {recipe.system} has no official files")
+            model = system.load_official(start, config)
         # A head that is missing there starts from random weights, to be trained.
         model.config.loss_weights = config.loss_weights
         frames = changes.get("num_frames", model.config.num_frames)
         return model if frames == model.config.num_frames else expand_frames(model, frames)
     with _named("init.checkpoint"):
         folder = model_folder(start)
-        config = SViTTConfig.from_pretrained(folder)
+        config = system.config.from_pretrained(folder)
     if config.vocab_size != len(tokenizer):
         raise ValueError(
             f"recipe: the tokenizer must have the {config.vocab_size} pieces of"
@@ -152,7 +121,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SViTTForP
     config.check()
     refuse_other_shapes(config, folder)
     with _named("init.checkpoint"):
-        model = SViTTForPreTraining.from_pretrained(folder, config=config)
+        model = system.models[head].from_pretrained(folder, config=config)
     return model
 
 
@@ -166,7 +135,7 @@ def _named(key: str) -> Iterator[None]:
         raise ValueError(f"recipe: {key}: {line}") from error
 
 
-def refuse_other_shapes(config: SViTTConfig, folder: Path, *, also: Sequence[str] = ()) -> None:
+def refuse_other_shapes(config: Any, folder: Path, *, also: Sequence[str] = ()) -> None:
     """Raise a ValueError that names the key by which a folder's weights do not fit a model.
 
     Args:
@@ -174,10 +143,9 @@ def refuse_other_shapes(config: SViTTConfig, folder: Path, *, also: Sequence[str
         folder: with the weights and their configuration.
         also: fields that weights can be resized in, but are not here.
     """
-    from svitt_ops.models import SViTTConfig
     from svitt_ops.models.parts.loading import fixed_fields
 
-    stored = SViTTConfig.from_pretrained(folder)
+    stored = type(config).from_pretrained(folder)
     for key in (*fixed_fields(stored, config), *also):
         before, after = getattr(stored, key), getattr(config, key)
         if before != after:

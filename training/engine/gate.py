@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.paths import expand, input_file, input_folder
 from svitt_ops.training.data.text import load_tokenizer
@@ -103,12 +104,17 @@ def _check_init(recipe: Recipe) -> None:
         if init.beit or init.bert:
             log.warning("init.beit and init.bert are not read: init.checkpoint has all weights")
         return
-    for kind, source in (("beit", init.beit), ("bert", init.bert)):
-        if source is not None:
-            from svitt_ops.models.svitt.convert import RELEASED
-
-            advice = f"get it by: hf download {RELEASED[kind]} --local-dir {source}"
-            check_folder(f"recipe: init.{kind}", source, (kind,), advice)
+    sources = load_system(recipe.system).sources
+    for kind, folder in (("beit", init.beit), ("bert", init.bert)):
+        if folder is None:
+            continue
+        if kind not in sources:
+            raise ValueError(
+                f"recipe: init.{kind} must be null, {recipe.system} does not start from such"
+                f" weights, got {folder!r}"
+            )
+        advice = f"get it by: hf download {sources[kind].released} --local-dir {folder}"
+        check_folder(f"recipe: init.{kind}", folder, (kind,), advice)
 
 
 def _check_checkpoint(recipe: Recipe, start: Path) -> None:
@@ -116,10 +122,9 @@ def _check_checkpoint(recipe: Recipe, start: Path) -> None:
         return
     key = "recipe: init.checkpoint"
     folder = model_folder(start, f"{key}: must be the folder of a model or of a run, or a file")
-    check_folder(key, folder, ("svitt",))
-    from svitt_ops.models import SViTTConfig
-
-    check_config(recipe, SViTTConfig.from_pretrained(folder))
+    config = load_system(recipe.system).config
+    check_folder(key, folder, (config.model_type,))
+    check_config(recipe, config.from_pretrained(folder))
 
 
 def _check_tokenizer(recipe: Recipe) -> None:

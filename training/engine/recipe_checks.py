@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
-from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
+from svitt_ops.models.systems import load_system
+from svitt_ops.training.data import RESIZES
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.engine.recipes import RESIZES, Data, Recipe, map_paths
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTConfig
+from svitt_ops.training.engine.recipes import Data, Recipe, map_paths
+from svitt_ops.training.engine.task import Trainable, load_task
 
 SHORTEST_TEXT = 3  # [CLS], one piece, [SEP]
 SMALLEST_VOCABULARY = 6  # BERT's five special pieces, and one
@@ -107,6 +107,7 @@ def check_form(kind: Any, value: Any, where: str, key: str = "") -> None:
 
 def check_values(recipe: Recipe) -> None:
     """Raise a ValueError that names the first key whose value cannot be."""
+    system, task = _named(load_system, recipe.system), _named(load_task, recipe.task, Trainable)
     for key, rule in RULES.items():
         _check(key, reduce(getattr, key.split("."), recipe), rule)
     for number, corpus in enumerate(recipe.data.train):
@@ -130,19 +131,17 @@ def check_values(recipe: Recipe) -> None:
     if recipe.model or recipe.data.text_length > Data().text_length:
         check_model_keys(recipe)
         if recipe.init.checkpoint is None:  # or its configuration is the base
-            from svitt_ops.models import SViTTConfig
-
-            check_config(recipe, SViTTConfig())
+            check_config(recipe, system.config())
+    if check := getattr(task, "check", None):
+        check(recipe)
 
 
 def check_model_keys(recipe: Recipe) -> None:
     """Raise a ValueError that names a key of the model that is none, or is not the recipe's."""
     from transformers import PreTrainedConfig
 
-    from svitt_ops.models import SViTTConfig
-
     general = PreTrainedConfig().to_dict()  # of no meaning here, such as id2label
-    known = [name for name in SViTTConfig().to_dict() if name not in general]
+    known = [name for name in load_system(recipe.system).config().to_dict() if name not in general]
     for name in recipe.model:
         if name not in known:
             raise ValueError(f"recipe: model has no key {name!r}; {unknown_key(name, known)}")
@@ -150,7 +149,7 @@ def check_model_keys(recipe: Recipe) -> None:
             raise ValueError(f"recipe: model.{name} is the tokenizer's, and not to be set")
 
 
-def check_config(recipe: Recipe, config: SViTTConfig) -> None:
+def check_config(recipe: Recipe, config: Any) -> None:
     """Raise a ValueError where the recipe's model cannot be, as a change of `config`."""
     for key, value in recipe.model.items():
         setattr(config, key, value)
@@ -177,6 +176,13 @@ def _check(key: str, value: Any, rule: Rule) -> None:
     words, holds = rule
     if value is not None and not holds(value):
         raise ValueError(f"recipe: {key} must be {words}, got {value!r}")
+
+
+def _named(load: Callable[..., Any], *name: Any) -> Any:
+    try:
+        return load(*name)
+    except ValueError as error:
+        raise ValueError(f"recipe: {error}") from None
 
 
 def _path(key: str, path: str) -> str:

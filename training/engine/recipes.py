@@ -24,7 +24,6 @@ PATHS = (
 )
 """Keys that hold a path; those of `init` and `tokenizer` may be names of downloads too."""
 PAIRS = ("data.crop_scale.", "optimizer.betas.")
-RESIZES = ("antialias", "official")
 
 
 @dataclass
@@ -152,11 +151,15 @@ class Run:
 class Recipe:
     """A whole run."""
 
+    system: str = "svitt"
+    """Whose models: a package of `svitt_ops.models`."""
+    task: str = "pretrain"
+    """What they learn: a module of `svitt_ops.training.tasks`, which may add keys to these."""
     output: str = "runs/svitt"
     """Folder for checkpoints, TensorBoard files and the final model."""
     seed: int = 0
     model: dict[str, Any] = field(default_factory=dict)
-    """What to change in `SViTTConfig`."""
+    """What to change in the system's configuration, such as `SViTTConfig`."""
     init: Init = field(default_factory=Init)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     data: Data = field(default_factory=Data)
@@ -184,20 +187,21 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     """
     from svitt_ops.training.engine.recipe_checks import check_form, check_values
 
+    kind = Recipe
     try:
-        merged: Any = OmegaConf.structured(Recipe)
-        if source is not None:
-            content = _read(source)
-            check_form(Recipe, OmegaConf.to_container(content), f"recipe {source}: ")
-            merged = OmegaConf.merge(merged, content)
-        for key, value in _one_corpus([_split(override) for override in overrides]):
-            merged = _override(merged, key, value)
+        content = _read(source) if source is not None else OmegaConf.create()
+        changes = _one_corpus([_split(override) for override in overrides])
+        kind = _class_of(dict(changes).get("task", content.get("task")))
+        check_form(kind, OmegaConf.to_container(content), f"recipe {source}: ")
+        merged: Any = OmegaConf.merge(OmegaConf.structured(kind), content)
+        for key, value in changes:
+            merged = _override(merged, key, value, kind)
         recipe = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, TypeError) as error:
         place = getattr(error, "full_key", None)
         message = str(error).splitlines()[0]
         where = f"{source or 'defaults'}{f': {place}' if place else ''}"
-        raise ValueError(f"recipe {where}: {message}{_elsewhere(error)}") from error
+        raise ValueError(f"recipe {where}: {message}{_elsewhere(error, kind)}") from error
     assert isinstance(recipe, Recipe)
     check_values(recipe)
     return recipe
@@ -240,6 +244,14 @@ def _read(source: str | Path) -> DictConfig:
     return content
 
 
+def _class_of(task: object) -> type[Recipe]:
+    """The recipes of a task; what is no task's name is refused with the other values."""
+    from svitt_ops.training.engine.task import Trainable, load_task, task_names
+
+    known = isinstance(task, str) and task in task_names()
+    return getattr(load_task(str(task), Trainable), "Recipe", Recipe) if known else Recipe
+
+
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -259,7 +271,7 @@ def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [("data.train", "[]"), *corpus, *(pair for pair in overrides if pair[0] not in names)]
 
 
-def _override(merged: Any, key: str, value: str) -> Any:
+def _override(merged: Any, key: str, value: str, kind: type[Recipe]) -> Any:
     parts = key.split(".")
     place = next((k for k, part in enumerate(parts) if part.isdigit()), None)
     if place is not None:
@@ -287,7 +299,7 @@ def _override(merged: Any, key: str, value: str) -> Any:
             check_form(Corpus, _plain(element), "override: ", key)
         OmegaConf.update(merged, key, element, merge=True)
         return merged
-    check_form(Recipe, _plain(nested), "override: ")
+    check_form(kind, _plain(nested), "override: ")
     return OmegaConf.merge(merged, nested)
 
 
@@ -311,13 +323,13 @@ def _is_path(key: str) -> bool:
     return re.fullmatch(PATHS, key) is not None
 
 
-def _elsewhere(error: Exception) -> str:
+def _elsewhere(error: Exception, kind: type[Recipe]) -> str:
     """Where a key that is unknown at its place is known."""
     key = str(getattr(error, "key", None) or "")
     if " not in " not in str(error) or "Did you mean" in str(error):
         return ""
-    known = [name for name in _keys(Recipe) if name.rpartition(".")[2] == key]
-    near = known or difflib.get_close_matches(key, _keys(Recipe), n=1)
+    known = [name for name in _keys(kind) if name.rpartition(".")[2] == key]
+    near = known or difflib.get_close_matches(key, _keys(kind), n=1)
     return f". Did you mean: {near[0]!r}?" if near else ""
 
 

@@ -1,4 +1,4 @@
-"""`svitt pretrain`: a recipe to a trained model."""
+"""From a recipe to a trained model, whatever its system and its task."""
 
 from __future__ import annotations
 
@@ -9,43 +9,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.data.text import load_tokenizer, save_tokenizer
-from svitt_ops.training.engine.build import (
-    build_collator,
-    build_dataset,
-    build_model,
-    build_tokenizer,
-    read_corpora,
-    refuse_other_shapes,
-)
+from svitt_ops.training.engine.build import build_model, build_tokenizer, refuse_other_shapes
 from svitt_ops.training.engine.callbacks import ProgressBar, TensorBoard, WriteRecipe
 from svitt_ops.training.engine.changes import report_changes
 from svitt_ops.training.engine.checkpoints import (
     BROKEN,
     FINAL,
     RECIPE,
-    model_folder,
     newest_whole,
     remove_partial,
     whole_folder,
     writing,
 )
-from svitt_ops.training.engine.gate import check_batches, check_run
+from svitt_ops.training.engine.gate import check_run
+from svitt_ops.training.engine.loading import load_trained, quiet_transformers
 from svitt_ops.training.engine.lock import own_folder
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.sharding import KEYS, read_sharding
-from svitt_ops.training.engine.trainer import PretrainTrainer
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTForPreTraining
+from svitt_ops.training.engine.task import Trainable, load_task
+from svitt_ops.training.engine.trainer import RecipeTrainer
 
 log = logging.getLogger(__name__)
 _OWN = "the optimizer is AdamW, with the values of `optimizer`"
@@ -65,7 +55,7 @@ UNUSED = {
 class Trained:
     """What a run leaves behind."""
 
-    model: SViTTForPreTraining
+    model: PreTrainedModel
     folder: Path
     """Weights, configuration and tokenizer, as `svitt evaluate` or a next stage takes them."""
     skipped: SkipLog
@@ -76,7 +66,7 @@ class Trained:
 
 
 def pretrain(
-    recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), label: str = "pretrain"
+    recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = (), label: str | None = None
 ) -> Trained:
     """Train what a recipe describes; resumes by itself where a killed run stopped.
 
@@ -85,40 +75,39 @@ def pretrain(
     Args:
         recipe: what to train, on what.
         callbacks: more callbacks of transformers.Trainer.
-        label: of the progress bar.
+        label: of the progress bar; default: the task.
     """
-    _quiet_transformers()
+    quiet_transformers()
     recipe = check_run(recipe)
     rank = int(os.environ.get("RANK", 0))
     output = Path(recipe.output)
     with own_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_partial(output)
-        return _pretrain(recipe, output, rank, callbacks, label)
+        return _train(recipe, output, rank, callbacks, label or recipe.task)
 
 
-def _pretrain(
+def _train(
     recipe: Recipe, output: Path, rank: int, callbacks: Sequence[TrainerCallback], label: str
 ) -> Trained:
     world = int(os.environ.get("WORLD_SIZE", 1))
-    settings = recipe.optimizer
+    settings, task = recipe.optimizer, load_task(recipe.task, Trainable)
     resumed, broken = newest_whole(output)
     if resumed is not None and settings.steps and resumed[0] >= settings.steps:
-        return _trained_before(output, resumed, settings.steps, rank)
+        return _trained_before(output, resumed, settings.steps, rank, task.HEAD)
     read_sharding(recipe)  # refused before anything is read, as what follows
     arguments = _arguments(recipe, world)
     set_seed(recipe.seed)  # the initial weights, on every process
-    entries = read_corpora(recipe.data.train, recipe.data, "train")
-    check_batches(entries, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
+    examples = task.read_examples(recipe)
     if resumed is None:
-        tokenizer = build_tokenizer(recipe, entries)
+        tokenizer = build_tokenizer(recipe, examples)
     else:
         tokenizer = load_tokenizer(str(resumed[1]))
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer, task.HEAD)
     if resumed is not None:
         refuse_other_shapes(model.config, resumed[1], also=("image_size", "num_frames"))
-    dataset = build_dataset(recipe, entries, model.config.num_frames)
-    del entries  # or forked workers would each come to own a copy
+    dataset: Any = task.build_dataset(recipe, examples, model.config)
+    del examples  # or forked workers would each come to own a copy
     batches = GlobalBatches(
         dataset.items,
         settings.batch_size // settings.accumulation,
@@ -128,7 +117,7 @@ def _pretrain(
     )
     steps, warmup = _steps(recipe, batches.batches_per_epoch)
     if resumed is not None and resumed[0] >= steps:
-        return _trained_before(output, resumed, steps, rank)
+        return _trained_before(output, resumed, steps, rank, task.HEAD)
     if resumed is not None and rank == 0:
         report_changes(output / RECIPE, recipe)
         for path, reason in broken.items():
@@ -136,14 +125,13 @@ def _pretrain(
             log.warning(text, path, reason, resumed[1].name, f"{BROKEN}{path.name}")
     known_now: dict[str, Any] = {
         "max_steps": steps,
-        # A loss of weight 0 leaves its heads out of the graph.
-        "ddp_find_unused_parameters": not all(model.config.loss_weights.values()),
+        "ddp_find_unused_parameters": model.leaves_parameters_unused,
     }
     for name in known_now.keys() - recipe.run.trainer.keys():
         setattr(arguments, name, known_now[name])
-    collator = build_collator(recipe, tokenizer, model.config)
+    collator = task.build_collator(recipe, tokenizer, model.config)
     with _of_trainer(recipe):
-        trainer = PretrainTrainer(model, arguments, recipe, dataset, batches, collator, warmup)
+        trainer = RecipeTrainer(model, arguments, recipe, task, dataset, batches, collator, warmup)
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar(settings.batch_size, label))
@@ -161,7 +149,7 @@ def _pretrain(
         _write_final(output, model, tokenizer, recipe_text(recipe), weights)
     if weights is not None:  # the model itself stays in shards
         trainer.accelerator.wait_for_everyone()
-        model = load_trained(output / FINAL)[0]
+        model = load_trained(output / FINAL, task.HEAD)[0]
     _report_skipped(trainer.skipped, output, rank)
     return Trained(
         model=model,
@@ -172,11 +160,13 @@ def _pretrain(
     )
 
 
-def _trained_before(output: Path, last: tuple[int, Path], steps: int, rank: int) -> Trained:
+def _trained_before(
+    output: Path, last: tuple[int, Path], steps: int, rank: int, head: str
+) -> Trained:
     """What a run that is complete left behind; its recipe stays, and no data is read."""
     step, folder = last
     log.warning("already trained %d of %d steps: %s", step, steps, output)
-    model, tokenizer, _ = load_trained(folder)
+    model, tokenizer, _ = load_trained(folder, head)
     if rank == 0 and not (output / FINAL / "config.json").is_file():  # killed before the end
         stored = output / RECIPE
         text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
@@ -185,29 +175,13 @@ def _trained_before(output: Path, last: tuple[int, Path], steps: int, rank: int)
 
 
 def _write_final(
-    output: Path, model: SViTTForPreTraining, tokenizer: Any, recipe: str, weights: Any = None
+    output: Path, model: PreTrainedModel, tokenizer: Any, recipe: str, weights: Any = None
 ) -> None:
     with whole_folder(output / FINAL) as folder:
         model.save_pretrained(folder, state_dict=weights)
         save_tokenizer(tokenizer, folder)
         if recipe:
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
-
-
-def load_trained(path: str | Path) -> tuple[SViTTForPreTraining, Any, Path]:
-    """Model and tokenizer of a run's folder, or of a folder with weights."""
-    from svitt_ops.models import SViTTForPreTraining
-
-    _quiet_transformers()
-    folder = model_folder(path)
-    model = SViTTForPreTraining.from_pretrained(folder)
-    return model, load_tokenizer(str(folder)), folder
-
-
-def _quiet_transformers() -> None:
-    """Without its bars for loading, and its warning that it knows no `svitt` models."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:

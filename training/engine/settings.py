@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from svitt_ops.training.data import RESIZES
 from svitt_ops.training.engine.checkpoints import FINAL, RECIPE
-from svitt_ops.training.engine.recipes import RESIZES
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTForPreTraining
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +53,6 @@ def run_settings(folder: str | Path) -> RunSettings:
     if problem:
         log.warning("%s: %s; the default is used instead", path, problem)
     return RunSettings(**found)
-
-
-def load_for_use(
-    path: str | Path,
-    *,
-    frames: int | None = None,
-    text_length: int | None = None,
-    resize: str | None = None,
-) -> tuple[SViTTForPreTraining, Any, RunSettings, Path]:
-    """A trained model for clips of so many frames, its tokenizer, how it reads, and its folder.
-
-    Args:
-        path: folder of a run or of a model.
-        frames: of a clip; another number than the model's expands it. Default: the model's.
-        text_length: tokens; default: what training chose.
-        resize: of frames, as in `to_pixel_values`; default: what training chose.
-    """
-    from svitt_ops.models import expand_frames
-    from svitt_ops.training.data.collate import check_text_length
-    from svitt_ops.training.engine.run import load_trained
-
-    model, tokenizer, folder = load_trained(path)
-    settings = run_settings(folder)
-    longest = model.config.max_position_embeddings
-    if text_length is None:
-        text_length = min(settings.text_length, longest)
-    check_text_length(text_length, tokenizer, longest, "--text-length")
-    settings = replace(settings, text_length=text_length, resize=resize or settings.resize)
-    if settings.resize == "official":
-        settings = replace(settings, short_side=None)
-    if frames is not None and frames != model.config.num_frames:
-        expand_frames(model, frames)
-    return model, tokenizer, settings, folder
 
 
 def _read_data(path: Path) -> tuple[dict[str, Any], str]:

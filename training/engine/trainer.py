@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from svitt_ops.nn import RelativePositionBias3D
-from svitt_ops.training.data.augment import to_pixel_values
-from svitt_ops.training.data.collate import Collator
-from svitt_ops.training.data.datasets import GlobalBatches, PairDataset, SkipLog
+from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.saving import SavingTrainer, wait
 from svitt_ops.training.engine.schedule import learning_rate_factor
 from svitt_ops.training.engine.sharding import fit_optimizer_state, shard, whole
+from svitt_ops.training.engine.task import Trainable
 
 log = logging.getLogger(__name__)
-LOSSES = ("loss_vtc", "loss_vtm", "loss_mlm")
-MODEL_INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
 
 
-class PretrainTrainer(SavingTrainer):
+class RecipeTrainer(SavingTrainer):
     """The engine.
 
     Everything random in a step (sparse patterns, drop path, hard negatives) is drawn from a seed
@@ -49,16 +46,17 @@ class PretrainTrainer(SavingTrainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         recipe: Recipe,
-        dataset: PairDataset,
+        task: Trainable,
+        dataset: Dataset[Any],
         batches: GlobalBatches,
-        collator: Collator,
+        collator: Callable[[Sequence[Any]], dict[str, Any]],
         warmup_steps: int,
     ) -> None:
         super().__init__(
             recipe, model=model, args=args, data_collator=collator, train_dataset=dataset
         )
+        self.task = task
         self.dataset = dataset
-        self._size = int(model.config.image_size)
         self.batches = batches
         self.warmup_steps = warmup_steps
         self.skipped = SkipLog()
@@ -155,7 +153,7 @@ class PretrainTrainer(SavingTrainer):
         part = self._next_part()
         torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
         with torch.no_grad():
-            self.accelerator.unwrap_model(model).clamp_temperature()
+            self.accelerator.unwrap_model(model).before_step()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._refuse_not_finite(self.accelerator.unwrap_model(model))
@@ -194,18 +192,10 @@ class PretrainTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        pixels = to_pixel_values(
-            inputs["clips"],
-            self._size,
-            inputs["boxes"],
-            inputs["flips"],
-            resize=self.recipe.data.resize,
-        )
-        tensors = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
-        outputs = model(pixel_values=pixels, **tensors)
-        for name in LOSSES:
-            value = getattr(outputs, name)
-            if value is not None:
+        config = self.accelerator.unwrap_model(model).config
+        outputs = model(**self.task.model_inputs(self.recipe, config, inputs))
+        for name, value in outputs.items():  # those that are not None
+            if name.startswith("loss_"):
                 total = self._sums.get(name)
                 self._sums[name] = value.detach() + (0 if total is None else total)
         return (outputs.loss, outputs) if return_outputs else outputs.loss

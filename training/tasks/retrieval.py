@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from svitt_ops.training.data.augment import to_pixel_values
-from svitt_ops.training.data.collate import count_cut, encode_texts
-from svitt_ops.training.data.datasets import SkipLog
+from svitt_ops.training.data.annotations import Entry
+from svitt_ops.training.data.collate import count_cut
+from svitt_ops.training.data.sampling import ORDERS
+from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.checks import check_finite
-from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, stack_clips
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTForPreTraining
+from svitt_ops.training.tasks.parts.encoding import (
+    EncodedTexts,
+    EncodedVideos,
+    Progress,
+    encode_gallery_texts,
+    encode_gallery_videos,
+)
+from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
+from svitt_ops.training.tasks.parts.ranks import recalls
+from svitt_ops.training.tasks.parts.table import format_rows
 
 log = logging.getLogger(__name__)
-Progress = Callable[..., Iterable[Any]]
+HEAD = "retrieval"
+OPTIONS = {"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False}
 Merge = Literal["logsumexp", "mean", "max"]
-RECALLS = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,108 +62,8 @@ class Evaluation:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedTexts:
-    """Texts of a gallery."""
-
-    embeds: Tensor  # (texts, dim)
-    states: Tensor  # (texts, tokens, width)
-    mask: Tensor  # (texts, tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedVideos:
-    """Videos of a gallery."""
-
-    embeds: Tensor  # (videos, dim), the mean over clips: its product is the mean similarity
-    states: Tensor | None  # (videos, clips, tokens, width)
-
-
-@torch.inference_mode()
-def encode_gallery_texts(
-    model: SViTTForPreTraining,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    *,
-    text_length: int,
-    batch_size: int = 256,
-) -> EncodedTexts:
-    """Embeddings and states of all texts, padded alike; a ValueError where they are not finite."""
-    device = next(model.parameters()).device
-    inputs = encode_texts(tokenizer, texts, text_length, "longest")
-    embeds, states = [], []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = (t[start : start + batch_size].to(device) for t in inputs.values())
-        output = model.encode_text(ids, mask)
-        embeds.append(output.embeds.float())
-        states.append(output.states)
-    mask = inputs["attention_mask"].to(device)
-    found = torch.cat(embeds)
-    check_finite(found, "retrieval: embeddings of texts", lambda k: f"text {k} ({texts[k]!r})")
-    return EncodedTexts(embeds=found, states=torch.cat(states), mask=mask)
-
-
-@torch.inference_mode()
-def encode_gallery_videos(
-    model: SViTTForPreTraining,
-    clips: GalleryClips,
-    *,
-    batch_size: int = 32,
-    workers: int = 0,
-    keep_states: bool = True,
-    progress: Progress | None = None,
-    resize: str = "antialias",
-) -> tuple[EncodedVideos, list[int], SkipLog]:
-    """Embeddings and states of a gallery's videos; the numbers of those that cannot be read.
-
-    Raises:
-        ValueError: no video can be read, or embeddings are not finite.
-    """
-    if not len(clips):
-        raise ValueError("retrieval: the gallery has no videos")
-    device = next(model.parameters()).device
-    skipped = SkipLog()
-    usable: list[int] = []
-    unusable: list[int] = []
-    embeds, states = [], []
-    loader = DataLoader(
-        clips,
-        batch_size=max(1, batch_size // clips.num_clips),
-        num_workers=workers,
-        collate_fn=stack_clips,
-        shuffle=False,
-    )
-    videos = clips.gallery.videos
-    for batch in loader if progress is None else progress(loader, desc="encode videos"):
-        for number, reason in batch["unusable"]:
-            unusable.append(number)
-            skipped.add([(videos[number], reason)])
-            log.warning("skipped: %s", reason)
-        if not batch["numbers"]:
-            continue
-        usable += batch["numbers"]
-        frames = batch["frames"]
-        on_device = (
-            frames.to(device) if isinstance(frames, Tensor) else [f.to(device) for f in frames]
-        )
-        with torch.autocast(device.type, enabled=False):  # pictures as in training
-            pixels = to_pixel_values(on_device, model.config.image_size, resize=resize)
-        output = model.encode_video(pixels)
-        per_video = (len(batch["numbers"]), -1)
-        embeds.append(output.embeds.float().unflatten(0, per_video).mean(1))
-        if keep_states:
-            states.append(output.states.unflatten(0, per_video).cpu())
-    if not embeds:
-        raise ValueError(f"retrieval: no video could be read; the first: {skipped.first()}")
-    found = torch.cat(embeds)
-    what = "retrieval: embeddings of videos"
-    check_finite(found, what, lambda k: f"video {usable[k]} ({videos[usable[k]]})")
-    kept = torch.cat(states) if keep_states else None
-    return EncodedVideos(embeds=found, states=kept), unusable, skipped
-
-
 def retrieval(
-    model: SViTTForPreTraining,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     clips: GalleryClips,
     *,
@@ -236,58 +144,112 @@ def retrieval(
     return found | counts | cut | {"skipped": dict(skipped.reasons)}
 
 
-def recalls(
-    text_scores: Tensor, gallery: Gallery, video_scores: Tensor | None = None
+def probe_retrieval(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    gallery: Gallery,
+    *,
+    settings: Evaluation | None = None,
+    seed: int = 0,
+    short_side: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """R@1/5/10 and their mean in percent, both ways, from scores (texts, videos).
+    """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
 
-    Scores that are not finite raise a ValueError: no number can be said of them.
+    A video that cannot be read in one order is left out of all, so that the numbers differ by the
+    order alone; `skipped` of every order names it.
     """
-    video_scores = text_scores if video_scores is None else video_scores
-    for scores in (text_scores, video_scores):
-        check_finite(scores, "retrieval: scores of texts", lambda k: f"{gallery.texts[k]!r}")
-    groups = torch.tensor(gallery.text_groups)[:, None] == torch.tensor(gallery.video_groups)
-    groups = groups.to(text_scores.device)
-    result: dict[str, Any] = {
-        "text_to_video": recall_table(best_ranks(text_scores, groups)),
-        "video_to_text": recall_table(best_ranks(video_scores.T, groups.T)),
+    settings = settings or Evaluation()
+    found: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    orders = list(ORDERS)
+    while orders:
+        order = orders.pop(0)
+        clips = GalleryClips(
+            gallery,
+            model.config.num_frames,
+            num_clips=settings.clips,
+            strided=settings.strided,
+            short_side=short_side,
+            order=order,
+            seed=seed,
+        )
+        result = retrieval(model, tokenizer, clips, settings=settings, **options)
+        if new := result["skipped"]:
+            skipped |= new
+            gallery = gallery.without([k for k, v in enumerate(gallery.videos) if v in new])
+            orders += found  # again, without these
+            found = {}
+        found[order] = result
+    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
+    found["delta"] = found["normal"]["mean"] - found["shuffled"]["mean"]
+    return found
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Entry],
+    reading: RunSettings,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What `retrieval`, or with `--probe` `probe_retrieval`, finds in a corpus."""
+    gallery = build_gallery(examples)
+    settings = Evaluation(
+        top_k=options.top_k,
+        clips=options.clips,
+        strided=options.strided,
+        merge=options.merge,
+        batch_size=options.batch_size,
+    )
+    more: dict[str, Any] = {
+        "settings": settings,
+        "text_length": reading.text_length,
+        "resize": reading.resize,
+        "bf16": options.bf16,
+        "workers": options.workers,
+        "progress": lambda items, desc: tqdm(items, desc=desc, dynamic_ncols=True),
     }
-    result["mean"] = (result["text_to_video"]["mean"] + result["video_to_text"]["mean"]) / 2
-    return result
+    if options.probe:
+        return probe_retrieval(model, tokenizer, gallery, short_side=reading.short_side, **more)
+    clips = GalleryClips(
+        gallery,
+        model.config.num_frames,
+        num_clips=settings.clips,
+        strided=settings.strided,
+        short_side=reading.short_side,
+    )
+    return retrieval(model, tokenizer, clips, **more)
 
 
-def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
-    """Rank, from 0, of the best positive of each row; candidates that tie with it come first.
-
-    So a collapsed model, which gives everything one score, is last everywhere and finds nothing.
-    (`svitt_ops.retrieval_ranks`, for training code, lets ties pass.) What is not finite never
-    passes for success: a row whose best positive is NaN or infinite has the last place, as if all
-    candidates tied with it, and a candidate that is NaN or infinite comes first.
-
-    Args:
-        scores: floating ``(queries, candidates)``.
-        positives: bool, of the same shape.
-
-    Returns:
-        int64 ``(queries,)``: how many candidates that are no positives come before the best one.
-    """
-    best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)  # NaN if any is
-    finite = torch.isfinite(best)
-    if not finite.all():
-        log.warning("%d of %d ranks: no finite best score", int((~finite).sum()), len(scores))
-    ahead = ~(scores < best) | ~finite  # a NaN is not less
-    return (ahead & ~positives).sum(1)
-
-
-def recall_table(ranks: Tensor) -> dict[str, float]:
-    """R@1/5/10 and their mean, in percent."""
-    table = {f"R{k}": (ranks < k).double().mean().item() * 100 for k in RECALLS}
-    table["mean"] = sum(table.values()) / len(RECALLS)
-    return table
+def render(facts: dict[str, Any]) -> str:
+    """Recalls of `retrieval`, or of every frame order of `probe_retrieval`, and what was lost."""
+    orders = {"": facts} if "text_to_video" in facts else facts
+    rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10", "mean")]
+    for order, found in orders.items():
+        if not isinstance(found, dict) or "text_to_video" not in found:
+            continue
+        for name, key in (("text to video", "text_to_video"), ("video to text", "video_to_text")):
+            label = f"{order}, {name}" if order else name
+            rows.append((label, *(f"{found[key][k]:.1f}" for k in ("R1", "R5", "R10", "mean"))))
+            if not order and found["contrastive"][key] != found[key]:
+                plain = found["contrastive"][key]
+                row = (f"{plain[k]:.1f}" for k in ("R1", "R5", "R10", "mean"))
+                rows.append(("  before re-ranking", *row))
+    first = next(iter(orders.values()))
+    lines = [f"{first['texts']} texts, {first['videos']} videos", *format_rows(rows)]
+    if "delta" in facts:
+        lines.append(f"normal - shuffled: {facts['delta']:.1f}")
+    if cut := first.get("texts_cut"):
+        lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
+    if count := len(first["skipped"]):
+        lines.append(f"{count} unusable video{'s' * (count > 1)} skipped:")
+        lines += [f"  {reason}" for reason in first["skipped"].values()]
+    return "\n".join(lines)
 
 
 def _rerank(
-    model: SViTTForPreTraining,
+    model: Any,
     scores: Tensor,
     gallery: Gallery,
     texts: EncodedTexts,
@@ -323,7 +285,7 @@ def _rerank(
 
 
 def _match(
-    model: SViTTForPreTraining,
+    model: Any,
     texts: EncodedTexts,
     states: Tensor,
     text: Tensor,

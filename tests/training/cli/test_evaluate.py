@@ -206,7 +206,7 @@ def test_where_settings_come_from(
 def test_the_text_length_of_a_model_without_a_recipe_fits_it(
     trained: Any, corpus: Path, tmp_path: Path
 ) -> None:
-    from svitt_ops.training.engine.settings import load_for_use
+    from svitt_ops.training.engine.loading import load_for_use
 
     model, tokenizer, _ = trained
     model.save_pretrained(tmp_path)

@@ -96,7 +96,8 @@ def test_official_files_have_texts_without_separator(make_recipe: Any, tmp_path:
 
 
 def test_a_run_keeps_its_texts(make_recipe: Any, tmp_path: Path) -> None:
-    from svitt_ops.training.engine.run import load_trained, pretrain
+    from svitt_ops.training.engine.loading import load_trained
+    from svitt_ops.training.engine.run import pretrain
 
     recipe = make_recipe(tmp_path / "run", "optimizer.steps=1", "tokenizer.append_sep=false")
     pretrain(recipe)

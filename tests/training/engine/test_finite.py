@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from svitt_ops.training.cli import main
 from svitt_ops.training.engine.checkpoints import checkpoints
-from svitt_ops.training.engine.run import load_trained, pretrain
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

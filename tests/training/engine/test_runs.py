@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 from svitt_ops.training.engine import checkpoints as module
 from svitt_ops.training.engine.changes import report_changes
 from svitt_ops.training.engine.checkpoints import checkpoints, fault, newest_whole, write_whole
+from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.lock import LOCK, own_folder
 from svitt_ops.training.engine.recipes import load_recipe, recipe_text
-from svitt_ops.training.engine.run import Trained, _arguments, load_trained, pretrain
+from svitt_ops.training.engine.run import Trained, _arguments, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Change = Callable[[Path], None]

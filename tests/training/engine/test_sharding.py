@@ -10,7 +10,8 @@ import torch
 from running import ENOUGH, losses, torchrun, write
 from safetensors.torch import load_file
 
-from svitt_ops.training.engine.run import load_trained, pretrain
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.sharding import Sharding, read_sharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")

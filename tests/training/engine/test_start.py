@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import BeitConfig, BeitModel
 
-from svitt_ops.models import SViTTForPreTraining
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining
 from svitt_ops.models.parts.expansion import resize_bias_table
 from svitt_ops.training.data.text import save_tokenizer, train_tokenizer
-from svitt_ops.training.engine.build import build_dataset, build_model
+from svitt_ops.training.engine.build import build_model
 from svitt_ops.training.engine.recipes import load_recipe
+from svitt_ops.training.tasks.pretrain import build_dataset
 
 TABLE = "video.layers.0.attention.bias.table"
 
@@ -100,7 +101,7 @@ def test_a_beit_of_another_resolution(make_recipe: Any, tokenizer: Any, tmp_path
 
 def test_official_resize_reads_whole_frames(make_recipe: Any, tmp_path: Path) -> None:
     options = ("data.resize=official", "data.short_side=256")
-    dataset = build_dataset(make_recipe(tmp_path, *options), [], 2)
+    dataset = build_dataset(make_recipe(tmp_path, *options), [], SViTTConfig(num_frames=2))
     assert dataset.spec.short_side is None
     with pytest.raises(ValueError, match=r"data\.resize must be one of antialias, official, got"):
         make_recipe(tmp_path, "data.resize=nearest")

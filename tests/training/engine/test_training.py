@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.engine.build import build_model
 from svitt_ops.training.engine.checkpoints import checkpoints, last_checkpoint, model_folder
-from svitt_ops.training.engine.run import load_trained, pretrain
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as `run` gives: sums depend on it
 

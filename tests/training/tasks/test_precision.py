@@ -14,14 +14,10 @@ from svitt_ops.training.cli.figures import find_survivors
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.tasks import retrieval as module
+from svitt_ops.training.tasks.parts.encoding import encode_gallery_texts, encode_gallery_videos
 from svitt_ops.training.tasks.parts.gallery import GalleryClip, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy
-from svitt_ops.training.tasks.retrieval import (
-    Evaluation,
-    encode_gallery_texts,
-    encode_gallery_videos,
-    retrieval,
-)
+from svitt_ops.training.tasks.retrieval import Evaluation, retrieval
 
 PAIRS = 300
 

@@ -9,20 +9,14 @@ import pytest
 import torch
 
 from svitt_ops.training.cli.figures import draw_survivors, find_survivors
-from svitt_ops.training.cli.table import render_retrieval
 from svitt_ops.training.data.annotations import Entry, read_annotations
 from svitt_ops.training.data.datasets import FrameReader
 from svitt_ops.training.data.sampling import ORDERS
 from svitt_ops.training.data.video import UnusableVideoError
 from svitt_ops.training.tasks.parts.gallery import GalleryClips, build_gallery
-from svitt_ops.training.tasks.parts.probing import pair_accuracy, pair_choices, probe_retrieval
-from svitt_ops.training.tasks.retrieval import (
-    Evaluation,
-    best_ranks,
-    recall_table,
-    recalls,
-    retrieval,
-)
+from svitt_ops.training.tasks.parts.probing import pair_accuracy, pair_choices
+from svitt_ops.training.tasks.parts.ranks import best_ranks, recall_table, recalls
+from svitt_ops.training.tasks.retrieval import Evaluation, probe_retrieval, render, retrieval
 
 
 def entry(media: str, captions: str) -> Entry:
@@ -103,7 +97,7 @@ def test_reranking_replaces_the_order_of_the_candidates(trained: Any) -> None:
     assert everything == again
     assert everything["contrastive"] == plain["contrastive"]
     assert everything["videos"] == everything["texts"] == 8
-    assert "text to video" in render_retrieval(everything)
+    assert "text to video" in render(everything)
 
 
 def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) -> None:
@@ -187,7 +181,7 @@ def test_probing(trained: Any) -> None:
     found = probe_retrieval(model, tokenizer, gallery)
     assert set(found) == {*ORDERS, "delta"}
     assert found["delta"] == found["normal"]["mean"] - found["shuffled"]["mean"]
-    assert "normal - shuffled" in render_retrieval(found)
+    assert "normal - shuffled" in render(found)
 
 
 def test_probing_compares_the_same_videos(trained: Any, monkeypatch: Any) -> None:
@@ -208,7 +202,7 @@ def test_probing_compares_the_same_videos(trained: Any, monkeypatch: Any) -> Non
         assert found[order]["videos"] == 7, order
         assert found[order]["skipped"] == {bad: f"{bad}: frame 7 of 8 cannot be decoded"}
     assert list(found) == [*ORDERS, "delta"]
-    assert "1 unusable video skipped" in render_retrieval(found)
+    assert "1 unusable video skipped" in render(found)
     monkeypatch.undo()
     without = probe_retrieval(model, tokenizer, gallery.without([2]))
     assert all(without[order]["mean"] == found[order]["mean"] for order in ORDERS)

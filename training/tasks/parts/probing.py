@@ -1,71 +1,20 @@
-"""Does a model use time? Retrieval and minimal pairs with the frames in other orders."""
+"""Does a model use time? Minimal pairs, with the frames in any order."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from svitt_ops.training.data.sampling import ORDERS
+from svitt_ops.training.tasks.parts.encoding import encode_gallery_texts, encode_gallery_videos
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips
-from svitt_ops.training.tasks.retrieval import (
-    Evaluation,
-    encode_gallery_texts,
-    encode_gallery_videos,
-    retrieval,
-)
-
-if TYPE_CHECKING:
-    from svitt_ops.models import SViTTForPreTraining
-
-
-def probe_retrieval(
-    model: SViTTForPreTraining,
-    tokenizer: PreTrainedTokenizerBase,
-    gallery: Gallery,
-    *,
-    settings: Evaluation | None = None,
-    seed: int = 0,
-    short_side: int | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
-
-    A video that cannot be read in one order is left out of all, so that the numbers differ by the
-    order alone; `skipped` of every order names it.
-    """
-    settings = settings or Evaluation()
-    found: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    orders = list(ORDERS)
-    while orders:
-        order = orders.pop(0)
-        clips = GalleryClips(
-            gallery,
-            model.config.num_frames,
-            num_clips=settings.clips,
-            strided=settings.strided,
-            short_side=short_side,
-            order=order,
-            seed=seed,
-        )
-        result = retrieval(model, tokenizer, clips, settings=settings, **options)
-        if new := result["skipped"]:
-            skipped |= new
-            gallery = gallery.without([k for k, v in enumerate(gallery.videos) if v in new])
-            orders += found  # again, without these
-            found = {}
-        found[order] = result
-    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
-    found["delta"] = found["normal"]["mean"] - found["shuffled"]["mean"]
-    return found
 
 
 @torch.inference_mode()
 def pair_accuracy(
-    model: SViTTForPreTraining,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     gallery: Gallery,
     pairs: Tensor,

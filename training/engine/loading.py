@@ -1,0 +1,76 @@
+"""Trained models from the folders that runs leave."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from svitt_ops.models.systems import load_system, system_names, system_of
+from svitt_ops.training.data.text import load_tokenizer
+from svitt_ops.training.engine.checkpoints import model_folder
+from svitt_ops.training.engine.settings import RunSettings, run_settings
+
+
+def load_trained(path: str | Path, head: str = "pretraining") -> tuple[Any, Any, Path]:
+    """Model and tokenizer of a run's folder, or of a folder with weights.
+
+    Args:
+        path: of the folder; its config.json says which system's the model is.
+        head: what for, a key of `System.models`.
+    """
+    quiet_transformers()
+    folder = model_folder(path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type", "svitt")
+    name = system_of(kind)
+    if name is None or head not in load_system(name).models:
+        have = [name for name in system_names() if head in load_system(name).models]
+        raise ValueError(
+            f"model: must be for {head}, of a system of {', '.join(have)}, got a {kind} model"
+        )
+    model = load_system(name).models[head].from_pretrained(folder)
+    return model, load_tokenizer(str(folder)), folder
+
+
+def quiet_transformers() -> None:
+    """Without its bars for loading, and its warning that it knows no `svitt` models."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_for_use(
+    path: str | Path,
+    *,
+    head: str = "pretraining",
+    frames: int | None = None,
+    text_length: int | None = None,
+    resize: str | None = None,
+) -> tuple[Any, Any, RunSettings, Path]:
+    """A trained model for clips of so many frames, its tokenizer, how it reads, and its folder.
+
+    Args:
+        path: folder of a run or of a model.
+        head: what for, a key of `System.models`.
+        frames: of a clip; another number than the model's expands it. Default: the model's.
+        text_length: tokens; default: what training chose.
+        resize: of frames, as in `to_pixel_values`; default: what training chose.
+    """
+    from svitt_ops.models import expand_frames
+    from svitt_ops.training.data.collate import check_text_length
+
+    model, tokenizer, folder = load_trained(path, head)
+    settings = run_settings(folder)
+    longest = model.config.max_position_embeddings
+    if text_length is None:
+        text_length = min(settings.text_length, longest)
+    check_text_length(text_length, tokenizer, longest, "--text-length")
+    settings = replace(settings, text_length=text_length, resize=resize or settings.resize)
+    if settings.resize == "official":
+        settings = replace(settings, short_side=None)
+    if frames is not None and frames != model.config.num_frames:
+        expand_frames(model, frames)
+    return model, tokenizer, settings, folder
