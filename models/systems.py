@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 
+from svitt_ops import models
 from svitt_ops.models.parts.system import System
 
 
 def system_names() -> list[str]:
     """The names of all systems."""
-    found = iter_modules([str(Path(__file__).parent)])
+    found = iter_modules(models.__path__)
     return [module.name for module in found if module.ispkg and module.name != "parts"]
 
 

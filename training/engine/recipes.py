@@ -246,10 +246,12 @@ def _read(source: str | Path) -> DictConfig:
 
 def _class_of(task: object) -> type[Recipe]:
     """The recipes of a task; what is no task's name is refused with the other values."""
-    from svitt_ops.training.engine.task import Trainable, load_task, task_names
+    from svitt_ops.training.engine.task import Trainable, load_task
 
-    known = isinstance(task, str) and task in task_names()
-    return getattr(load_task(str(task), Trainable), "Recipe", Recipe) if known else Recipe
+    try:
+        return getattr(load_task(str(task), Trainable), "Recipe", Recipe)
+    except ValueError:
+        return Recipe
 
 
 def _split(override: str) -> tuple[str, str]:
