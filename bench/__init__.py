@@ -4,5 +4,5 @@
     python -m bench --quick
     python -m bench.report
 
-An op is benchmarked by the module of this package that has the op's name, see `bench.harness`.
+An op is benchmarked by the module of `bench.cases` that has its name, see `bench.measure.harness`.
 """

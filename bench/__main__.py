@@ -13,9 +13,10 @@ from typing import Any, get_args
 import torch
 
 import svitt_ops
-from bench import compare, environment, floors, memory, results
-from bench.harness import DTYPES, Case, CaseRun, Direction
-from bench.timing import Effort
+from bench.measure import environment, floors, memory, results
+from bench.measure.harness import DTYPES, Case, CaseRun, Direction
+from bench.measure.timing import Effort
+from bench.report import compare
 from svitt_ops.training.paths import expand, output_file, output_folder
 
 DESCRIPTION = """\
@@ -79,13 +80,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
 def ops() -> list[str]:
     """Ops that have a benchmark, and what else is measured."""
     names = [*svitt_ops.OPS, *MORE]
-    return [name for name in names if (Path(__file__).parent / f"{name}.py").exists()]
+    return [name for name in names if (Path(__file__).parent / "cases" / f"{name}.py").exists()]
 
 
 def load(op: str) -> ModuleType | None:
     """The benchmark of that name; None, said aloud, where a package that it needs is missing."""
     try:
-        return importlib.import_module(f"bench.{op}")
+        return importlib.import_module(f"bench.cases.{op}")
     except ModuleNotFoundError as error:
         if op in svitt_ops.OPS:
             raise

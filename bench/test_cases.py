@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
 pytest.importorskip("pytest_benchmark")
 
 from bench.__main__ import load, ops
-from bench.harness import Case, CaseRun, Direction, runner
-from bench.timing import Effort
+from bench.measure.harness import Case, CaseRun, Direction, runner
+from bench.measure.timing import Effort
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.timeout(600)  # a first call may compile
@@ -50,7 +50,7 @@ class Latest:
         if self.run is None or self.key != (op, case):
             self.run = None
             torch.compiler.reset()
-            problem = importlib.import_module(f"bench.{op}").problem(case)
+            problem = importlib.import_module(f"bench.cases.{op}").problem(case)
             self.key, self.run = (op, case), CaseRun(case, problem, Effort(), quick=True)
         return self.run
 
