@@ -58,8 +58,7 @@ def _cases(device: str) -> Iterator[Case]:
 
 def shrunk(case: Case) -> Case:
     """The same case with two blocks of tokens, one head and one sample."""
-    fields = dict(case.fields) | {"tokens": SMALL_TOKENS, "heads": 1, "batch": 1}
-    return replace(case, name=f"{case.name}-shrunk", fields=fields)
+    return case.shrunk(tokens=SMALL_TOKENS, heads=1, batch=1)
 
 
 def problem(case: Case) -> Problem:

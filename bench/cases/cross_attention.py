@@ -48,9 +48,7 @@ def _cases(device: str) -> Iterator[Case]:
 
 def shrunk(case: Case) -> Case:
     """The same case with few keys, one head and one sample."""
-    tokens = min(case.fields["tokens"], 70)
-    fields = dict(case.fields) | {"tokens": tokens, "heads": 1, "batch": 1}
-    return replace(case, name=f"{case.name}-shrunk", fields=fields)
+    return case.shrunk(tokens=min(case.fields["tokens"], 70), heads=1, batch=1)
 
 
 def problem(case: Case) -> Problem:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -52,9 +50,7 @@ def _case(
 
 def shrunk(case: Case) -> Case:
     """The same case with a few rows."""
-    return replace(
-        case, name=f"{case.name}-shrunk", fields=dict(case.fields) | {"rows": SMALL_ROWS}
-    )
+    return case.shrunk(rows=SMALL_ROWS)
 
 
 def problem(case: Case) -> Problem:
@@ -81,7 +77,7 @@ def problem(case: Case) -> Problem:
         inputs=inputs,
         upstream=torch.ones((), device=device),
         outputs=("loss",),
-        oracles={"op": _oracle(inputs, ids)},
+        oracles={"op": lambda: Expected.of(partial(_reference, inputs=inputs, ids=ids), dtype)},
         providers=providers,
         flops={"forward": flops, "forward_backward": 4 * flops},
         bytes={"forward": moved, "forward_backward": 3 * moved},
@@ -92,21 +88,16 @@ def _ours(query: Tensor, key: Tensor, temperature: Tensor, ids: Tensor | None) -
     return (so.info_nce(query, key, temperature, ids=ids),)
 
 
-def _oracle(inputs: dict[str, Tensor], ids: Tensor | None) -> Callable[[], Expected]:
-    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        leaves = [
-            x.detach().to(wide if name == "temperature" else dtype).requires_grad_()
-            for name, x in inputs.items()
-        ]
-        loss = so.reference.info_nce(*leaves, ids=ids)
-        grads = torch.autograd.grad(loss, leaves)
-        found = {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
-        return {"loss": loss.detach()} | found
-
-    def expected() -> Expected:
-        exact, plain = compute(torch.float64), compute(inputs["query"].dtype)
-        errors = {name: float((plain[name].double() - x).abs().max()) for name, x in exact.items()}
-        return Expected(values=exact, plain_error=errors)
-
-    return expected
+def _reference(
+    dtype: torch.dtype, inputs: dict[str, Tensor], ids: Tensor | None
+) -> dict[str, Tensor]:
+    """The loss and its gradients, every step in this dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [
+        x.detach().to(wide if name == "temperature" else dtype).requires_grad_()
+        for name, x in inputs.items()
+    ]
+    loss = so.reference.info_nce(*leaves, ids=ids)
+    grads = torch.autograd.grad(loss, leaves)
+    found = {f"grad_{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return {"loss": loss.detach()} | found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,8 +38,7 @@ def _case(
 
 def shrunk(case: Case) -> Case:
     """The same case with a few rows and a short queue."""
-    fields = dict(case.fields) | {"rows": 8, "queue": 40, "dim": 16}
-    return replace(case, name=f"{case.name}-shrunk", fields=fields)
+    return case.shrunk(rows=8, queue=40, dim=16)
 
 
 def problem(case: Case) -> Problem:
@@ -77,7 +74,7 @@ def problem(case: Case) -> Problem:
         inputs=inputs,
         upstream=torch.ones((), device=device),
         outputs=("loss",),
-        oracles={"op": _oracle(inputs, spec)},
+        oracles={"op": lambda: Expected.of(partial(_reference, inputs=inputs, spec=spec), dtype)},
         providers=[ours, *peers.providers(spec, device)],
         # The gradient weighs each candidate once, whatever its weight is made of.
         flops={
@@ -95,43 +92,36 @@ def _ours(query: Tensor, temperature: Tensor, spec: peers.Queue) -> tuple[Tensor
     return (loss,)
 
 
-def _oracle(inputs: dict[str, Tensor], spec: peers.Queue) -> Callable[[], Expected]:
-    """The reference over a few rows at a time, since it keeps all their logits."""
-
-    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        query = inputs["query"].detach().to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        temperature = inputs["temperature"].detach().to(wide).requires_grad_()
-        key, queue = spec.key.to(dtype), spec.queue.to(dtype)
-        numbers = torch.arange(len(query), device=query.device)
-        loss = torch.zeros((), dtype=torch.float64, device=query.device)
-        by_temperature, by_query = torch.zeros_like(loss), []
-        for chosen in numbers.split(ORACLE_ROWS):
-            part = query[chosen].requires_grad_()
-            mean = so.reference.queue_info_nce(
-                part,
-                key,
-                queue,
-                temperature,
-                teacher_query=None if spec.teacher is None else spec.teacher[chosen].to(dtype),
-                alpha=spec.alpha,
-                query_ids=chosen,
-                key_ids=numbers,
-            )
-            grads = torch.autograd.grad(mean, (part, temperature))
-            share = len(chosen) / len(query)
-            loss += mean.detach() * share
-            by_query.append(grads[0].double() * share)
-            by_temperature += grads[1] * share
-        return {
-            "loss": loss,
-            "grad_query": torch.cat(by_query),
-            "grad_temperature": by_temperature,
-        }
-
-    def expected() -> Expected:
-        exact, plain = compute(torch.float64), compute(inputs["query"].dtype)
-        errors = {name: float((plain[name] - x).abs().max()) for name, x in exact.items()}
-        return Expected(values=exact, plain_error=errors)
-
-    return expected
+def _reference(
+    dtype: torch.dtype, inputs: dict[str, Tensor], spec: peers.Queue
+) -> dict[str, Tensor]:
+    """The loss and its gradients over a few rows at a time, since all their logits are kept."""
+    query = inputs["query"].detach().to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    temperature = inputs["temperature"].detach().to(wide).requires_grad_()
+    key, queue = spec.key.to(dtype), spec.queue.to(dtype)
+    numbers = torch.arange(len(query), device=query.device)
+    loss = torch.zeros((), dtype=torch.float64, device=query.device)
+    by_temperature, by_query = torch.zeros_like(loss), []
+    for chosen in numbers.split(ORACLE_ROWS):
+        part = query[chosen].requires_grad_()
+        mean = so.reference.queue_info_nce(
+            part,
+            key,
+            queue,
+            temperature,
+            teacher_query=None if spec.teacher is None else spec.teacher[chosen].to(dtype),
+            alpha=spec.alpha,
+            query_ids=chosen,
+            key_ids=numbers,
+        )
+        grads = torch.autograd.grad(mean, (part, temperature))
+        share = len(chosen) / len(query)
+        loss += mean.detach() * share
+        by_query.append(grads[0].double() * share)
+        by_temperature += grads[1] * share
+    return {
+        "loss": loss,
+        "grad_query": torch.cat(by_query),
+        "grad_temperature": by_temperature,
+    }

@@ -7,14 +7,13 @@ a key whose similarity is closer to the positive's than fp32 can tell may count 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import svitt_ops as so
-from bench.measure.harness import DTYPES, Case, Expected, Problem, Provider
+from bench.measure.harness import DTYPES, Case, Expected, Problem, Provider, also_compiled
 
 OP = "retrieval_ranks"
 CHUNK = 512
@@ -38,7 +37,7 @@ def cases(device: str) -> list[Case]:
 
 def shrunk(case: Case) -> Case:
     """The same case with a few rows."""
-    return replace(case, name=f"{case.name}-shrunk", fields=dict(case.fields) | {"rows": 16})
+    return case.shrunk(rows=16)
 
 
 def problem(case: Case) -> Problem:
@@ -65,15 +64,7 @@ def _providers() -> list[Provider]:
     return [
         Provider(name="svitt_ops", role="ours", build=lambda: _ours),
         Provider(name="argsort", build=lambda: _argsort, note="all similarities, each row sorted"),
-        Provider(
-            name="count", build=lambda: _count, note="all similarities, the larger ones counted"
-        ),
-        Provider(
-            name="count_compiled",
-            build=lambda: torch.compile(_count, dynamic=False),
-            note="the same, compiled",
-            compiled=True,
-        ),
+        *also_compiled("count", _count, "all similarities, the larger ones counted"),
         Provider(
             name="chunked", build=lambda: _chunked, note=f"the same, {CHUNK} queries at a time"
         ),

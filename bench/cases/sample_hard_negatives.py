@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ def cases(device: str) -> list[Case]:
 
 def shrunk(case: Case) -> Case:
     """The same case with a few rows."""
-    return replace(case, name=f"{case.name}-shrunk", fields=dict(case.fields) | {"rows": 16})
+    return case.shrunk(rows=16)
 
 
 def problem(case: Case) -> Problem:

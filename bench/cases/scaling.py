@@ -77,14 +77,14 @@ def problem(case: Case) -> Problem:
 def dense_row(result: dict[str, Any]) -> dict[str, Any] | None:
     """The fastest dense attention that has a time."""
     names = DENSE_BIAS if result["fields"]["bias"] else DENSE
-    rows = [x for x in result["providers"] if x["provider"] in names and x["status"] == "ok"]
+    rows = [row for name in names if (row := results.timed(result, name))]
     return min(rows, key=lambda row: row["ms"], default=None)
 
 
 def summary(result: dict[str, Any]) -> str:
     """A line below the live table's rows: time of dense attention's beside edges of its edges."""
-    mine, dense = results.row_of(result, "svitt_ops"), dense_row(result)
-    if mine is None or mine["status"] != "ok" or dense is None:
+    mine, dense = results.timed(result, "svitt_ops"), dense_row(result)
+    if mine is None or dense is None:
         return ""
     time, edges = mine["ms"] / dense["ms"], 1 / result["facts"]["edge_ratio"]
     return f"{'':<22} of dense: {time:.1%} of the time, {edges:.1%} of the edges"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -83,8 +83,7 @@ def _case(
 
 def shrunk(case: Case) -> Case:
     """The same with a tiny model."""
-    fields = dict(case.fields) | {"size": "tiny", "batch": 2}
-    return replace(case, name=f"{case.name}-shrunk", fields=fields)
+    return case.shrunk(size="tiny", batch=2)
 
 
 def problem(case: Case) -> Problem:

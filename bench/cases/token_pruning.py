@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,8 +42,7 @@ def _cases(device: str) -> Iterator[Case]:
 
 def shrunk(case: Case) -> Case:
     """The same case with few tokens, columns and samples."""
-    fields = dict(case.fields) | {"tokens": 33, "dim": 16, "batch": 2}
-    return replace(case, name=f"{case.name}-shrunk", fields=fields)
+    return case.shrunk(tokens=33, dim=16, batch=2)
 
 
 @dataclass(frozen=True, kw_only=True)

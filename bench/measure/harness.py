@@ -1,18 +1,11 @@
-"""Cases, providers, the correctness gate, and the run of one case.
-
-A module `bench/cases/<op>.py` brings an op into the benchmark with three functions:
-
-    cases(device) -> list[Case]         what to measure there, quick ones first
-    problem(case) -> Problem            tensors, oracles and providers of one case
-    shrunk(case) -> Case                the same at a size that costs nothing, to warm up with
-"""
+"""Cases, providers, the correctness gate, and the run of one case."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +43,10 @@ class Case:
     """Whether only `--case` runs it, and `--quick` where it is a quick one: it takes long, or says
     little."""
 
+    def shrunk(self, **fields: Any) -> Case:
+        """The same case with other fields, under a name that says so."""
+        return replace(self, name=f"{self.name}-shrunk", fields={**self.fields, **fields})
+
 
 class Unavailable(Exception):
     """A provider cannot run here; the message says why."""
@@ -77,6 +74,19 @@ class Provider:
     """Whether it computes the op's function; by default, whether the op's oracle judges it."""
 
 
+def also_compiled(name: str, function: Function, note: str) -> list[Provider]:
+    """A peer, and what torch.compile makes of it."""
+    return [
+        Provider(name=name, build=lambda: function, note=note),
+        Provider(
+            name=f"{name}_compiled",
+            build=lambda: torch.compile(function, dynamic=False),
+            note="the same, compiled",
+            compiled=True,
+        ),
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """What an oracle says: fp64 values, and the error of plain PyTorch in the case's dtype."""
@@ -85,6 +95,13 @@ class Expected:
     plain_error: Mapping[str, float]
     seen: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """What is compared with the values: by default the outputs, else something made of them."""
+
+    @staticmethod
+    def of(compute: Callable[[torch.dtype], Mapping[str, Tensor]], dtype: torch.dtype) -> Expected:
+        """The values and the error of a reference that computes in any dtype."""
+        exact, plain = compute(torch.float64), compute(dtype)
+        errors = {name: float((plain[name].double() - x).abs().max()) for name, x in exact.items()}
+        return Expected(values=exact, plain_error=errors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +123,10 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
     setup: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     """Work before the first call, timed on its own."""
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name."""
+        return next(x for x in self.providers if x.name == name)
 
 
 def error_budget(expected: Tensor, plain_error: float, dtype: torch.dtype) -> float:
@@ -263,7 +284,7 @@ class CaseRun:
 
     def admit(self, name: str, direction: Direction) -> dict[str, Any]:
         """A provider's row without its times: "ok", "failed" at its gate, or "absent" and why."""
-        provider = next(x for x in self.providers if x.name == name)
+        provider = self.problem.provider(name)
         row: dict[str, Any] = {"provider": provider.name, "role": provider.role}
         same = provider.oracle == "op" if provider.same is None else provider.same
         row |= {"same_function": same, "note": provider.note}
@@ -290,8 +311,7 @@ class CaseRun:
         """
         if ms < least:
             return f"implausible: {ms:.2g} ms, where this machine needs at least {least:.2g} ms"
-        provider = next(x for x in self.providers if x.name == name)
-        verdict = self._verdict(provider, direction)
+        verdict = self._verdict(self.problem.provider(name), direction)
         return "" if verdict["passed"] else f"wrong after timing: {verdict['objection']}"
 
     def _keeping(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -78,12 +78,11 @@ def _measure(
         _call(op.problem(op.shrunk(case)), name, direction)()
         problem = op.problem(case)
         call = _call(problem, name, direction)
-        if next(x for x in problem.providers if x.name == name).compiled:
+        if problem.provider(name).compiled:
             call()
         _, taken = resident.peak(call)
     sender.send(taken)
 
 
 def _call(problem: Problem, name: str, direction: Direction) -> Callable[[], Any]:
-    provider = next(x for x in problem.providers if x.name == name)
-    return runner(provider.build(), problem, direction)
+    return runner(problem.provider(name).build(), problem, direction)

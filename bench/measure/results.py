@@ -23,6 +23,7 @@ from typing import Any
 
 from bench.measure import environment
 
+Document = dict[str, Any]
 SCHEMA = 1
 
 _TOP = {
@@ -74,7 +75,7 @@ class SchemaError(ValueError):
     """A result that is not of this format."""
 
 
-def save(path: Path, document: dict[str, Any]) -> None:
+def save(path: Path, document: Document) -> None:
     """Write a result, once it is seen to be one."""
     validate(document)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def save(path: Path, document: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Document:
     """Read a result."""
     document = json.loads(path.read_text())
     try:
@@ -93,19 +94,19 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
-def load_all(folder: Path) -> list[dict[str, Any]]:
+def load_all(folder: Path) -> list[Document]:
     """All results of a folder, joined; t4 before t16."""
     paths = sorted(folder.glob("*.json"), key=lambda path: _counted(path.stem))
     return join(load(path) for path in paths)
 
 
-def join(documents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def join(documents: Iterable[Document]) -> list[Document]:
     """One document for each op on each machine; its `sources` are those that it was made of.
 
     Raises:
         SchemaError: where two have the same case and direction: one of them would be a choice.
     """
-    joined: dict[tuple[str, str], dict[str, Any]] = {}
+    joined: dict[tuple[str, str], Document] = {}
     for document in documents:
         key = (document["op"], environment.slug("", document["environment"]))
         before = joined.setdefault(key, document | {"results": [], "sources": []})
@@ -153,6 +154,12 @@ def best_peer(result: dict[str, Any]) -> dict[str, Any] | None:
 def row_of(result: dict[str, Any], provider: str) -> dict[str, Any] | None:
     """The row of a provider, if it was asked."""
     return next((row for row in result["providers"] if row["provider"] == provider), None)
+
+
+def timed(result: dict[str, Any], provider: str) -> dict[str, Any] | None:
+    """The row of a provider, if it has a time."""
+    row = row_of(result, provider)
+    return row if row is not None and row["status"] == "ok" else None
 
 
 def ours(result: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measure.harness import Function, Provider, Unavailable
 from bench.peers import library
+from bench.peers.dense_attention import pair_index
 from svitt_ops import BlockLayout
 
 
@@ -37,7 +40,7 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
                 name=f"sdpa_{name}",
                 oracle="dense",
                 note=dense,
-                build=lambda backend=backend: _sdpa_dense(spec, backend),  # type: ignore[misc]
+                build=lambda backend=backend: _dense(spec, partial(sdpa, backend=backend)),  # type: ignore[misc]
             )
             for name, backend in (
                 ("cudnn", SDPBackend.CUDNN_ATTENTION),
@@ -69,7 +72,7 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
                 name="sdpa_dense",
                 oracle="dense",
                 note=dense,
-                build=lambda: _sdpa_dense(spec, None),
+                build=lambda: _dense(spec, sdpa),
             )
         ]
         if spec.position_codes is not None:
@@ -92,7 +95,7 @@ def providers(spec: Attention, device: torch.device) -> list[Provider]:
             name=name,
             oracle="dense",
             note=dense,
-            build=lambda name=name: _library_dense(spec, name, device),  # type: ignore[misc]
+            build=lambda name=name: _dense(spec, library.attention(name, device)),  # type: ignore[misc]
         )
         for name in library.ATTENTION
     ]
@@ -125,19 +128,34 @@ def _with_saliency(spec: Attention, attention: Callable[..., Tensor]) -> Functio
     return function
 
 
-def _sdpa_dense(spec: Attention, backend: SDPBackend | None) -> Function:
-    def attention(query: Tensor, key: Tensor, value: Tensor, *table: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    backend: SDPBackend | None = None,
+) -> Tensor:
+    """Torch's own attention, by one of its backends if one is named."""
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
-    return _with_saliency(spec, attention)
+
+def compiled(flex: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """FlexAttention, or what calls it, compiled; it warns of nothing."""
+    torch._dynamo.config.recompile_limit = 1024  # past it, flex falls back to dense in silence
+    made = torch.compile(flex, dynamic=False, fullgraph=True)
+
+    def quiet(*inputs: Tensor, **options: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return made(*inputs, **options)
+
+    return quiet
 
 
-def _library_dense(spec: Attention, name: str, device: torch.device) -> Function:
-    dense = library.attention(name, device)
-    return _with_saliency(spec, lambda query, key, value, *table: dense(query, key, value))
+def _dense(spec: Attention, attention: Callable[..., Tensor]) -> Function:
+    """Attention that knows of no bias table."""
+    return _with_saliency(spec, lambda query, key, value, *table: attention(query, key, value))
 
 
 def _sdpa_masked(spec: Attention, backend: SDPBackend | None) -> Function:
@@ -151,10 +169,7 @@ def _sdpa_masked(spec: Attention, backend: SDPBackend | None) -> Function:
         if index is not None:
             mask = _look_up(table[0], index).to(query.dtype) + ready
         mask = mask.expand(query.shape[0], query.shape[1], *mask.shape[-2:])
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return sdpa(query, key, value, mask, backend)
 
     return _with_saliency(spec, attention)
 
@@ -230,7 +245,7 @@ def _svitt_eager(spec: Attention) -> Function:
 def _flex_token_mask(spec: Attention) -> Function:
     """FlexAttention over blocks of 128, which global tokens shift against the layout's."""
     mask = spec.layout.to_block_mask(block_size=128)
-    return _compiled(spec, mask, lambda x: x, lambda x: x, spec.position_codes, {})
+    return _flex(spec, mask, lambda x: x, lambda x: x, spec.position_codes, {})
 
 
 def _flex_padded(spec: Attention, cell: int) -> Function:
@@ -280,10 +295,10 @@ def _flex_padded(spec: Attention, cell: int) -> Function:
     if device.type == "cuda":
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
         options = {"kernel_options": dict.fromkeys(names, cell)}
-    return _compiled(spec, mask, pad, cut, codes, options)
+    return _flex(spec, mask, pad, cut, codes, options)
 
 
-def _compiled(
+def _flex(
     spec: Attention,
     mask: Any,
     pad: Callable[[Tensor], Tensor],
@@ -294,22 +309,15 @@ def _compiled(
     """Compiled FlexAttention; `codes` are those of the padded sequence past the global tokens."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = 1024  # past it, flex falls back to dense in silence
     g = spec.layout.num_global
     slots = None if codes is None else F.pad(codes, (g, 0))
 
-    @torch.compile(dynamic=False, fullgraph=True)
-    def compiled(query: Tensor, key: Tensor, value: Tensor, *table: Tensor) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *table: Tensor) -> Tensor:
         q, k, v = pad(query), pad(key), pad(value)
         change = None if slots is None else _bias_score(table[0], slots, g)
         return cut(flex_attention(q, k, v, score_mod=change, block_mask=mask, **options))
 
-    def attention(*inputs: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return compiled(*inputs)
-
-    return _with_saliency(spec, attention)
+    return _with_saliency(spec, compiled(attention))
 
 
 def _bias_score(table: Tensor, slots: Tensor, g: int) -> Callable[..., Tensor]:
@@ -346,18 +354,8 @@ def _block_lists(layout: BlockLayout) -> tuple[Tensor, Tensor]:
 
 
 def _bias_index(spec: Attention) -> Tensor | None:
-    """Rows of the bias table for all token pairs, (N, N), as BEiT keeps them in a buffer."""
-    codes, g = spec.position_codes, spec.layout.num_global
-    if codes is None:
-        return None
-    offsets = spec.table_rows - 2 * g - g * g
-    index = codes.new_zeros(g + len(codes), g + len(codes), dtype=torch.int64)
-    each = torch.arange(g, device=codes.device)
-    index[g:, g:] = codes[:, None] - codes + (offsets - 1) // 2
-    index[:g, g:] = (offsets + each)[:, None]
-    index[g:, :g] = offsets + g + each
-    index[:g, :g] = offsets + 2 * g + each[:, None] * g + each
-    return index
+    codes = spec.position_codes
+    return None if codes is None else pair_index(codes, spec.table_rows, spec.layout.num_global)
 
 
 def _gathered_index(layout: BlockLayout, index: Tensor, blocks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure.harness import Function, Provider, Unavailable
+from bench.measure.harness import Function, Provider, Unavailable, also_compiled
 from bench.peers import library
 
 CHUNK = 512
@@ -17,13 +17,7 @@ CHUNK = 512
 def providers(temperature: float, device: torch.device) -> list[Provider]:
     """Peers of `info_nce` in its plain symmetric form; inputs are query, key, temperature."""
     return [
-        Provider(name="eager", build=lambda: _eager, note="open_clip's formulation"),
-        Provider(
-            name="eager_compiled",
-            build=lambda: torch.compile(_eager, dynamic=False),
-            note="the same, compiled",
-            compiled=True,
-        ),
+        *also_compiled("eager", _eager, "open_clip's formulation"),
         Provider(
             name="chunked",
             build=lambda: _build_chunked(temperature),

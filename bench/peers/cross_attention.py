@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from bench.measure.harness import Function, Provider
 from bench.peers import library
+from bench.peers.attention import compiled, sdpa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,7 @@ def _with_saliency(spec: Attention, attention: Callable[..., Tensor]) -> Functio
 def _sdpa(spec: Attention, backend: SDPBackend | None) -> Function:
     seen = None if spec.mask is None else ~spec.mask[:, None, None]
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if backend is None:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-
-    return _with_saliency(spec, attention)
+    return _with_saliency(spec, partial(sdpa, mask=seen, backend=backend))
 
 
 def _explicit(spec: Attention) -> Function:
@@ -118,9 +112,7 @@ def _explicit(spec: Attention) -> Function:
 def _flex(spec: Attention) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.config.recompile_limit = 1024  # past it, flex falls back to dense in silence
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    ignored = spec.mask
+    flex, ignored = compiled(flex_attention), spec.mask
     masks: dict[tuple[int, ...], Any] = {}
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -134,8 +126,6 @@ def _flex(spec: Attention) -> Function:
             if sizes not in masks:
                 masks[sizes] = create_block_mask(seen, sizes[0], None, *sizes[2:], query.device)
             mask = masks[sizes]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return compiled(query, key, value, block_mask=mask)
+        return flex(query, key, value, block_mask=mask)
 
     return _with_saliency(spec, attention)

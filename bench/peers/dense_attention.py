@@ -44,10 +44,19 @@ class DenseSelfAttention(nn.Module):
         return merged
 
 
-def pair_index(codes: Tensor, rows: int) -> Tensor:
-    """The table's row of each pair of tokens, [CLS] first, ``(1 + n, 1 + n)``."""
-    offsets = codes[:, None] - codes[None] + (rows - 4) // 2
-    index = torch.empty((len(codes) + 1,) * 2, dtype=torch.int64, device=codes.device)
-    index[1:, 1:], index[0, 1:] = offsets, rows - 3
-    index[1:, 0], index[0, 0] = rows - 2, rows - 1
+def pair_index(codes: Tensor, rows: int, g: int = 1) -> Tensor:
+    """The row of the bias table for each pair of tokens, ``(g + n, g + n)``, as BEiT keeps it.
+
+    Args:
+        codes: of the ``n`` tokens after the ``g`` global ones.
+        rows: of the table.
+        g: number of global tokens, [CLS] alone by default.
+    """
+    offsets = rows - 2 * g - g * g
+    index = torch.empty((g + len(codes),) * 2, dtype=torch.int64, device=codes.device)
+    each = torch.arange(g, device=codes.device)
+    index[g:, g:] = codes[:, None] - codes + (offsets - 1) // 2
+    index[:g, g:] = (offsets + each)[:, None]
+    index[g:, :g] = offsets + g + each
+    index[:g, :g] = offsets + 2 * g + each[:, None] * g + each
     return index

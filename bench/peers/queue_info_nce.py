@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure.harness import Function, Provider
+from bench.measure.harness import Function, Provider, also_compiled
 from bench.peers import library
 
 CHUNK = 4096
@@ -29,15 +29,9 @@ class Queue:
 def providers(spec: Queue, device: torch.device) -> list[Provider]:
     """The peers of a device; inputs are query and temperature."""
     note = "ALBEF's formulation" if spec.teacher is not None else "MoCo's formulation"
-    eager = _soft if spec.teacher is not None else _hard
+    eager = _soft(spec) if spec.teacher is not None else _hard(spec)
     found = [
-        Provider(name="eager", build=lambda: eager(spec), note=note),
-        Provider(
-            name="eager_compiled",
-            build=lambda: torch.compile(eager(spec), dynamic=False),
-            note="the same, compiled",
-            compiled=True,
-        ),
+        *also_compiled("eager", eager, note),
         Provider(
             name="chunked",
             build=lambda: _chunked(spec),

@@ -18,11 +18,12 @@ from typing import Any
 
 import svitt_ops
 from bench.measure import environment, results
+from bench.measure.results import Document
 from bench.report import demo, figures, standing, step
+from bench.report.markdown import head, line
 
-Document = dict[str, Any]
 END = "<!-- /bench -->"
-TITLES = {"forward": "Forward", "forward_backward": "Forward + backward", "step": "Training step"}
+TITLES = figures.TITLES | {"step": "Training step"}
 FIGURES = "bench/results/figures"
 INTRODUCTION = """\
 # Benchmarks
@@ -204,15 +205,14 @@ def render_short(document: Document) -> str:
     for direction in directions:
         columns += [f"{TITLES[direction].lower()}, ms", "best peer, ms", "x best peer"]
         columns += [*["*other function*, ms"] * others, "of floor"]
-    lines = [_source(document), "", "| " + " | ".join(columns) + " |"]
-    lines.append("|---" + "|---:" * (len(columns) - 1) + "|")
+    lines = [_source(document), "", *head(columns)]
     found = {(x["case"], x["direction"]): x for x in document["results"]}
     for case in dict.fromkeys(x["case"] for x in document["results"]):
         cells = [case]
         for direction in directions:
             result = found.get((case, direction))
             cells += [""] * (4 + others) if result is None else _short_cells(result, others)
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -266,7 +266,7 @@ def _table(title: str, chosen: list[dict[str, Any]]) -> list[str]:
     edges = any("edge_ratio" in x["facts"] for x in chosen)
     columns = [f"{title}, ms", *named, "x best peer", *["edge ratio"] * edges]
     columns += ["of gemm", "of floor", "+MiB"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    lines = head(columns)
     for result in chosen:
         mine = next(iter(_rows(result, "ours")), None)
         cells = [result["case"]]
@@ -282,7 +282,7 @@ def _table(title: str, chosen: list[dict[str, Any]]) -> list[str]:
             cells += [f"{mine['gemm_ratio']:.2f}", f"{1 / mine['floor_ratio']:.0%}"]
             extra = mine.get("extra_bytes")
             cells.append("-" if extra is None else f"{extra / 2**20:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     return lines
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.measure import environment
+from bench.report.markdown import head, line
 
 FOLDER = environment.RESULTS / "demo"
 
@@ -59,11 +60,10 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
         f"{first['edges']['dense']:,}, visual tokens "
         f"{' -> '.join(map(str, first['tokens']['visual']))}",
         "",
-        "| seed | " + " | ".join(str(demo["seed"]) for demo in demos) + " |",
-        "|---" + "|---:" * len(demos) + "|",
+        *head(["seed", *(str(demo["seed"]) for demo in demos)]),
     ]
     for title, form, values in rows:
-        lines.append(f"| {title} | " + " | ".join(map(form.format, values)) + " |")
+        lines.append(line([title, *map(form.format, values)]))
     return "\n".join(lines)
 
 

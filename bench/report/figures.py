@@ -13,9 +13,9 @@ from typing import Any
 
 import svitt_ops
 from bench.cases import scaling
-from bench.measure import results
+from bench.measure import environment, results
+from bench.measure.results import Document
 
-Document = dict[str, Any]
 TITLES = {"forward": "Forward", "forward_backward": "Forward + backward"}
 DPI = 200
 
@@ -35,29 +35,19 @@ class Theme:
     third: str
 
 
-THEMES = (
-    Theme(
-        name="light",
-        page="#ffffff",
-        ink="#1f2328",
-        faint="#d1d9e0",
-        ours="#0969da",
-        second="#54aeff",
-        dense="#6e7781",
-        costly="#bc4c00",
-        third="#8250df",
-    ),
-    Theme(
-        name="dark",
-        page="#0d1117",
-        ink="#e6edf3",
-        faint="#30363d",
-        ours="#58a6ff",
-        second="#1f6feb",
-        dense="#9198a1",
-        costly="#f0883e",
-        third="#bc8cff",
-    ),
+_COLOURS = {  # on a light page, and on a dark one
+    "page": ("#ffffff", "#0d1117"),
+    "ink": ("#1f2328", "#e6edf3"),
+    "faint": ("#d1d9e0", "#30363d"),
+    "ours": ("#0969da", "#58a6ff"),
+    "second": ("#54aeff", "#1f6feb"),
+    "dense": ("#6e7781", "#9198a1"),
+    "costly": ("#bc4c00", "#f0883e"),
+    "third": ("#8250df", "#bc8cff"),
+}
+THEMES = tuple(
+    Theme(name=name, **{part: colours[i] for part, colours in _COLOURS.items()})
+    for i, name in enumerate(("light", "dark"))
 )
 
 
@@ -111,8 +101,6 @@ def _figures(documents: Sequence[Document]) -> Iterator[tuple[str, Callable[[Any
 
 
 def _machine(document: Document) -> str:
-    from bench.measure import environment
-
     return environment.slug("", document["environment"]).strip("-")
 
 
@@ -196,9 +184,9 @@ def _token_points(
     """(tokens, ms) of a provider, over the cases that differ in tokens alone."""
     points = set()
     for result in document["results"]:
-        tokens, row = result["fields"].get("tokens"), results.row_of(result, provider)
+        tokens, row = result["fields"].get("tokens"), results.timed(result, provider)
         plain = result["case"] == f"n{tokens}-{result['dtype']}"
-        if not plain or row is None or row["status"] != "ok":
+        if not plain or row is None:
             continue
         if dtype in ("", result["dtype"]) and direction in ("", result["direction"]):
             points.add((tokens, row["ms"]))
@@ -230,10 +218,10 @@ def _sparsity_points(document: Document, dtype: str, direction: str) -> list[tup
     """(edges left out, time), in percent of dense attention's."""
     points = []
     for result in _results(document, dtype, direction):
-        mine, dense = results.row_of(result, "svitt_ops"), scaling.dense_row(result)
+        mine, dense = results.timed(result, "svitt_ops"), scaling.dense_row(result)
         if result["fields"]["frames"] != scaling.BLOCK_FRAMES or result["fields"]["bias"]:
             continue
-        if mine is not None and mine["status"] == "ok" and dense is not None:
+        if mine is not None and dense is not None:
             left_out = 100 - 100 / result["facts"]["edge_ratio"]
             points.append((left_out, 100 * mine["ms"] / dense["ms"]))
     return sorted(points)
@@ -275,9 +263,9 @@ def _frame_points(
     ]
     batch = min((x["fields"]["batch"] for x in found), default=0)
     for result in (x for x in found if x["fields"]["batch"] == batch):
-        ours = results.row_of(result, "svitt_ops")
+        ours = results.timed(result, "svitt_ops")
         row = scaling.dense_row(result) if who == "dense" else ours
-        if row is not None and row["status"] == "ok" and row.get(key):
+        if row is not None and row.get(key):
             scale = 2**20 if key == "extra_bytes" else 1
             points.append((result["fields"]["frames"], row[key] / scale))
     return sorted(points)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure import results
+from bench.measure.results import Document
+from bench.report.markdown import head, line
 
-Document = dict[str, Any]
 LEVEL = 0.03
 """Ratios this close to 1 say nothing: two runs of the same code differ by more."""
 FAR = 0.6
@@ -40,15 +41,16 @@ def standings(documents: Sequence[Document]) -> list[Standing]:
     for document, result in _rows(documents):
         best, mine = results.best_peer(result), results.ours(result)
         if best is not None:
-            row = Standing(
-                op=document["op"],
-                case=result["case"],
-                direction=DIRECTIONS[result["direction"]],
-                peer=best["provider"],
-                peer_ms=best["ms"],
-                ours_ms=mine["ms"] if mine else None,
+            found.append(
+                Standing(
+                    op=document["op"],
+                    case=result["case"],
+                    direction=DIRECTIONS[result["direction"]],
+                    peer=best["provider"],
+                    peer_ms=best["ms"],
+                    ours_ms=mine["ms"] if mine else None,
+                )
             )
-            found.append(row)
     return found
 
 
@@ -63,7 +65,7 @@ def render(documents: Sequence[Document]) -> str:
     for x in behind:
         ours, ratio = (f"{x.ours_ms:.2f}", _two(x)) if x.ours_ms else ("failed", "-")
         cells = [x.op, x.case, x.direction, ours, f"{x.peer} {x.peer_ms:.2f}", ratio]
-        lines.append("| " + " | ".join([*cells, "level" if x.ratio > 1 - LEVEL else ""]) + " |")
+        lines.append(line([*cells, "level" if x.ratio > 1 - LEVEL else ""]))
     return "\n".join([*lines, "", *_floors(documents)])
 
 
@@ -105,11 +107,9 @@ def _floors(documents: Sequence[Document]) -> list[str]:
             kinds = reached.setdefault(document["op"], {})
             kinds.setdefault(kind, []).append(1 / mine["floor_ratio"])
     columns = list(dict.fromkeys(kind for kinds in reached.values() for kind in kinds))
-    lines = [f"| under {FAR:.0%} of the floor | " + " | ".join(columns) + " |"]
-    lines.append("|---" + "|---:" * len(columns) + "|")
+    lines = head([f"under {FAR:.0%} of the floor", *columns])
     for op, kinds in reached.items():
-        cells = [_far(kinds.get(kind, [])) for kind in columns]
-        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+        lines.append(line([op, *(_far(kinds.get(kind, [])) for kind in columns)]))
     return lines
 
 

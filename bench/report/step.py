@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bench.measure import results
+from bench.measure.results import Document
+from bench.report.markdown import head, line
 
-Document = dict[str, Any]
 DENSE = ("dense", "dense_sdpa")
 """Providers of the dense model; `dense_plain` has no position bias."""
 GIB = 2.0**30
@@ -62,11 +63,12 @@ def render_short(document: Document) -> str:
     """A line for each case: hybrid against dense."""
     columns = ["case", "hybrid, ms", "dense, ms", "of dense", "MACs", "clips/s", "MFU"]
     columns += ["memory, GiB", "dense"]
-    lines = _head(columns)
+    lines = head(columns)
     for result in document["results"]:
-        hybrid = results.row_of(result, "hybrid")
-        if hybrid is None or hybrid["status"] != "ok":
-            lines.append(f"| {result['case']} | {'failed' if hybrid else ''} |" + " |" * 7)
+        hybrid = results.timed(result, "hybrid")
+        if hybrid is None:
+            failed = "failed" if results.row_of(result, "hybrid") else ""
+            lines.append(line([result["case"], failed, *[""] * 7]))
             continue
         found = rates(result)
         dense = min((x for x in DENSE if x in found), key=lambda x: _ms(result, x), default="")
@@ -76,33 +78,28 @@ def render_short(document: Document) -> str:
         cells += [f"{mine['time_ratio']:.1%}" if dense else "-"]
         cells += [f"{result['facts']['mac_ratio']:.1%}", f"{mine['clips_s']:.2f}"]
         cells += [f"{mine['mfu']:.0%}", _memory(result, "hybrid"), _memory(result, dense)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
 def render(document: Document) -> str:
     """A line for each provider of each case."""
     columns = ["case", "provider", "ms", "of dense", "clips/s", "tokens/s", "GFLOP", "MFU"]
-    lines = _head([*columns, "memory, GiB"], texts=2)
+    lines = head([*columns, "memory, GiB"], texts=2)
     for result in document["results"]:
         found = rates(result)
         for row in result["providers"]:
             cells = [result["case"], row["provider"]]
             if row["status"] != "ok":
-                lines.append("| " + " | ".join([*cells, row["status"], *[""] * 6]) + " |")
+                lines.append(line([*cells, row["status"], *[""] * 6]))
                 continue
             rate = found[row["provider"]]
             cells.append(f"{row['ms']:.0f} ({row['p20']:.0f}-{row['p80']:.0f})")
             cells.append(f"{rate['time_ratio']:.1%}" if "time_ratio" in rate else "-")
             cells += [f"{rate['clips_s']:.2f}", f"{rate['tokens_s']:.0f}"]
             cells += [f"{row['flops'] / 1e9:.0f}", f"{rate['mfu']:.0%}"]
-            lines.append("| " + " | ".join([*cells, _memory(result, row["provider"])]) + " |")
+            lines.append(line([*cells, _memory(result, row["provider"])]))
     return "\n".join(lines)
-
-
-def _head(columns: list[str], texts: int = 1) -> list[str]:
-    rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
-    return ["| " + " | ".join(columns) + " |", rule]
 
 
 def _ms(result: dict[str, Any], name: str) -> float:
