@@ -15,7 +15,6 @@ from bench.measure.harness import DTYPES, Case, Expected, Function, Problem, Pro
 from bench.peers import attention as peers
 from svitt_ops.reference.block_sparse_attention import attend
 
-OP = "block_sparse_attention"
 GRID = 14  # rows and columns of patches in a frame
 SMALL_TOKENS = 113
 

@@ -14,8 +14,6 @@ from bench.measure.harness import DTYPES, Case, Expected, Function, Problem, Pro
 from bench.peers import cross_attention as peers
 from svitt_ops.testing import cross_attention_results
 
-OP = "cross_attention"
-
 
 def cases(device: str) -> list[Case]:
     """32 words over 4, 8 and 16 frames; over pruned ones; the op's options; images over text."""

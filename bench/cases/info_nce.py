@@ -12,7 +12,6 @@ import svitt_ops as so
 from bench.measure.harness import DTYPES, Case, Expected, Problem, Provider
 from bench.peers import contrastive
 
-OP = "info_nce"
 SMALL_ROWS = 16
 
 

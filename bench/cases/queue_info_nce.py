@@ -12,7 +12,6 @@ import svitt_ops as so
 from bench.measure.harness import DTYPES, Case, Expected, Problem, Provider
 from bench.peers import queue_info_nce as peers
 
-OP = "queue_info_nce"
 ALPHA, TEMPERATURE = 0.4, 0.07
 ORACLE_ROWS = 64
 

@@ -15,7 +15,6 @@ from torch import Tensor
 import svitt_ops as so
 from bench.measure.harness import DTYPES, Case, Expected, Problem, Provider, also_compiled
 
-OP = "retrieval_ranks"
 CHUNK = 512
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 import svitt_ops as so
 from bench.measure.harness import DTYPES, Case, Expected, Function, Problem, Provider
 
-OP = "sample_hard_negatives"
 SEED, DEVIATIONS = 1, 6
 
 

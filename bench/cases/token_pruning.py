@@ -13,8 +13,6 @@ import svitt_ops as so
 from bench.measure.harness import DTYPES, Case, Expected, Function, Problem, Provider, Unavailable
 from svitt_ops import _extension, _library
 
-OP = "token_pruning"
-
 
 def cases(device: str) -> list[Case]:
     """Sequences of 4, 8 and 16 frames; other keep rates; strided tokens; on a GPU more samples."""

@@ -2,19 +2,14 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2]))  # bench is not installed
-
 from bench.measure import environment, results
 from bench.report import __main__ as report
 from bench.report import demo, standing
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def beside(case: str, ours: float, peer: float, floor_ratio: float = 1.25) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def test_exceptions_are_named() -> None:
 
 def test_committed_texts_hold_the_committed_results() -> None:
     assert report.main(["--check"]) == 0
-    readme, docs = (REPOSITORY / x for x in ("README.md", "docs/benchmarks.md"))
+    readme, docs = (environment.REPOSITORY / x for x in ("README.md", "docs/benchmarks.md"))
     numbers = set(re.findall(r"\d+\.\d+", docs.read_text()))
     assert len(numbers) > 100
     named = docs.read_text().partition("## Where a peer is ahead")[2].partition("\n## ")[0]
@@ -73,9 +68,9 @@ def test_committed_texts_hold_the_committed_results() -> None:
 
 
 def test_the_record_names_files_that_exist() -> None:
-    text = (REPOSITORY / "docs" / "tuning.md").read_text()
+    text = (environment.REPOSITORY / "docs" / "tuning.md").read_text()
     paths = re.findall(r"`((?:csrc|kernels|bench)/[^`]+)`", text)
-    assert len(paths) > 5 and all(any(REPOSITORY.glob(path)) for path in paths)
+    assert len(paths) > 5 and all(any(environment.REPOSITORY.glob(path)) for path in paths)
 
 
 def test_table_of_demos(tmp_path: Path) -> None:

@@ -2,14 +2,12 @@
 
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2]))  # bench is not installed
 pytest.importorskip("tqdm")
 
 from bench.cases import block_sparse_attention, scaling

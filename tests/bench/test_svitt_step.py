@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import svitt_ops
 
-sys.path.append(str(Path(__file__).parents[2]))  # bench is not installed
 pytest.importorskip("tqdm")
 pytest.importorskip("transformers")
 
