@@ -4,5 +4,6 @@
     python -m bench --quick
     python -m bench.report
 
-An op is benchmarked by the module of this package that has the op's name, see `bench.harness`.
+`cases` says what is measured, a file an op; `peers` what it is compared with; `measure` how;
+`report` what is made of the `results`.
 """

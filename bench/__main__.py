@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any, get_args
 
 import torch
 
-import svitt_ops
-from bench import compare, environment, floors, memory, results
-from bench.harness import DTYPES, Case, CaseRun, Direction
-from bench.timing import Effort
+from bench import cases
+from bench.measure import environment, floors, memory, results
+from bench.measure.harness import DTYPES, Case, CaseRun, Direction
+from bench.measure.timing import Effort
+from bench.report import compare
 from svitt_ops.training.data.paths import expand, output_file, output_folder
 
 DESCRIPTION = """\
@@ -27,8 +27,6 @@ computes the same here. Nothing is timed before its results agree with the fp64 
   %(prog)s --op cross_attention --dtype bf16        one op in one dtype
   %(prog)s --op info_nce --compare bench/results/info_nce-....json
 """
-MORE = ("svitt_step", "scaling")
-"""What is measured besides the ops, each by the module of that name."""
 HEADER = (
     f"{'case':<22} {'provider':<20} {'ms':>9} {'p20':>9} {'p80':>9} {'x best':>7} "
     f"{'GFLOP/s':>8} {'of gemm':>8} {'of floor':>8} {'+MiB':>8}"
@@ -53,17 +51,17 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
     old = results.load(arguments.compare) if arguments.compare else None
     failures, ran, documents = 0, 0, []
     native = {} if arguments.list else floors.machine(torch.device(device))
-    for op in [arguments.op] if arguments.op else ops():
-        module = load(op)
+    for op in [arguments.op] if arguments.op else cases.names():
+        module = cases.load(op)
         if module is None:
             continue
-        cases = _chosen(module.cases(device), arguments)
-        ran += len(cases)
+        chosen = _chosen(module.cases(device), arguments)
+        ran += len(chosen)
         if arguments.list:
-            _print_cases(op, cases, module)
+            _print_cases(op, chosen, module)
             continue
-        if cases:
-            document = run(op, module, cases, effort, arguments, device, native)
+        if chosen:
+            document = run(op, module, chosen, effort, arguments, device, native)
             failures += _conclude(document, arguments)
             documents.append(document)
     if not ran:
@@ -76,27 +74,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
     return 1 if failures else 0
 
 
-def ops() -> list[str]:
-    """Ops that have a benchmark, and what else is measured."""
-    names = [*svitt_ops.OPS, *MORE]
-    return [name for name in names if (Path(__file__).parent / f"{name}.py").exists()]
-
-
-def load(op: str) -> ModuleType | None:
-    """The benchmark of that name; None, said aloud, where a package that it needs is missing."""
-    try:
-        return importlib.import_module(f"bench.{op}")
-    except ModuleNotFoundError as error:
-        if op in svitt_ops.OPS:
-            raise
-        print(f"{op} left out: {error}; `make setup` installs what it needs", file=sys.stderr)
-        return None
-
-
 def run(
     op: str,
     module: ModuleType,
-    cases: list[Case],
+    chosen: list[Case],
     effort: Effort,
     arguments: argparse.Namespace,
     device: str,
@@ -118,7 +99,7 @@ def run(
     }
     pairs = [
         (case, direction)
-        for case in cases
+        for case in chosen
         for direction in case.directions
         if arguments.direction in ("", direction)
     ]
@@ -214,10 +195,10 @@ def _conclude(document: dict[str, Any], arguments: argparse.Namespace) -> int:
     return ours
 
 
-def _chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
+def _chosen(known: list[Case], arguments: argparse.Namespace) -> list[Case]:
     return [
         case
-        for case in cases
+        for case in known
         if arguments.case in case.name
         and arguments.dtype in ("", case.dtype)
         and arguments.direction in ("", *case.directions)
@@ -225,12 +206,12 @@ def _chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _print_cases(op: str, cases: list[Case], module: ModuleType) -> None:
-    for case in cases:
+def _print_cases(op: str, chosen: list[Case], module: ModuleType) -> None:
+    for case in chosen:
         fields = " ".join(f"{key}={value}" for key, value in case.fields.items())
         print(f"{op} {case.name}: {fields}")
-    if cases:
-        smallest = module.problem(module.shrunk(cases[0]))
+    if chosen:
+        smallest = module.problem(module.shrunk(chosen[0]))
         print(f"{op} providers: {' '.join(x.name for x in smallest.providers)}")
 
 
@@ -253,11 +234,12 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    ops = cases.names()
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=raw)
     chosen = parser.add_argument_group("what is measured (all by default)")
     add = chosen.add_argument
-    add("--op", default="", choices=ops(), metavar="OP", help=f"one of {', '.join(ops())}")
+    add("--op", default="", choices=ops, metavar="OP", help=f"one of {', '.join(ops)}")
     add("--case", default="", metavar="TEXT", help="cases whose name contains this")
     who = "ours, and those whose name contains this, or one of several: edge,node"
     add("--provider", default="", metavar="TEXT", help=who)
@@ -281,7 +263,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
     add("--compare", type=expand, metavar="OLD.json", help=what)
     arguments = parser.parse_args(argv)
-    if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops()) > 1:
+    if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops) > 1:
         parser.error("--out FILE.json needs --op: every op writes a file of its own")
     if arguments.compare and not arguments.compare.is_file():
         parser.error(f"--compare: {arguments.compare} is not a file")

@@ -74,7 +74,7 @@ for name in $STEPS; do
       step tests "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --junitxml="$work/logs/tests.xml"
       ;;
     bench)
-      ops=${BENCH_OPS:-$("$PYTHON" -c 'from bench.__main__ import ops; print(*ops())')}
+      ops=${BENCH_OPS:-$("$PYTHON" -c 'from bench.cases import names; print(*names())')}
       [[ $ops ]] || { say "== bench: FAILED to import" && failed=1; }
       for op in $ops; do
         # shellcheck disable=SC2086

@@ -6,7 +6,6 @@ with the reason. Where calls have to be timed in turns, `python -m bench` is the
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +17,16 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
 pytest.importorskip("pytest_benchmark")
 
-from bench.__main__ import load, ops
-from bench.harness import Case, CaseRun, Direction, runner
-from bench.timing import Effort
+from bench.cases import load, names
+from bench.measure.harness import Case, CaseRun, Direction, runner
+from bench.measure.timing import Effort
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.timeout(600)  # a first call may compile
 
 
 def parameters() -> Iterator[Any]:
-    for op in ops():
+    for op in names():
         module = load(op)
         if module is None:
             continue
@@ -50,8 +49,10 @@ class Latest:
         if self.run is None or self.key != (op, case):
             self.run = None
             torch.compiler.reset()
-            problem = importlib.import_module(f"bench.{op}").problem(case)
-            self.key, self.run = (op, case), CaseRun(case, problem, Effort(), quick=True)
+            module = load(op)
+            assert module is not None  # since it has cases
+            self.key = (op, case)
+            self.run = CaseRun(case, module.problem(case), Effort(), quick=True)
         return self.run
 
 

@@ -25,7 +25,8 @@ def check_folder(name: str, source: str | Path, kinds: Sequence[str], advice: st
     Raises:
         ValueError: says what it must be and what it was.
     """
-    wanted = f"{name}: must be a folder with a {' or '.join(kinds)} model, or the name of a downloaded one,"
+    wanted = f"{name}: must be a folder with a {' or '.join(kinds)} model, or the name of a"
+    wanted += " downloaded one,"
     advice = advice and f"; {advice}"
     folder = _folder(source, name)
     if folder is None:

@@ -1,0 +1,52 @@
+"""Each op's gate lets its providers pass, and no broken op."""
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import svitt_ops
+from bench.cases import token_pruning
+from bench.measure import harness
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def objections(case: harness.Case, problem: harness.Problem, name: str) -> Iterator[str]:
+    """Of the gate to a provider, one in each direction."""
+    provider, dtype = problem.provider(name), harness.DTYPES[case.dtype]
+    for direction in case.directions:
+        found = harness.results(provider.build(), problem, direction)
+        expected = problem.oracles[provider.oracle]()
+        yield harness.gate(found, expected, dtype, direction)["objection"]
+
+
+@pytest.mark.parametrize("index", [0, 5, 9])
+def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
+    case = token_pruning.shrunk(token_pruning.cases("cpu")[index])
+    problem = token_pruning.problem(case)
+    for name in (x.name for x in problem.providers if not x.compiled):
+        assert not any(objections(case, problem, name)), name
+
+
+@pytest.mark.parametrize("name", ["queue_info_nce", "sample_hard_negatives", "retrieval_ranks"])
+@pytest.mark.parametrize("index", [0, -1])
+def test_gates_of_the_contrastive_ops(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"bench.cases.{name}")
+    case = module.cases("cpu")[index]
+    few = {"rows": 40, "queue": 300, "dim": 64}
+    problem = module.problem(case.shrunk(**{key: few[key] for key in few if key in case.fields}))
+    for provider in (x.name for x in problem.providers if not x.compiled and x.name != "liger"):
+        assert not any(objections(case, problem, provider)), provider
+    right = getattr(svitt_ops, name)
+    changes = [lambda x: x + 0.5] if name == "queue_info_nce" else []
+    if name == "sample_hard_negatives":
+        changes = [lambda x: (x + 1) % 40, lambda x: torch.arange(40), lambda x: x - 40]
+    if name == "retrieval_ranks":
+        changes = [lambda x: x + (torch.arange(40) == 7), lambda x: x * 0]
+    for change in changes:
+        monkeypatch.setattr(svitt_ops, name, lambda *a, f=change, **k: f(right(*a, **k)))
+        assert next(objections(case, problem, "svitt_ops")), "a broken op passed"
