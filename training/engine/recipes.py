@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svitt_ops.training.data.paths import expand
 
-PATHS = (
-    r"output|init\.(?:checkpoint|beit|bert)|tokenizer\.name|data\.train\.\d+\.(?:annotations|root)"
-)
-"""Keys that hold a path; those of `init` and `tokenizer` may be names of downloads too."""
+PATH = {"path": True}
+"""Metadata of a key that holds a path; those of `init` and `tokenizer` may name downloads too."""
 PAIRS = ("data.crop_scale.", "optimizer.betas.")
 
 
@@ -30,9 +28,9 @@ PAIRS = ("data.crop_scale.", "optimizer.betas.")
 class Corpus:
     """One annotation file and the media it speaks of."""
 
-    annotations: str = MISSING
+    annotations: str = field(default=MISSING, metadata=PATH)
     """File of {video or image, caption}, see `annotations.read_annotations`."""
-    root: str | None = None
+    root: str | None = field(default=None, metadata=PATH)
     """Folder of the media; default: that of the annotations."""
     kind: str = "video"
     """"video" or "image"."""
@@ -44,11 +42,11 @@ class Corpus:
 class Init:
     """Where the weights start; nothing set: from random ones."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, metadata=PATH)
     """Folder of an earlier run (its frames are expanded to this run's), or an official file."""
-    beit: str | None = None
+    beit: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BEiT, for the video tower."""
-    bert: str | None = None
+    bert: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
 
 
@@ -56,7 +54,7 @@ class Init:
 class TokenizerRecipe:
     """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
 
-    name: str | None = None
+    name: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face tokenizer."""
     train_vocab_size: int | None = None
     """Train WordPiece on the captions, with at most so many pieces."""
@@ -155,7 +153,7 @@ class Recipe:
     """Whose models: a package of `svitt_ops.models`."""
     task: str = "pretrain"
     """What they learn: a module of `svitt_ops.training.tasks`, which may add keys to these."""
-    output: str = "runs/svitt"
+    output: str = field(default="runs/svitt", metadata=PATH)
     """Folder for checkpoints, TensorBoard files and the final model."""
     seed: int = 0
     model: dict[str, Any] = field(default_factory=dict)
@@ -209,13 +207,18 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
 
 def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> None:
     """Replace every path of a recipe by what `change(key, path)` makes of it."""
-    places: list[tuple[str, Any]] = [("", recipe), ("init.", recipe.init)]
-    places.append(("tokenizer.", recipe.tokenizer))
-    places += [(f"data.train.{number}.", corpus) for number, corpus in enumerate(recipe.data.train)]
-    for prefix, section in places:
-        for name, value in vars(section).items():
-            if _is_path(prefix + name) and value is not None:
-                setattr(section, name, change(prefix + name, value))
+    _map_paths(recipe, "", change)
+
+
+def _map_paths(section: Any, prefix: str, change: Callable[[str, str], str]) -> None:
+    for key in fields(section):
+        name, value = prefix + key.name, getattr(section, key.name)
+        if key.metadata == PATH and value is not None:
+            setattr(section, key.name, change(name, value))
+        inner = {f"{name}.{k}.": x for k, x in enumerate(value)} if isinstance(value, list) else {}
+        for place, element in (inner or {f"{name}.": value}).items():
+            if is_dataclass(element):
+                _map_paths(element, place, change)
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -283,7 +286,9 @@ def _override(merged: Any, key: str, value: str, kind: type[Recipe]) -> Any:
             raise ValueError(
                 f"override: {whole} must be given as a whole, {whole}=[A,B], got {key}"
             )
-    if _is_path(key):  # as it is: it may hold a colon, brackets, or look like a number
+    if re.sub(r"\.\d+\b", ".0", key) in _path_keys(
+        kind
+    ):  # as it is: it may hold a colon, brackets, or look like a number
         OmegaConf.update(merged, key, None if value == "null" else value)
         return merged
     import yaml
@@ -321,8 +326,17 @@ def _append(elements: Any, key: str, number: int) -> None:
         elements.append(OmegaConf.structured(Corpus))
 
 
-def _is_path(key: str) -> bool:
-    return re.fullmatch(PATHS, key) is not None
+def _path_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys that hold a path; numbers of elements are 0."""
+    kinds = get_type_hints(kind)
+    for key in fields(kind):
+        name, inner = prefix + key.name, kinds[key.name]
+        if key.metadata == PATH:
+            yield name
+        if get_origin(inner) is list:
+            name, inner = f"{name}.0", get_args(inner)[0]
+        if is_dataclass(inner):
+            yield from _path_keys(inner, f"{name}.")
 
 
 def _elsewhere(error: Exception, kind: type[Recipe]) -> str:

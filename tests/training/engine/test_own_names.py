@@ -28,7 +28,7 @@ SYSTEM = System(config=OwnConfig, models={"pretraining": OwnForPreTraining})
 '''
 TASK = '''
 """Pretraining on the first pairs, and how many there are."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from svitt_ops.training.engine import recipes
 from svitt_ops.training.tasks import pretrain
 from svitt_ops.training.tasks.pretrain import HEAD, build_collator, build_dataset, model_inputs
@@ -38,6 +38,7 @@ OPTIONS = {"clips": 3}
 @dataclass
 class Recipe(recipes.Recipe):
     first: int = 8
+    answers: str | None = field(default=None, metadata=recipes.PATH)
 
 def check(recipe):
     if recipe.first < 1:
@@ -73,7 +74,9 @@ def test_they_are_trained_and_evaluated(
 ) -> None:
     stored = tmp_path / "own.yaml"
     stored.write_text("system: own_system\ntask: own_task\nfirst: 10\n")
-    assert "first: 10\n" in recipe_text(load_recipe(stored))
+    mine = load_recipe(stored, ["answers=~/a: b"])
+    assert "first: 10\n" in recipe_text(mine)
+    assert mine.answers == str(Path.home() / "a: b")  # type: ignore[attr-defined]
     recipe = make_recipe(
         tmp_path / "run",
         "system=own_system",
