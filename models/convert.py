@@ -1,6 +1,6 @@
 """Weights of other projects: released SViTT and Singularity checkpoints, BEiT and BERT."""
 
-from svitt_ops.models.svitt.convert import (
+from svitt_ops.models.parts.conversion import (
     RELEASED,
     Conversion,
     convert_into,

@@ -1,8 +1,8 @@
 """SViTT: sparse video-text transformers (CVPR 2023)."""
 
 from svitt_ops.models.parts.configuration import SViTTConfig
+from svitt_ops.models.parts.conversion import RELEASED, load_beit, load_bert, load_official
 from svitt_ops.models.parts.system import Source, System
-from svitt_ops.models.svitt.convert import RELEASED, load_beit, load_bert, load_official
 from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
 
 SYSTEM = System(

@@ -105,7 +105,7 @@ def _check_init(recipe: Recipe) -> None:
         return
     for kind, source in (("beit", init.beit), ("bert", init.bert)):
         if source is not None:
-            from svitt_ops.models.svitt.convert import RELEASED
+            from svitt_ops.models.parts.conversion import RELEASED
 
             advice = f"get it by: hf download {RELEASED[kind]} --local-dir {source}"
             check_folder(f"recipe: init.{kind}", source, (kind,), advice)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,9 @@ from svitt_ops.models.parts.loading import (
     say_missing,
 )
 from svitt_ops.models.parts.unpickling import read_tensors
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+
+if TYPE_CHECKING:
+    from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTF
             configuration is not that of the file, a tensor is not finite, or the file is that of a
             model with layers over time (Singularity-temporal), which there is none of here.
     """
+    from svitt_ops.models.svitt.model import SViTTForPreTraining
+
     who = "load_official"
     tensors = read_tensors(path)
     config = SViTTConfig() if config is None else config
