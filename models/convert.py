@@ -6,14 +6,7 @@ from svitt_ops.models.parts.conversion import (
     convert_into,
     load_beit,
     load_bert,
-    load_official,
 )
+from svitt_ops.models.svitt.convert import load_official
 
-__all__ = [
-    "RELEASED",
-    "Conversion",
-    "convert_into",
-    "load_beit",
-    "load_bert",
-    "load_official",
-]
+__all__ = ["RELEASED", "Conversion", "convert_into", "load_beit", "load_bert", "load_official"]

@@ -1,6 +1,6 @@
-"""Weights of other projects: released SViTT and Singularity checkpoints, BEiT and BERT.
+"""Weights of other projects, in a model of two towers: copied by name, and those of BEiT and BERT.
 
-Names are mapped by `models/parts/key_maps.py`, and whatever has no counterpart is reported by name.
+Whatever has no counterpart is reported by name.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from svitt_ops.models.parts.configuration import LOSSES, SViTTConfig
 from svitt_ops.models.parts.expansion import bias_table_grids, resize_bias_table
 from svitt_ops.models.parts.key_maps import (
     BEIT,
     BEIT_DROPPED,
     BERT,
     BERT_DROPPED,
-    OFFICIAL_CHECKPOINT,
     Rules,
     below,
     placed,
@@ -40,10 +38,7 @@ from svitt_ops.models.parts.loading import (
     say_left_out,
     say_missing,
 )
-from svitt_ops.models.parts.unpickling import read_tensors
-
-if TYPE_CHECKING:
-    from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+from svitt_ops.models.parts.two_towers import TwoTowers
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +46,7 @@ RELEASED = {
     "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
     "bert": "google-bert/bert-base-uncased",
 }
-"""What the paper starts from, by type of model."""
+"""What the papers start from, by type of model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,63 +73,7 @@ class Conversion:
         say_missing(source, self.missing)
 
 
-def load_official(path: str | Path, config: SViTTConfig | None = None) -> SViTTForPreTraining:
-    """A model with the weights of a released SViTT or Singularity checkpoint, for evaluation.
-
-    The file is read without running anything that it contains. Its number of frames is inferred
-    from its relative position bias (a Singularity checkpoint has that of one frame) and replaces
-    that of the configuration; `expand_frames` leads to another one. Bias of another resolution is
-    interpolated to the configuration's. Names that are unknown, or missing, are reported as a
-    warning, and a loss whose head is missing gets weight 0, so that nothing is ranked by a head of
-    random weights. The authors' texts end without [SEP]: see `append_sep` of
-    `svitt_ops.training.data.text`.
-
-    Args:
-        path: file written by the authors' training code.
-        config: of the model; the base model's by default.
-
-    Raises:
-        ValueError: the file holds nothing that belongs to such a model, another field of the
-            configuration is not that of the file, a tensor is not finite, or the file is that of a
-            model with layers over time (Singularity-temporal), which there is none of here.
-    """
-    from svitt_ops.models.svitt.model import SViTTForPreTraining
-
-    who = "load_official"
-    tensors = read_tensors(path)
-    config = SViTTConfig() if config is None else config
-    named = renamed(tensors, OFFICIAL_CHECKPOINT)
-    table = next((value for name, value in named.items() if name.endswith("bias.table")), None)
-    if table is None:
-        raise ValueError(
-            f"{who}: {path} must have a relative position bias table, got "
-            f"{len(tensors)} other tensors: {', '.join(list(tensors)[:5])}, ..."
-        )
-    over_time = [name for name in tensors if re.match(r"temporal\w*\.", name)]
-    if over_time:
-        raise ValueError(
-            f"{who}: {path} must be of a model without layers over time, got {len(over_time)} "
-            f"tensors of such layers, {over_time[0]} and so on: without them it is another model"
-        )
-    check_fixed(who, sizes(named), config, path)
-    frames, _ = _geometry(table, tensors, config.grid_size)
-    lost = [
-        loss
-        for loss, head in (("vtm", "match_head."), ("mlm", "token_head."))
-        if not any(name.startswith(head) for name in named)
-    ]
-    weights = {name: config.loss_weights.get(name, 1) for name in LOSSES}
-    changes: dict[str, Any] = {"num_frames": frames}
-    if any(weights[name] for name in LOSSES if name not in lost):
-        changes["loss_weights"] = weights | dict.fromkeys(lost, 0)
-    model = SViTTForPreTraining(type(config)(**{**config.to_dict(), **changes}))
-    found = convert_into(model, tensors, OFFICIAL_CHECKPOINT, frames=frames)
-    check_share(who, len(found.loaded), len(found.missing), path)
-    found.report(path)
-    return model.eval()
-
-
-def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
+def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """Take over a BEiT's weights as the video tower's, its bias inflated to the tower's frames.
 
     Bias of another resolution is interpolated to the model's.
@@ -159,7 +98,7 @@ def load_beit(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
     return found
 
 
-def load_bert(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
+def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """Take over a BERT's weights as those of the text tower, the fusion layers and the MLM head.
 
     What a BERT has not, attention over the video, keeps its values.
@@ -187,7 +126,7 @@ def load_bert(model: SViTTModel, source: str | Path | nn.Module) -> Conversion:
 
 @torch.no_grad()
 def convert_into(
-    model: SViTTModel,
+    model: TwoTowers,
     tensors: Mapping[str, Tensor],
     rules: Rules,
     parts: Sequence[str] = ("",),
@@ -224,7 +163,7 @@ def convert_into(
                 f"convert: {name} must be the only one for {target}, got {loaded[target]}"
             )
         if target.endswith("bias.table"):
-            source = _geometry(value, tensors, config.grid_size, frames)
+            source = bias_geometry(value, tensors, config.grid_size, frames)
             grid = source[1]
             value = resize_bias_table(value, config.grid_size, config.num_frames, source_grid=grid)
         shape = state[target].shape
@@ -253,7 +192,7 @@ def convert_into(
     )
 
 
-def _geometry(
+def bias_geometry(
     table: Tensor, tensors: Mapping[str, Tensor], grid_size: int, frames: int | None = None
 ) -> tuple[int, int]:
     """Frames, and patches along a side, that a bias table is for.
@@ -313,7 +252,7 @@ def _name(source: object) -> object:
     return type(source).__name__ if isinstance(source, nn.Module) else source
 
 
-def _per_layer_bias(tensors: Mapping[str, Tensor], model: SViTTModel) -> dict[str, Tensor]:
+def _per_layer_bias(tensors: Mapping[str, Tensor], model: TwoTowers) -> dict[str, Tensor]:
     """A BEiT's tensors; a bias that its layers share is given to each of them."""
     found = {}
     for name, value in tensors.items():
