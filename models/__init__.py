@@ -1,21 +1,15 @@
 """Sparse video-text transformers: definitions and losses over `svitt_ops`."""
 
 from svitt_ops.models import convert
+from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
-from svitt_ops.models.parts.configuration import FrozenConfig, SViTTConfig
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
-from svitt_ops.models.parts.outputs import (
-    FusionOutput,
-    SViTTPreTrainingOutput,
-    TextOutput,
-    VideoOutput,
-)
+from svitt_ops.models.parts.outputs import FusionOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
-from svitt_ops.models.svitt import old_weights
+from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
 from svitt_ops.models.svitt.sparsity import EdgeCount, SparsityRow, edge_count, sparsity_table
-
-old_weights.register()
 
 __all__ = [
     "EdgeCount",

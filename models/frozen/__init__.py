@@ -1,7 +1,7 @@
 """SViTT on Frozen: two towers that meet in the contrastive loss only."""
 
+from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
-from svitt_ops.models.parts.configuration import FrozenConfig
 from svitt_ops.models.parts.system import System
 
 SYSTEM = System(

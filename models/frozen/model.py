@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import FrozenConfig
-from svitt_ops.models.parts.layers import in_fp32
-from svitt_ops.models.parts.outputs import SViTTPreTrainingOutput, TextOutput, VideoOutput
-from svitt_ops.models.svitt.model import TwoTowers
+from svitt_ops.models.frozen.configuration import FrozenConfig
+from svitt_ops.models.parts.layers import embed
+from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.two_towers import TwoTowers
 
 
 class FrozenForRetrieval(TwoTowers):
@@ -30,9 +30,8 @@ class FrozenForRetrieval(TwoTowers):
         """Encode clips ``(batch, frames, 3, image_size, image_size)``."""
         found = self.video(pixel_values)
         states = self.video_norm(found.tokens)
-        pooled = states[:, 0] if self.config.video_pooling == "cls" else states[:, 1:].mean(1)
         return VideoOutput(
-            embeds=F.normalize(in_fp32(self.video_projection, pooled).float(), dim=-1),
+            embeds=embed(self.video_projection, self.pool(states)),
             states=states,
             indices=found.indices,
             indices_per_stage=found.indices_per_stage,
@@ -41,8 +40,7 @@ class FrozenForRetrieval(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        embeds = in_fp32(self.text_projection, F.relu(states[:, 0]))
-        return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
+        return TextOutput(embeds=embed(self.text_projection, F.relu(states[:, 0])), states=states)
 
     def clamp_temperature(self) -> None:
         """Nothing: the temperature is not learned."""
@@ -53,17 +51,12 @@ class FrozenForRetrieval(TwoTowers):
         input_ids: Tensor,
         attention_mask: Tensor,
         pair_ids: Tensor | None = None,
-    ) -> SViTTPreTrainingOutput:
+    ) -> PreTrainingOutput:
         """Contrastive loss of a batch of pairs; arguments as of `SViTTForPreTraining`."""
         video = self.encode_video(pixel_values)
         text = self.encode_text(input_ids, attention_mask)
-        loss = so.info_nce(
-            video.embeds,
-            text.embeds,
-            self.config.temperature_init,
-            ids=pair_ids,
-            group=self.group(),
-        )
-        return SViTTPreTrainingOutput(
+        temperature, group = self.config.temperature_init, self.group()
+        loss = so.info_nce(video.embeds, text.embeds, temperature, ids=pair_ids, group=group)
+        return PreTrainingOutput(
             loss=loss, loss_vtc=loss, video_embeds=video.embeds, text_embeds=text.embeds
         )

@@ -1,9 +1,9 @@
-"""Configurations: `SViTTConfig`, and `FrozenConfig` of the two-tower variant."""
+"""Configurations: what the video tower reads, and two towers with fusion layers over both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -16,6 +16,10 @@ OFFICIAL = "svitt-official"
 """Value of `compat` that reproduces what the authors' released code does."""
 TOKEN_ORDERS = ("standard", "morton", "hilbert")
 LOSSES = ("vtc", "vtm", "mlm")
+Rule = tuple[str, Callable[[float], bool]]
+NOT_NEGATIVE: Rule = ("a number of at least 0", lambda x: 0 <= x < math.inf)
+RATE: Rule = ("more than 0 and at most 1", lambda x: 0 < x <= 1)
+DROP_RATE: Rule = ("at least 0 and less than 1", lambda x: 0 <= x < 1)
 
 
 class VideoConfig(PreTrainedConfig):
@@ -26,6 +30,8 @@ class VideoConfig(PreTrainedConfig):
     the patches."""
     key_bias: ClassVar[bool] = False
     """Whether the key projections have a bias; BEiT's have none."""
+    compats: ClassVar[tuple[str | None, ...]] = (None, OFFICIAL)
+    """Values of `compat`."""
 
     image_size: int = 224
     """Height and width of a frame, in pixels."""
@@ -109,17 +115,17 @@ class VideoConfig(PreTrainedConfig):
         self._check_heads("num_attention_heads", "hidden_size")
         if self.edge_sparsity and self.block_size > MAX_BLOCK_SIZE:
             self._refuse("block_size", f"1 to {MAX_BLOCK_SIZE}", self.block_size)
-        self._check_rate("keep_rate")
-        self._check_drop_rate("drop_path_rate")
-        self._check_numbers("layer_norm_eps", "layer_scale_init_value")
-        self._check_numbers("initializer_range", "bias_init_std")
+        self._check_numbers(RATE, "keep_rate")
+        self._check_numbers(DROP_RATE, "drop_path_rate")
+        self._check_numbers(NOT_NEGATIVE, "layer_norm_eps", "layer_scale_init_value")
+        self._check_numbers(NOT_NEGATIVE, "initializer_range", "bias_init_std")
         if not isinstance(self.eval_pattern_seed, int | None):
             self._refuse("eval_pattern_seed", "an integer or None", self.eval_pattern_seed)
         self._check_one_of("edge_sparsity", (True, False))
         self._check_one_of("token_order", TOKEN_ORDERS)
         self._check_one_of("prune_by", ("saliency", "random"))
         self._check_one_of("video_pooling", ("mean", "cls"))
-        self._check_one_of("compat", (None, OFFICIAL))
+        self._check_one_of("compat", self.compats)
         self._check_layers("prune_layers", self.num_hidden_layers)
         if self.compat == OFFICIAL and self.num_local > 1:
             self._refuse("num_local", f"0 or 1 with compat={OFFICIAL!r}", self.num_local)
@@ -130,11 +136,12 @@ class VideoConfig(PreTrainedConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 self._refuse(name, f"an integer of at least {least}", value)
 
-    def _check_numbers(self, *names: str) -> None:
+    def _check_numbers(self, rule: Rule, *names: str) -> None:
+        wanted, fits = rule
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                self._refuse(name, "a number of at least 0", value)
+            if not isinstance(value, (int, float)) or not fits(value):
+                self._refuse(name, wanted, value)
 
     def _check_divides(self, name: str, whole: str) -> None:
         if getattr(self, whole) % getattr(self, name):
@@ -147,16 +154,6 @@ class VideoConfig(PreTrainedConfig):
         size = getattr(self, width) // getattr(self, name)
         if not 8 <= size <= 256:  # as the ops want it
             self._refuse(name, f"such that {width} / {name} is 8 to 256", getattr(self, name))
-
-    def _check_rate(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or not 0 < value <= 1:
-            self._refuse(name, "more than 0 and at most 1", value)
-
-    def _check_drop_rate(self, name: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) or not 0 <= value < 1:
-            self._refuse(name, "at least 0 and less than 1", value)
 
     def _check_one_of(self, name: str, choices: tuple[object, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -171,13 +168,11 @@ class VideoConfig(PreTrainedConfig):
         raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {value!r}")
 
 
-class SViTTConfig(VideoConfig):
-    """SViTT: a sparse video tower, a text tower and fusion layers over both.
+class TwoTowersConfig(VideoConfig):
+    """Two towers, fusion layers over both, and losses; the defaults are SViTT's base model's."""
 
-    Source: SViTT (CVPR 2023); the defaults are the base model's, at 4 frames.
-    """
-
-    model_type = "svitt"
+    losses: ClassVar[tuple[str, ...]] = LOSSES
+    """Keys of `loss_weights`."""
 
     multimodal_keep_rate: float = 0.1
     """Share of the surviving patches that multimodal pruning keeps (q_m); 1 is none."""
@@ -227,26 +222,31 @@ class SViTTConfig(VideoConfig):
         self._check_counts("text_intermediate_size", "max_position_embeddings", "projection_dim")
         self._check_counts("text_num_hidden_layers", "fusion_layer", "type_vocab_size", least=0)
         self._check_heads("text_num_attention_heads", "text_hidden_size")
-        self._check_rate("multimodal_keep_rate")
-        self._check_drop_rate("text_dropout")
+        self._check_numbers(RATE, "multimodal_keep_rate")
+        self._check_numbers(DROP_RATE, "text_dropout")
         self._check_one_of("hard_negatives", (True, False))
         self._check_one_of("multimodal_prune_by", ("cls", "mean", "random"))
         if self.fusion_layer > self.text_num_hidden_layers:
             self._refuse("fusion_layer", f"0 to {self.text_num_hidden_layers}", self.fusion_layer)
         self._check_layers("multimodal_prune_layers", self.num_fusion_layers)
-        self._check_numbers("temperature_min", "temperature_init", "temperature_max")
+        self._check_numbers(NOT_NEGATIVE, "temperature_min", "temperature_init", "temperature_max")
         if not 0 < self.temperature_min <= self.temperature_init <= self.temperature_max:
             limits = f"{self.temperature_min} to {self.temperature_max}"
             self._refuse("temperature_init", limits, self.temperature_init)
-        self._check_numbers("text_layer_norm_eps")
+        self._check_numbers(NOT_NEGATIVE, "text_layer_norm_eps")
         weights = self.loss_weights
-        if not isinstance(weights, dict) or set(weights) - set(LOSSES):
-            self._refuse("loss_weights", f"keyed by {LOSSES}", weights)
+        if not isinstance(weights, dict) or set(weights) - set(self.losses):
+            self._refuse("loss_weights", f"keyed by {self.losses}", weights)
         for weight in weights.values():
             if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
                 self._refuse("loss_weights", "numbers of at least 0", weights)
-        if not any(self.loss_weights.get(name, 1) for name in LOSSES):
-            self._refuse("loss_weights", "positive for one loss at least", self.loss_weights)
+        if not any(self.weights.values()):
+            self._refuse("loss_weights", "positive for one loss at least", weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every loss."""
+        return {name: self.loss_weights.get(name, 1) for name in self.losses}
 
     @property
     def num_fusion_layers(self) -> int:
@@ -257,48 +257,3 @@ class SViTTConfig(VideoConfig):
     def prunes_multimodally(self) -> bool:
         """Whether fusion layers prune. The released code never does, whatever its recipe says."""
         return self.multimodal_keep_rate < 1 and self.compat != OFFICIAL
-
-
-class FrozenConfig(SViTTConfig):
-    """SViTT on Frozen: two towers without fusion, contrastive loss only.
-
-    The video tower is a ViT with absolute positions over (frame, patch) and joint space-time
-    attention, the text tower a DistilBERT. The temperature stays what it is.
-
-    Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
-    """
-
-    model_type = "svitt-frozen"
-    position: ClassVar[str] = "absolute"
-    key_bias: ClassVar[bool] = True
-
-    layer_norm_eps: float = 1e-6
-    """Epsilon of the video tower's layer norms."""
-    layer_scale_init_value: float = 0.0
-    """Initial factor of both residual branches; 0 leaves the factors out."""
-    drop_path_rate: float = 0.0
-    """Stochastic depth of the last layer; grows linearly from 0."""
-    video_pooling: str = "cls"
-    """Vector of a clip: "mean" of the surviving patches, or "cls"."""
-    text_num_hidden_layers: int = 6
-    """Layers of the text tower."""
-    fusion_layer: int = 6
-    """Equal to `text_num_hidden_layers`: there are no fusion layers."""
-    multimodal_prune_layers: list[int] = field(default_factory=list)
-    """Empty: there are no fusion layers."""
-    type_vocab_size: int = 0
-    """Token types, of which the first is used; 0 leaves the embedding out."""
-    temperature_init: float = 0.05
-    """Temperature of the contrastive loss, which is not learned."""
-    loss_weights: dict[str, float] = field(default_factory=lambda: {"vtc": 1, "vtm": 0, "mlm": 0})
-    """Fixed: there is the contrastive loss only."""
-
-    def check(self) -> None:
-        """Raise a ValueError that names the first field whose value cannot be."""
-        super().check()
-        if self.num_fusion_layers:
-            self._refuse("fusion_layer", f"{self.text_num_hidden_layers}", self.fusion_layer)
-        if any(self.loss_weights.get(name, 1) for name in ("vtm", "mlm")):
-            self._refuse("loss_weights", "0 for vtm and mlm", self.loss_weights)
-        if self.compat is not None:
-            self._refuse("compat", "None: there is no released code", self.compat)

@@ -17,7 +17,7 @@ from svitt_ops.models.parts.resolution import resize_offsets, resize_places
 from svitt_ops.nn import RelativePositionBias3D
 
 if TYPE_CHECKING:
-    from svitt_ops.models.svitt.model import TwoTowers
+    from svitt_ops.models.parts.two_towers import TwoTowers
 
 Mode = Literal["nearest-exact", "nearest"]
 Model = TypeVar("Model", bound="TwoTowers")

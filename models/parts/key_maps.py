@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from svitt_ops.models.parts.configuration import SViTTConfig
+from svitt_ops.models.parts.configuration import TwoTowersConfig
 
 Rules = Sequence[tuple[str, str]]
 _LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
@@ -81,18 +81,6 @@ def below(prefix: str, rules: Rules) -> Rules:
     return tuple((prefix + pattern, target) for pattern, target in rules)
 
 
-OFFICIAL_CHECKPOINT: Rules = (
-    *below(r"vision_encoder\.", (*BEIT, (r".*relative_position_index", ""))),
-    *below(r"text_encoder\.(?:bert\.)?", (*BERT, *BERT_DROPPED)),
-    (r"vision_layernorm\.(.+)", r"video_norm.\1"),
-    (r"vision_proj\.(.+)", r"video_projection.\1"),
-    (r"text_proj\.(.+)", r"text_projection.\1"),
-    (r"itm_head\.(.+)", r"match_head.\1"),
-    (r"temp", r"temperature"),
-)
-"""Names in the checkpoints that SViTT's and Singularity's authors released."""
-
-
 SIZES = (
     ("patch_size", "video.patches.weight", -1),
     ("hidden_size", "video.patches.weight", 0),
@@ -117,7 +105,7 @@ def rename(name: str, rules: Rules) -> str | None:
     return None
 
 
-def placed(target: str | None, config: SViTTConfig) -> str | None:
+def placed(target: str | None, config: TwoTowersConfig) -> str | None:
     """The model's name; text layers from the first fusion layer on are the fusion encoder's."""
     layer = re.match(r"text\.layers\.(\d+)(\..+)", target or "")
     if layer and int(layer[1]) >= config.fusion_layer:

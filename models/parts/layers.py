@@ -70,6 +70,11 @@ def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator |
     return drawn.expand(batch, count)
 
 
+def embed(projection: nn.Module, states: Tensor) -> Tensor:
+    """Projections of length 1."""
+    return F.normalize(in_fp32(projection, states).float(), dim=-1)
+
+
 def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
     """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
     device = states.device.type

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
 
 if TYPE_CHECKING:
-    from svitt_ops.models.parts.configuration import SViTTConfig
-    from svitt_ops.models.svitt.model import TwoTowers
+    from svitt_ops.models.parts.configuration import TwoTowersConfig, VideoConfig
+    from svitt_ops.models.parts.two_towers import TwoTowers
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder
 SHOWN = 6
 
 
-def fixed_fields(stored: SViTTConfig, wanted: SViTTConfig) -> list[str]:
+def fixed_fields(stored: TwoTowersConfig, wanted: TwoTowersConfig) -> list[str]:
     """Fields of a configuration that weights of another one cannot be changed in."""
     scaled = stored.layer_scale_init_value and wanted.layer_scale_init_value
     return [*FIXED, *([] if scaled else ["layer_scale_init_value"])]  # 0 leaves the scales out
 
 
-def check_fixed(who: str, found: Mapping[str, Any], config: SViTTConfig, source: object) -> None:
+def check_fixed(who: str, found: Mapping[str, Any], config: VideoConfig, source: object) -> None:
     """Refuse weights whose fields, where ``found`` tells them, are not the configuration's."""
     for field, value in found.items():
         wanted = getattr(config, field)
@@ -99,7 +99,7 @@ def load_folder(
     load: Callable[..., Any],
     kind: type[TwoTowers],
     source: Any,
-    config: SViTTConfig | str | None,
+    config: TwoTowersConfig | str | None,
     **options: Any,
 ) -> Any:
     """Weights of a folder, resized to the frames and the resolution of a configuration.

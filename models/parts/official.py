@@ -9,7 +9,7 @@
 - `expand_frames` takes the nearest offset rounded down;
 - Morton and Hilbert orders are those of `token_order(..., compat="svitt-official")`.
 Windows of several local blocks mix up two neighbours' keys there, which no published model uses and
-`SViTTConfig` refuses.
+the configuration refuses.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class FusionOutput(ModelOutput):
 
 
 @dataclass
-class SViTTPreTrainingOutput(ModelOutput):
+class PreTrainingOutput(ModelOutput):
     """Losses of a batch, and the embeddings they come from; a loss of weight 0 is None.
 
     Attributes:

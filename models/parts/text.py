@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import SViTTConfig
+from svitt_ops.models.parts.configuration import TwoTowersConfig
 from svitt_ops.models.parts.layers import FeedForward, eval_generator, random_scores
 from svitt_ops.nn import CrossAttention
 
@@ -21,7 +21,7 @@ class TextLayer(GradientCheckpointingLayer):
         fuses: whether the layer attends over the video too.
     """
 
-    def __init__(self, config: SViTTConfig, *, fuses: bool) -> None:
+    def __init__(self, config: TwoTowersConfig, *, fuses: bool) -> None:
         super().__init__()
         dim, heads = config.text_hidden_size, config.text_num_attention_heads
         eps = config.text_layer_norm_eps
@@ -63,7 +63,7 @@ class TextLayer(GradientCheckpointingLayer):
 class TextEmbeddings(nn.Module):
     """Sum of what a token is and where it stands, normalised."""
 
-    def __init__(self, config: SViTTConfig) -> None:
+    def __init__(self, config: TwoTowersConfig) -> None:
         super().__init__()
         dim = config.text_hidden_size
         self.word = nn.Embedding(config.vocab_size, dim, padding_idx=config.pad_token_id)
@@ -89,7 +89,7 @@ class TextEmbeddings(nn.Module):
 class TextTower(nn.Module):
     """Token embeddings and the layers below the fusion layers."""
 
-    def __init__(self, config: SViTTConfig) -> None:
+    def __init__(self, config: TwoTowersConfig) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
         self.layers = nn.ModuleList(
@@ -112,7 +112,7 @@ class FusionEncoder(nn.Module):
     text's [CLS] attends least leave; the next layer sees the others.
     """
 
-    def __init__(self, config: SViTTConfig) -> None:
+    def __init__(self, config: TwoTowersConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(

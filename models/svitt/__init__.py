@@ -1,9 +1,13 @@
 """SViTT: sparse video-text transformers (CVPR 2023)."""
 
-from svitt_ops.models.parts.configuration import SViTTConfig
+from svitt_ops.models.parts.conversion import RELEASED, load_beit, load_bert
 from svitt_ops.models.parts.system import Source, System
-from svitt_ops.models.svitt.convert import RELEASED, load_beit, load_bert, load_official
+from svitt_ops.models.svitt import old_weights
+from svitt_ops.models.svitt.configuration import SViTTConfig
+from svitt_ops.models.svitt.convert import load_official
 from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+
+old_weights.register()
 
 SYSTEM = System(
     config=SViTTConfig,

@@ -8,101 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import OFFICIAL, SViTTConfig
-from svitt_ops.models.parts.layers import Residual, in_fp32
-from svitt_ops.models.parts.loading import load_folder
-from svitt_ops.models.parts.outputs import (
-    FusionOutput,
-    SViTTPreTrainingOutput,
-    TextOutput,
-    VideoOutput,
-)
-from svitt_ops.models.parts.text import FusionEncoder, TextTower
-from svitt_ops.models.parts.video import VideoTower
-from svitt_ops.nn import RelativePositionBias3D
-
-IGNORED = -100
-"""Label of what adds nothing to a loss."""
-
-
-class TwoTowers(PreTrainedModel):
-    """What every model here has: a video tower, a text tower, and projections into one space."""
-
-    config_class = SViTTConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["VideoLayer", "TextLayer"]  # noqa: RUF012 (the base class has it so)
-    config: SViTTConfig
-
-    def __init__(self, config: SViTTConfig) -> None:
-        config.check()
-        super().__init__(config)
-        self.video = VideoTower(config)
-        self.text = TextTower(config)
-        self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
-        self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> Any:
-        """As transformers', where weights of another resolution or of other frames are resized.
-
-        So ``from_pretrained(folder, image_size=384, num_frames=8)`` works from any of them; see
-        `change_image_size` and `expand_frames`.
-
-        Raises:
-            ValueError: another field of the configuration is not that of the weights, or the
-                weights are damaged, not finite, or of another model.
-        """
-        load = super().from_pretrained
-        if pretrained_model_name_or_path is None or args:
-            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        return load_folder(load, cls, pretrained_model_name_or_path, config, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embeddings of the text's tokens."""
-        return self.text.embeddings.word
-
-    def before_step(self) -> None:
-        self.clamp_temperature()
-
-    @property
-    def leaves_parameters_unused(self) -> bool:
-        return not all(self.config.loss_weights.values())
-
-    def group(self) -> dist.ProcessGroup | None:
-        """The processes that share a batch while training: negatives come from all of them."""
-        shared = dist.is_available() and dist.is_initialized() and self.training
-        return dist.group.WORLD if shared and self.config.compat != OFFICIAL else None
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Guarded by transformers: what was loaded from a checkpoint stays.
-        if isinstance(module, RelativePositionBias3D):
-            module.reset_parameters()
-            module.codes = so.position_codes(module.grid, device=module.codes.device)
-        elif isinstance(module, Residual) and module.scale is not None:
-            nn.init.constant_(module.scale, module.initial_scale)
-        elif isinstance(module, VideoTower):
-            module.reset_positions(module.cls_token.device)
-            nn.init.zeros_(module.cls_token)
-            std = self.config.initializer_range
-            for positions in (module.cls_position, module.patch_positions):
-                if positions is not None:
-                    nn.init.normal_(positions, std=std)
+from svitt_ops.models.parts.heads import MaskedTokenHead
+from svitt_ops.models.parts.layers import embed, in_fp32
+from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, match_loss
+from svitt_ops.models.parts.outputs import FusionOutput, PreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.text import FusionEncoder
+from svitt_ops.models.parts.two_towers import TwoTowers
+from svitt_ops.models.svitt.configuration import SViTTConfig
 
 
 class SViTTModel(TwoTowers):
     """The towers and the fusion layers of SViTT."""
+
+    config_class = SViTTConfig
+    config: SViTTConfig
 
     def __init__(self, config: SViTTConfig) -> None:
         super().__init__(config)
@@ -120,12 +42,9 @@ class SViTTModel(TwoTowers):
                 deviation 0.5 as BEiT's; at most ``config.num_frames`` frames.
         """
         found = self.video(pixel_values)
-        tokens = found.tokens
-        pooled = tokens[:, 0] if self.config.video_pooling == "cls" else tokens[:, 1:].mean(1)
-        embeds = in_fp32(self.video_projection, self.pooler_norm(pooled))
         return VideoOutput(
-            embeds=F.normalize(embeds.float(), dim=-1),
-            states=self.video_norm(tokens),
+            embeds=embed(self.video_projection, self.pooler_norm(self.pool(found.tokens))),
+            states=self.video_norm(found.tokens),
             indices=found.indices,
             indices_per_stage=found.indices_per_stage,
         )
@@ -133,8 +52,7 @@ class SViTTModel(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        embeds = in_fp32(self.text_projection, states[:, 0])
-        return TextOutput(embeds=F.normalize(embeds.float(), dim=-1), states=states)
+        return TextOutput(embeds=embed(self.text_projection, states[:, 0]), states=states)
 
     def fuse(
         self,
@@ -163,20 +81,6 @@ class SViTTModel(TwoTowers):
         return video, text, self.fuse(text.states, attention_mask, video.states, video.indices)
 
 
-class MaskedTokenHead(nn.Module):
-    """Logits of the pieces; the decoder is the table of word embeddings itself, so tied."""
-
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__()
-        dim = config.text_hidden_size
-        self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, config.text_layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, states: Tensor, words: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.dense(states))), words, self.bias)
-
-
 class SViTTForPreTraining(SViTTModel):
     """SViTT with a learned temperature and the heads of VTC, VTM and MLM."""
 
@@ -192,14 +96,21 @@ class SViTTForPreTraining(SViTTModel):
         super()._init_weights(module)
         if module is self:
             nn.init.constant_(self.temperature, self.config.temperature_init)
-        elif isinstance(module, MaskedTokenHead):
-            nn.init.zeros_(module.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         name = f"{prefix}temperature"
         if name in state_dict and state_dict[name].ndim == 0:  # as earlier versions had it
             state_dict[name] = state_dict[name].reshape(1)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss in training may depend on some parameters only."""
+        return not all(self.config.weights.values())
+
+    def before_step(self) -> None:
+        """Clamp the temperature."""
+        self.clamp_temperature()
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -221,7 +132,7 @@ class SViTTForPreTraining(SViTTModel):
         pair_ids: Tensor | None = None,
         mlm_input_ids: Tensor | None = None,
         mlm_labels: Tensor | None = None,
-    ) -> SViTTPreTrainingOutput:
+    ) -> PreTrainingOutput:
         """Losses of a batch of pairs.
 
         Args:
@@ -234,14 +145,18 @@ class SViTTForPreTraining(SViTTModel):
         """
         video = self.encode_video(pixel_values)
         text = self.encode_text(input_ids, attention_mask)
-        weight = {name: self.config.loss_weights.get(name, 1) for name in ("vtc", "vtm", "mlm")}
+        weight = self.config.weights
         losses: dict[str, Tensor] = {}
         if weight["vtc"]:
             losses["vtc"] = so.info_nce(
                 video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
             )
         if weight["vtm"]:
-            losses["vtm"] = self._match_loss(video, text, attention_mask, pair_ids)
+            hard = self.config.hard_negatives
+            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
+            losses["vtm"] = match_loss(
+                self.match_logits, text.states, attention_mask, video.states, wrong
+            )
         if weight["mlm"]:
             if mlm_input_ids is None or mlm_labels is None:
                 raise ValueError(
@@ -251,40 +166,10 @@ class SViTTForPreTraining(SViTTModel):
             masked = self.text(mlm_input_ids, attention_mask)
             fused = self.fuse(masked, attention_mask, video.states)
             logits = self.token_head(fused.states, self.text.embeddings.word.weight)
-            losses["mlm"] = _cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
-        return SViTTPreTrainingOutput(
+            losses["mlm"] = cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
+        return PreTrainingOutput(
             loss=sum(weight[name] * loss for name, loss in losses.items()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             video_embeds=video.embeds,
             text_embeds=text.embeds,
         )
-
-    def _match_loss(
-        self, video: VideoOutput, text: TextOutput, attention_mask: Tensor, ids: Tensor | None
-    ) -> Tensor:
-        """Loss of 3 B pairs: those that match, and one wrong clip and one wrong text for each.
-
-        A row of the batch without a negative (all others have its id) is left out: its pair is
-        made with row 0 to keep the shapes, and its label is ignored.
-        """
-        queries = [text.embeds.detach(), video.embeds.detach()]
-        if not self.config.hard_negatives:
-            queries = [torch.zeros_like(x) for x in queries]  # all keys are equally likely
-        temperature = self.temperature.detach()
-        clip = so.sample_hard_negatives(queries[0], video.embeds, temperature, ids=ids)
-        other = so.sample_hard_negatives(queries[1], text.embeds, temperature, ids=ids)
-        clip_row, other_row = clip.clamp(min=0), other.clamp(min=0)
-        logits = self.match_logits(
-            torch.cat([text.states, text.states, text.states[other_row]]),
-            torch.cat([attention_mask, attention_mask, attention_mask[other_row]]),
-            torch.cat([video.states, video.states[clip_row], video.states]),
-        )
-        found = torch.cat([clip, other])
-        labels = torch.cat([torch.ones_like(clip), torch.where(found < 0, IGNORED, 0)])
-        return _cross_entropy(logits, labels)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that count; 0, not NaN, where none does."""
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svitt_ops import keep_count
-from svitt_ops.models.parts.configuration import SViTTConfig, VideoConfig
+from svitt_ops.models.parts.configuration import TwoTowersConfig, VideoConfig
+from svitt_ops.models.svitt.configuration import SViTTConfig
 
 CURRICULUM = {4: 0.7, 8: 0.6, 16: 0.5}
 """Frames and keep rates of the paper's three stages of pretraining."""
@@ -58,7 +59,7 @@ class SparsityRow:
     dense_macs: int
 
 
-def edge_count(config: SViTTConfig, *, text_length: int = TEXT_LENGTH) -> EdgeCount:
+def edge_count(config: TwoTowersConfig, *, text_length: int = TEXT_LENGTH) -> EdgeCount:
     """Count the edges of a model.
 
     Args:
@@ -77,7 +78,7 @@ def edge_count(config: SViTTConfig, *, text_length: int = TEXT_LENGTH) -> EdgeCo
 
 
 def sparsity_table(
-    config: SViTTConfig | None = None,
+    config: TwoTowersConfig | None = None,
     *,
     frames: Sequence[int] = tuple(CURRICULUM),
     text_length: int = TEXT_LENGTH,
@@ -111,7 +112,7 @@ def sparsity_table(
     return rows
 
 
-def fusion_tokens(config: SViTTConfig) -> list[int]:
+def fusion_tokens(config: TwoTowersConfig) -> list[int]:
     """Patches that each fusion layer attends over."""
     counts, count = [], config.kept_tokens()[-1]
     for layer in range(config.num_fusion_layers):

@@ -85,7 +85,7 @@ def find_survivors(
         grid=config.image_size // config.patch_size,
         visual=tuple(stage[0].cpu() for stage in stages),
         multimodal=None if left is None else left[0].cpu(),
-        fusion_trained=any(config.loss_weights.get(name, 1) for name in ("vtm", "mlm")),
+        fusion_trained=any(config.weights[name] for name in ("vtm", "mlm")),
     )
 
 

@@ -44,7 +44,7 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A
     """The collator; it prepares masked texts only for a model that learns from them."""
     data = recipe.data
     low, high = data.crop_scale
-    masked = config.loss_weights.get("mlm", 1) > 0
+    masked = config.weights.get("mlm", 0) > 0
     return Collator(
         tokenizer=tokenizer,
         text_length=data.text_length,

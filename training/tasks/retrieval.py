@@ -102,7 +102,7 @@ def retrieval(
     """
     settings = settings or Evaluation()
     if rerank is None:
-        rerank = model.config.loss_weights.get("vtm", 1) > 0
+        rerank = model.config.weights.get("vtm", 0) > 0
     rerank = rerank and settings.top_k > 0
     device = next(model.parameters()).device
     context = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -30,6 +30,7 @@ def test_frozen(make_config: MakeConfig, batch: dict[str, Tensor], tmp_path: Pat
     output = model(**batch)
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+    assert not model.leaves_parameters_unused
     logits = output.video_embeds @ output.text_embeds.T / 0.05
     target = torch.arange(3)
     wanted = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

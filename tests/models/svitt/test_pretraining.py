@@ -25,6 +25,7 @@ def model(make_config: MakeConfig) -> SViTTForPreTraining:
 
 
 def test_every_parameter_learns(model: SViTTForPreTraining, batch: dict[str, Tensor]) -> None:
+    assert not model.leaves_parameters_unused
     output = model(**batch)
     torch.testing.assert_close(output.loss, output.loss_vtc + output.loss_vtm + output.loss_mlm)
     output.loss.backward()
@@ -36,8 +37,9 @@ def test_every_parameter_learns(model: SViTTForPreTraining, batch: dict[str, Ten
 
 def test_loss_weights(make_config: MakeConfig, batch: dict[str, Tensor]) -> None:
     weights = {"vtc": 2, "vtm": 0, "mlm": 0.5}
-    output = SViTTForPreTraining(make_config(loss_weights=weights)).eval()(**batch)
-    assert output.loss_vtm is None
+    model = SViTTForPreTraining(make_config(loss_weights=weights)).eval()
+    output = model(**batch)
+    assert output.loss_vtm is None and model.leaves_parameters_unused
     torch.testing.assert_close(output.loss, 2 * output.loss_vtc + 0.5 * output.loss_mlm)
     only = SViTTForPreTraining(make_config(loss_weights={"vtm": 0, "mlm": 0}))
     del batch["mlm_input_ids"], batch["mlm_labels"]
@@ -208,7 +210,7 @@ def test_temperature(model: SViTTForPreTraining) -> None:
     for value, wanted in ((7.0, 0.5), (1e-5, 0.001), (0.1, 0.1)):
         with torch.no_grad():
             model.temperature.fill_(value)
-        model.clamp_temperature()
+        model.before_step()
         assert model.temperature.item() == pytest.approx(wanted)
 
 

@@ -1,0 +1,266 @@
+"""Weights of other projects, in a model of two towers: copied by name, and those of BEiT and BERT.
+
+Whatever has no counterpart is reported by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from svitt_ops.models.parts.expansion import bias_table_grids, resize_bias_table
+from svitt_ops.models.parts.key_maps import (
+    BEIT,
+    BEIT_DROPPED,
+    BERT,
+    BERT_DROPPED,
+    Rules,
+    below,
+    placed,
+    rename,
+    renamed,
+    sizes,
+)
+from svitt_ops.models.parts.loading import (
+    check_finite,
+    check_fixed,
+    check_share,
+    first_line,
+    of_safetensors,
+    say_left_out,
+    say_missing,
+)
+from svitt_ops.models.parts.two_towers import TwoTowers
+
+log = logging.getLogger(__name__)
+
+RELEASED = {
+    "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
+    "bert": "google-bert/bert-base-uncased",
+}
+"""What the papers start from, by type of model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What became of a checkpoint's tensors; every name is in one of the lists.
+
+    Attributes:
+        loaded: of the checkpoint, and now in the model.
+        dropped: of the checkpoint, without need here: buffers, and the tied decoder.
+        unknown: of the checkpoint, without a counterpart here.
+        missing: of the model, without a tensor in the checkpoint; they keep their values.
+        num_frames: frames of the checkpoint's relative position bias; None if it has none.
+    """
+
+    loaded: tuple[str, ...]
+    dropped: tuple[str, ...]
+    unknown: tuple[str, ...]
+    missing: tuple[str, ...]
+    num_frames: int | None
+
+    def report(self, source: object) -> None:
+        """Warn of what is unknown, and of what is missing and what that means."""
+        say_left_out(source, self.unknown)
+        say_missing(source, self.missing)
+
+
+def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
+    """Take over a BEiT's weights as the video tower's, its bias inflated to the tower's frames.
+
+    Bias of another resolution is interpolated to the model's.
+
+    Args:
+        model: changed in place.
+        source: a transformers' BEiT model, or the folder that holds one.
+
+    Raises:
+        ValueError: the folder holds no BEiT, or one of other sizes than the model.
+    """
+    from transformers import BeitModel
+
+    tensors, heads = _read_transformers(BeitModel, source, "load_beit")
+    tensors = _per_layer_bias(tensors, model)
+    rules = below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
+    shown = sizes(renamed(tensors, rules)) | {"num_attention_heads": heads}
+    check_fixed("load_beit", shown, model.config, _name(source))
+    found = convert_into(model, tensors, rules, parts=("video.", "pooler_"), frames=1)
+    check_share("load_beit", len(found.loaded), len(found.missing), _name(source))
+    found.report("BEiT")
+    return found
+
+
+def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
+    """Take over a BERT's weights as those of the text tower, the fusion layers and the MLM head.
+
+    What a BERT has not, attention over the video, keeps its values.
+
+    Args:
+        model: changed in place.
+        source: a transformers' BERT model, or the folder that holds one.
+
+    Raises:
+        ValueError: the folder holds no BERT, or one of other sizes than the model.
+    """
+    from transformers import BertForPreTraining
+
+    tensors, heads = _read_transformers(BertForPreTraining, source, "load_bert")
+    rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
+    shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
+    check_fixed("load_bert", shown, model.config, _name(source))
+    found = convert_into(model, tensors, rules, parts=("text.", "fusion.", "token_head."))
+    expected = tuple(name for name in found.missing if "cross_" not in name)
+    told = replace(found, missing=expected)
+    check_share("load_bert", len(told.loaded), len(told.missing), _name(source))
+    told.report("BERT")
+    return found
+
+
+@torch.no_grad()
+def convert_into(
+    model: TwoTowers,
+    tensors: Mapping[str, Tensor],
+    rules: Rules,
+    parts: Sequence[str] = ("",),
+    *,
+    frames: int | None = None,
+) -> Conversion:
+    """Copy tensors to where rules lead their names.
+
+    Args:
+        model: changed in place. Relative position bias is resized to its frames and its grid.
+        tensors: by name.
+        rules: patterns of whole names and what they become; "" drops a name.
+        parts: beginnings of the model's names that are expected in ``tensors``.
+        frames: of the relative position bias among ``tensors``; inferred from its rows by default.
+
+    Raises:
+        ValueError: a tensor has another shape than the model's or is not finite, or two have one
+            target.
+    """
+    state, config = model.state_dict(), model.config
+    loaded: dict[str, str] = {}
+    dropped, unknown = [], []
+    source: tuple[int, int] | None = None
+    for name, value in tensors.items():
+        target = placed(rename(name, rules), config)
+        if target == "":
+            dropped.append(name)
+            continue
+        if target is None or target not in state:
+            unknown.append(name)
+            continue
+        if target in loaded:
+            raise ValueError(
+                f"convert: {name} must be the only one for {target}, got {loaded[target]}"
+            )
+        if target.endswith("bias.table"):
+            source = bias_geometry(value, tensors, config.grid_size, frames)
+            grid = source[1]
+            value = resize_bias_table(value, config.grid_size, config.num_frames, source_grid=grid)
+        shape = state[target].shape
+        if target == "temperature":  # a scalar elsewhere
+            shape, value = torch.Size(), value.squeeze()
+        if value.shape != shape:
+            raise ValueError(
+                f"convert: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
+            )
+        check_finite("convert", [(name, value)])
+        state[target].copy_(value)
+        loaded[target] = name
+    if source and source[1] != config.grid_size:
+        log.warning(
+            "relative position bias is interpolated from %d to %d pixels a side",
+            source[1] * config.patch_size,
+            config.image_size,
+        )
+    expected = (name for name in state if name.startswith(tuple(parts)))
+    return Conversion(
+        loaded=tuple(loaded.values()),
+        dropped=tuple(dropped),
+        unknown=tuple(unknown),
+        missing=tuple(name for name in expected if name not in loaded),
+        num_frames=source and source[0],
+    )
+
+
+def bias_geometry(
+    table: Tensor, tensors: Mapping[str, Tensor], grid_size: int, frames: int | None = None
+) -> tuple[int, int]:
+    """Frames, and patches along a side, that a bias table is for.
+
+    Its rows alone do not tell: 729 are one frame of 14 x 14 patches, or 41 of 2 x 2. The released
+    files hold an index beside it, with a row for every patch. Without one, the model's own grid is
+    meant where it fits, else the largest that does.
+    """
+    found = bias_table_grids(table.shape[0]) if table.dim() == 2 else []
+    index = next((v for k, v in tensors.items() if k.endswith("relative_position_index")), None)
+    if frames is not None:
+        found = [(t, g) for t, g in found if t == frames]
+    elif index is not None:
+        found = [(t, g) for t, g in found if t * g * g + 1 == len(index)] or found
+    own = [(t, g) for t, g in found if g == grid_size]
+    if not found:
+        raise ValueError(
+            f"convert: a relative position bias table must be (rows, heads) of "
+            f"{frames or 'some'} frames of square pictures, got {tuple(table.shape)}"
+        )
+    return (own or found)[0]
+
+
+def _read_transformers(
+    kind: Any, source: str | Path | nn.Module, who: str
+) -> tuple[dict[str, Tensor], int]:
+    """Weights and attention heads of a transformers' model, or of the folder of one."""
+    if isinstance(source, nn.Module):
+        return source.state_dict(), cast(Any, source).config.num_attention_heads
+    wanted = kind.config_class.model_type
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
+        if not raw:
+            raise OSError("there is no config.json")
+        if raw.get("model_type") != wanted:
+            raise ValueError(
+                f"{who}: source must be the folder of a model of type {wanted!r}, "
+                f"got {raw.get('model_type')!r} in {source}"
+            )
+        found, info = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        if not (isinstance(error, OSError | RuntimeError) or of_safetensors(error)):
+            raise
+        advice = "" if Path(source).exists() else f"; get one by: hf download {RELEASED[wanted]}"
+        raise ValueError(
+            f"{who}: source must be the folder of a {wanted} model, with config.json and "
+            f"model.safetensors, or the name of a downloaded one, got {str(source)!r} "
+            f"({first_line(error)}){advice}"
+        ) from error
+    tensors = found.state_dict()
+    absent = info["missing_keys"]  # they hold random values
+    kept = {name: value for name, value in tensors.items() if name not in absent}
+    return kept, found.config.num_attention_heads
+
+
+def _name(source: object) -> object:
+    return type(source).__name__ if isinstance(source, nn.Module) else source
+
+
+def _per_layer_bias(tensors: Mapping[str, Tensor], model: TwoTowers) -> dict[str, Tensor]:
+    """A BEiT's tensors; a bias that its layers share is given to each of them."""
+    found = {}
+    for name, value in tensors.items():
+        shared = r"(?:beit\.)?(?:encoder\.relative_position_bias|shared_position_bias)\."
+        if re.fullmatch(shared + "relative_position_bias_table", name):
+            for layer in range(model.config.num_hidden_layers):
+                own = "relative_position_bias.relative_position_bias_table"
+                found[f"layers.{layer}.{own}"] = value
+        else:
+            found[name] = value
+    return found

@@ -1,0 +1,96 @@
+"""What models of two towers share: the towers, projections into one space, reading of folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import svitt_ops as so
+from svitt_ops.models.parts.configuration import OFFICIAL, TwoTowersConfig
+from svitt_ops.models.parts.heads import MaskedTokenHead
+from svitt_ops.models.parts.layers import Residual
+from svitt_ops.models.parts.loading import load_folder
+from svitt_ops.models.parts.text import TextTower
+from svitt_ops.models.parts.video import VideoTower
+from svitt_ops.nn import RelativePositionBias3D
+
+
+class TwoTowers(PreTrainedModel):
+    """What every model here has: a video tower, a text tower, and projections into one space."""
+
+    config_class = TwoTowersConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoLayer", "TextLayer"]  # noqa: RUF012 (the base class has it so)
+    config: TwoTowersConfig
+
+    def __init__(self, config: TwoTowersConfig) -> None:
+        config.check()
+        super().__init__(config)
+        self.video = VideoTower(config)
+        self.text = TextTower(config)
+        self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', where weights of another resolution or of other frames are resized.
+
+        So ``from_pretrained(folder, image_size=384, num_frames=8)`` works from any of them; see
+        `change_image_size` and `expand_frames`.
+
+        Raises:
+            ValueError: another field of the configuration is not that of the weights, or the
+                weights are damaged, not finite, or of another model.
+        """
+        load = super().from_pretrained
+        if pretrained_model_name_or_path is None or args:
+            return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        return load_folder(load, cls, pretrained_model_name_or_path, config, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of the text's tokens."""
+        return self.text.embeddings.word
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The vector of each clip."""
+        return tokens[:, 0] if self.config.video_pooling == "cls" else tokens[:, 1:].mean(1)
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss in training may depend on some parameters only."""
+        return False
+
+    def before_step(self) -> None:
+        """To be called before each step of training."""
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch while training: negatives come from all of them."""
+        shared = dist.is_available() and dist.is_initialized() and self.training
+        return dist.group.WORLD if shared and self.config.compat != OFFICIAL else None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Guarded by transformers: what was loaded from a checkpoint stays.
+        if isinstance(module, RelativePositionBias3D):
+            module.reset_parameters()
+            module.codes = so.position_codes(module.grid, device=module.codes.device)
+        elif isinstance(module, Residual) and module.scale is not None:
+            nn.init.constant_(module.scale, module.initial_scale)
+        elif isinstance(module, VideoTower):
+            module.reset_positions(module.cls_token.device)
+            nn.init.zeros_(module.cls_token)
+            std = self.config.initializer_range
+            for positions in (module.cls_position, module.patch_positions):
+                if positions is not None:
+                    nn.init.normal_(positions, std=std)
+        elif isinstance(module, MaskedTokenHead):
+            nn.init.zeros_(module.bias)
