@@ -44,7 +44,7 @@ class Cone(nn.Module):
         }
         self.given = {"video": 0, "text": 0}
         self.weight = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(loss_weights={"vtm": 0}, image_size=4, num_frames=1)
+        self.config = SimpleNamespace(weights={"vtm": 0}, image_size=4, num_frames=1)
 
     def give(self, what: str, count: int) -> SimpleNamespace:
         start = self.given[what] % PAIRS
