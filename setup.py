@@ -45,7 +45,7 @@ PACKAGES = [
     for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
 ]
 
-CPU_SOURCES = sorted(glob("csrc/cpu/*.cpp"))
+CPU_SOURCES = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 TORCH_INCLUDE = str(Path(torch_file).parent / "include")

@@ -1,7 +1,7 @@
 // What the dispatcher hands to the kernels of each instruction set: pointers, strides, sizes.
 #pragma once
 
-#include "attention.h"
+#include "../common/attention.h"
 
 namespace svitt {
 

@@ -29,7 +29,7 @@
 #include <tuple>
 #include <vector>
 
-#include "pages.h"
+#include "../common/pages.h"
 
 namespace svitt {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "info_nce_problem.h"
+#include "../info_nce/info_nce_problem.h"
 
 namespace svitt {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "info_nce_problem.h"
+#include "../info_nce/info_nce_problem.h"
 
 namespace svitt {
 namespace {

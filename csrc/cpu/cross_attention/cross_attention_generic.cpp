@@ -1,15 +1,15 @@
 // Cross-attention for generic; see isa.h for why the kernels are included, not linked.
-#include "isa.h"
+#include "../common/isa.h"
 #include "cross_attention.h"
 
 #define SVITT_LANES_4
 
 namespace svitt::generic {
-#include "simd.h"
+#include "../common/simd.h"
 
-#include "gemm.h"
+#include "../common/gemm.h"
 
-#include "arena.h"
+#include "../common/arena.h"
 
 #include "cross_attention_tiles.h"
 

@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
-#include "tensors.h"
+#include "../common/isa.h"
+#include "../common/tensors.h"
 
 namespace svitt {
 namespace {

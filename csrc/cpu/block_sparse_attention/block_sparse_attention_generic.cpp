@@ -1,15 +1,15 @@
 // Block-sparse attention for generic; see isa.h for why the kernels are included, not linked.
-#include "isa.h"
+#include "../common/isa.h"
 #include "block_sparse_attention.h"
 
 #define SVITT_LANES_4
 
 namespace svitt::generic {
-#include "simd.h"
+#include "../common/simd.h"
 
-#include "gemm.h"
+#include "../common/gemm.h"
 
-#include "arena.h"
+#include "../common/arena.h"
 
 #include "block_sparse_attention_tiles.h"
 

@@ -11,9 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
-#include "pages.h"
-#include "tensors.h"
+#include "../common/isa.h"
+#include "../common/pages.h"
+#include "../common/tensors.h"
 
 namespace svitt {
 namespace {

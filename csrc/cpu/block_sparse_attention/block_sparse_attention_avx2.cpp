@@ -1,5 +1,5 @@
 // Block-sparse attention for avx2; see isa.h for why the kernels are included, not linked.
-#include "isa.h"
+#include "../common/isa.h"
 #include "block_sparse_attention.h"
 
 #if defined(__x86_64__)
@@ -7,11 +7,11 @@
 SVITT_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace svitt::avx2 {
-#include "simd.h"
+#include "../common/simd.h"
 
-#include "gemm.h"
+#include "../common/gemm.h"
 
-#include "arena.h"
+#include "../common/arena.h"
 
 #include "block_sparse_attention_tiles.h"
 

@@ -1,5 +1,5 @@
 // Cross-attention for avx512; see isa.h for why the kernels are included, not linked.
-#include "isa.h"
+#include "../common/isa.h"
 #include "cross_attention.h"
 
 #if defined(__x86_64__)
@@ -7,11 +7,11 @@
 SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace svitt::avx512 {
-#include "simd.h"
+#include "../common/simd.h"
 
-#include "gemm.h"
+#include "../common/gemm.h"
 
-#include "arena.h"
+#include "../common/arena.h"
 
 #include "cross_attention_tiles.h"
 
@@ -24,11 +24,11 @@ SVITT_TARGET_END
 SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
 
 namespace svitt::avx512 {
-#include "amx.h"
+#include "../common/amx.h"
 
-#include "amx_parts.h"
+#include "../common/amx_parts.h"
 
-#include "amx_products.h"
+#include "../common/amx_products.h"
 
 #include "cross_attention_amx.h"
 

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "info_nce.h"
-#include "isa.h"
-#include "tensors.h"
+#include "../common/isa.h"
+#include "../common/tensors.h"
 
 namespace svitt {
 
