@@ -1,6 +1,6 @@
-// Block-sparse attention for avx2; see isa.h for why the kernels are included, not linked.
+// Block-sparse attention for avx2; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "block_sparse_attention.h"
+#include "problem.h"
 
 #if defined(__x86_64__)
 #define SVITT_LANES_8
@@ -13,13 +13,13 @@ namespace svitt::avx2 {
 
 #include "../common/arena.h"
 
-#include "block_sparse_attention_tiles.h"
+#include "tiles.h"
 
-#include "block_sparse_attention_bias.h"
+#include "bias.h"
 
-#include "block_sparse_attention_forward.h"
+#include "forward.h"
 
-#include "block_sparse_attention_backward.h"
+#include "backward.h"
 }  // namespace svitt::avx2
 
 SVITT_TARGET_END

@@ -1,6 +1,6 @@
-// Block-sparse attention for avx512; see isa.h for why the kernels are included, not linked.
+// Block-sparse attention for avx512; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "block_sparse_attention.h"
+#include "problem.h"
 
 #if defined(__x86_64__)
 #define SVITT_LANES_16
@@ -13,13 +13,13 @@ namespace svitt::avx512 {
 
 #include "../common/arena.h"
 
-#include "block_sparse_attention_tiles.h"
+#include "tiles.h"
 
-#include "block_sparse_attention_bias.h"
+#include "bias.h"
 
-#include "block_sparse_attention_forward.h"
+#include "forward.h"
 
-#include "block_sparse_attention_backward.h"
+#include "backward.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END
@@ -30,11 +30,11 @@ namespace svitt::avx512 {
 
 #include "../common/amx_parts.h"
 
-#include "../common/amx_products.h"
+#include "../common/amx_attention.h"
 
-#include "block_sparse_attention_amx.h"
+#include "amx_forward.h"
 
-#include "block_sparse_attention_backward_amx.h"
+#include "amx_backward.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

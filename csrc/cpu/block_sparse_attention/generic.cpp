@@ -1,6 +1,7 @@
-// Block-sparse attention for generic; see isa.h for why the kernels are included, not linked.
+// Block-sparse attention for generic; see common/isa.h for why the kernels are included, not
+// linked.
 #include "../common/isa.h"
-#include "block_sparse_attention.h"
+#include "problem.h"
 
 #define SVITT_LANES_4
 
@@ -11,11 +12,11 @@ namespace svitt::generic {
 
 #include "../common/arena.h"
 
-#include "block_sparse_attention_tiles.h"
+#include "tiles.h"
 
-#include "block_sparse_attention_bias.h"
+#include "bias.h"
 
-#include "block_sparse_attention_forward.h"
+#include "forward.h"
 
-#include "block_sparse_attention_backward.h"
+#include "backward.h"
 }  // namespace svitt::generic

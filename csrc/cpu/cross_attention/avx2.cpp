@@ -1,6 +1,6 @@
-// Cross-attention for avx2; see isa.h for why the kernels are included, not linked.
+// Cross-attention for avx2; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "cross_attention.h"
+#include "problem.h"
 
 #if defined(__x86_64__)
 #define SVITT_LANES_8
@@ -13,11 +13,11 @@ namespace svitt::avx2 {
 
 #include "../common/arena.h"
 
-#include "cross_attention_tiles.h"
+#include "tiles.h"
 
-#include "cross_attention_forward.h"
+#include "forward.h"
 
-#include "cross_attention_backward.h"
+#include "backward.h"
 }  // namespace svitt::avx2
 
 SVITT_TARGET_END

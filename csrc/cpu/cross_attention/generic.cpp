@@ -1,6 +1,6 @@
-// Cross-attention for generic; see isa.h for why the kernels are included, not linked.
+// Cross-attention for generic; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "cross_attention.h"
+#include "problem.h"
 
 #define SVITT_LANES_4
 
@@ -11,9 +11,9 @@ namespace svitt::generic {
 
 #include "../common/arena.h"
 
-#include "cross_attention_tiles.h"
+#include "tiles.h"
 
-#include "cross_attention_forward.h"
+#include "forward.h"
 
-#include "cross_attention_backward.h"
+#include "backward.h"
 }  // namespace svitt::generic

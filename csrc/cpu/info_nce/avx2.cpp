@@ -1,6 +1,6 @@
-// InfoNCE for avx2; see isa.h for why the kernels are included, not linked.
+// InfoNCE for avx2; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "info_nce.h"
+#include "../common/contrast.h"
 
 #if defined(__x86_64__)
 #define SVITT_LANES_8
@@ -13,17 +13,17 @@ namespace svitt::avx2 {
 
 #include "../common/arena.h"
 
-#include "info_nce_tiles.h"
+#include "../common/contrast_tiles.h"
 
-#include "info_nce_forward.h"
+#include "forward.h"
 
-#include "info_nce_backward.h"
+#include "backward.h"
 
-#include "info_nce_search.h"
+#include "../sample_hard_negatives/sample.h"
 
-#include "info_nce_queue.h"
+#include "../queue_info_nce/sweep.h"
 
-#include "info_nce_queue_finish.h"
+#include "../queue_info_nce/finish.h"
 }  // namespace svitt::avx2
 
 SVITT_TARGET_END

@@ -1,6 +1,6 @@
-// InfoNCE for avx512; see isa.h for why the kernels are included, not linked.
+// InfoNCE for avx512; see common/isa.h for why the kernels are included, not linked.
 #include "../common/isa.h"
-#include "info_nce.h"
+#include "../common/contrast.h"
 
 #if defined(__x86_64__)
 #define SVITT_LANES_16
@@ -13,17 +13,17 @@ namespace svitt::avx512 {
 
 #include "../common/arena.h"
 
-#include "info_nce_tiles.h"
+#include "../common/contrast_tiles.h"
 
-#include "info_nce_forward.h"
+#include "forward.h"
 
-#include "info_nce_backward.h"
+#include "backward.h"
 
-#include "info_nce_search.h"
+#include "../sample_hard_negatives/sample.h"
 
-#include "info_nce_queue.h"
+#include "../queue_info_nce/sweep.h"
 
-#include "info_nce_queue_finish.h"
+#include "../queue_info_nce/finish.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END
@@ -32,9 +32,9 @@ SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-b
 namespace svitt::avx512 {
 #include "../common/amx.h"
 
-#include "info_nce_amx.h"
+#include "../common/amx_contrast.h"
 
-#include "info_nce_queue_amx.h"
+#include "../queue_info_nce/amx.h"
 }  // namespace svitt::avx512
 
 SVITT_TARGET_END

@@ -1,5 +1,5 @@
 // Backward: one sweep over the keys, five small products for each tile of keys and of queries.
-// Included inside namespace svitt::SVITT_ISA after cross_attention_tiles.h.
+// Included inside namespace svitt::SVITT_ISA after tiles.h.
 //
 // Transposed as the forward is: K and V are read where they lie, and the weights of a tile stay in
 // the L1 cache through all five products. Keys are the outer loop, so that each is read once and

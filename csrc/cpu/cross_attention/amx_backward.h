@@ -1,7 +1,7 @@
-// Backward for bf16 on the AMX matrix tiles: the sweep of cross_attention_backward.h with its five
+// Backward for bf16 on the AMX matrix tiles: the sweep of backward.h with its five
 // products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after cross_attention_backward.h and
-// cross_attention_amx.h.
+// Included inside namespace svitt::avx512 after backward.h and
+// amx_forward.h.
 //
 // Keys are the rows of four products, so that K, V, the weights and the slopes serve as left
 // operands as they are, against queries and upstream gradients packed once. The gradient of the
@@ -99,7 +99,7 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch& s, int64_t
   }
 }
 
-/// `backward_tile` of cross_attention_backward.h.
+/// `backward_tile` of backward.h.
 void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
                        CrossBackwardTileScratch& s) {
   const int dims = s.dims, padded = round_up(n, kPairs);

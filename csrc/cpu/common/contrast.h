@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/attention.h"
+#include "attention.h"
 
 namespace svitt {
 

@@ -1,5 +1,5 @@
 // Forward: one sweep over the keys for each tile of queries, flash-style.
-// Included inside namespace svitt::SVITT_ISA after cross_attention_tiles.h.
+// Included inside namespace svitt::SVITT_ISA after tiles.h.
 //
 // Logits are held transposed, keys by queries: K is then the operand that a product reads by
 // broadcast, V the one whose rows are already right, and both, by far the largest arrays here, are

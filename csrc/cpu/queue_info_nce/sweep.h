@@ -1,5 +1,5 @@
 // The loss against a batch and a queue: one sweep, in which the candidates are also the values that
-// the gradient sums. Included inside namespace svitt::SVITT_ISA after info_nce_backward.h.
+// the gradient sums. Included inside namespace svitt::SVITT_ISA after info_nce/backward.h.
 
 /// A tile of candidates, of the batch or of the queue, as a problem of its own.
 struct Candidates : Contrast {

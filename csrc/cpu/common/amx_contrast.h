@@ -1,5 +1,5 @@
 // InfoNCE for bf16 on the AMX matrix tiles: the same sweeps with all three products on them.
-// Included inside namespace svitt::avx512 after info_nce_backward.h and amx.h.
+// Included inside namespace svitt::avx512 after info_nce/backward.h and amx.h.
 //
 // Similarities are sums of exact products in fp32, as elsewhere. The weights are rounded to bf16
 // once, for the two products that sum rows; all else, the temperature's gradient too, takes them

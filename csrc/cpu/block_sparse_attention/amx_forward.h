@@ -1,6 +1,6 @@
 // Forward for bf16 and fp32 on the AMX matrix tiles: the same sweep as
-// block_sparse_attention_forward.h with both products on 16 x 16 tiles, 32 rows at a time.
-// Included inside namespace svitt::avx512 after that file and amx_parts.h.
+// forward.h with both products on 16 x 16 tiles, 32 rows at a time.
+// Included inside namespace svitt::avx512 after that file and common/amx_parts.h.
 //
 // Only the weights are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
 // Tried without gain: prefetching tiles to the L1 cache, Q in tile registers throughout, results

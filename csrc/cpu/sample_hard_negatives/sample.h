@@ -1,5 +1,5 @@
 // Searches among the keys: a sampled negative, and the rank of the best positive. Items are
-// queries. Included inside namespace svitt::SVITT_ISA after info_nce_forward.h.
+// queries. Included inside namespace svitt::SVITT_ISA after info_nce/forward.h.
 //
 // Ranks take two looks at each row: the best positive, then all keys. Tiles that hold positives are
 // kept between the two; computing them twice cost a quarter of all products at 1000 keys.

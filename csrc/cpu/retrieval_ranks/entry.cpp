@@ -1,8 +1,8 @@
-// Retrieval ranks on the CPU; the kernel is in info_nce_search.h.
+// Retrieval ranks on the CPU; the kernel is in sample_hard_negatives/sample.h.
 
 #include <torch/csrc/stable/library.h>
 
-#include "../info_nce/info_nce_problem.h"
+#include "../common/contrast_host.h"
 
 namespace svitt {
 namespace {

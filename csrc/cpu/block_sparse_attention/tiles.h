@@ -1,5 +1,5 @@
 // The keys of one head as tiles, and the tiles that a row block attends.
-// Included inside namespace svitt::SVITT_ISA after arena.h.
+// Included inside namespace svitt::SVITT_ISA after common/arena.h.
 
 constexpr int kColumns = 512;  // columns per chunk: the logits of kRows rows stay in the L1 cache
 constexpr int kGlobalTile = 256;  // globals per tile where they have tiles of their own

@@ -1,5 +1,5 @@
 // Backward: one sweep over the row blocks of a head, five small products for each block of keys.
-// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
+// Included inside namespace svitt::SVITT_ISA after bias.h.
 //
 // Everything is held transposed, keys by queries: then K and V are read where they lie, the softmax
 // needs no reduction over lanes, and the weights of one block of keys stay in the L1 cache through

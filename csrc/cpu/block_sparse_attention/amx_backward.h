@@ -1,7 +1,7 @@
 // Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of
-// block_sparse_attention_backward.h with its five products on 16 x 16 tiles. The logits are summed
+// backward.h with its five products on 16 x 16 tiles. The logits are summed
 // as in the forward, whose log-sum-exp they meet.
-// Included inside namespace svitt::avx512 after that file and amx_products.h.
+// Included inside namespace svitt::avx512 after that file and common/amx_attention.h.
 //
 // The tokens of a block of keys lie side by side, so that K and V in bf16 serve as left operands in
 // place. Only weights and slopes are rounded to bf16; logits, their gradients, that of the bias

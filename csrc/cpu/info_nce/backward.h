@@ -1,5 +1,5 @@
 // Backward: similarities again, what they weigh in the gradient, and two products with that.
-// Included inside namespace svitt::SVITT_ISA after info_nce_forward.h.
+// Included inside namespace svitt::SVITT_ISA after forward.h.
 
 constexpr int kSummedTiles = 4;  // tiles of keys whose weights stay in the L2 cache together
 

@@ -1,6 +1,6 @@
 // The 3-D relative position bias, and logits from dot products.
 // Tried without gain: a look-up without branches where no vector has more than two runs.
-// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_tiles.h.
+// Included inside namespace svitt::SVITT_ISA after tiles.h.
 
 /// The codes of W tokens, one per lane, as runs of consecutive numbers.
 ///

@@ -1,5 +1,5 @@
 // What is left of the loss against a queue once the negatives are summed: positives, which are few,
-// and everything put together. Included inside namespace svitt::SVITT_ISA after info_nce_queue.h.
+// and everything put together. Included inside namespace svitt::SVITT_ISA after sweep.h.
 
 template <class T>
 SVITT_INLINE float dot_rows(const float* a, const T* b, int dim) {

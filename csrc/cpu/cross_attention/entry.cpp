@@ -2,7 +2,7 @@
 //
 // Shapes and dtypes were checked in Python.
 
-#include "cross_attention.h"
+#include "problem.h"
 
 #include <torch/csrc/stable/library.h>
 

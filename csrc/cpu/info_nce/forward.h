@@ -1,5 +1,5 @@
 // Forward: a thread owns a tile of keys and all their columns; rows are parts, one per tile.
-// Included inside namespace svitt::SVITT_ISA after info_nce_tiles.h.
+// Included inside namespace svitt::SVITT_ISA after common/contrast_tiles.h.
 
 SVITT_INLINE float exp_float(float x) { return exp_nonpositive(splat(x))[0]; }
 

@@ -9,9 +9,9 @@
 #include <memory>
 #include <vector>
 
-#include "info_nce.h"
-#include "../common/isa.h"
-#include "../common/tensors.h"
+#include "contrast.h"
+#include "isa.h"
+#include "tensors.h"
 
 namespace svitt {
 

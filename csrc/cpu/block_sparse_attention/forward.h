@@ -5,7 +5,7 @@
 // for it in the L2 cache; prefetching B inside the products; keys by queries, as the backward has
 // them (no staging, but slower where K and V fill the L2 cache). Streaming stores of the result
 // gain 4 % here and cost more in the projection that reads it.
-// Included inside namespace svitt::SVITT_ISA after block_sparse_attention_bias.h.
+// Included inside namespace svitt::SVITT_ISA after bias.h.
 
 constexpr int kLogitStride =
     kColumns + W;  // not a power of two: rows fall into different cache sets

@@ -1,10 +1,10 @@
-// InfoNCE against a batch and a queue on the CPU; the kernel is in info_nce_queue.h.
+// InfoNCE against a batch and a queue on the CPU; the kernel is in sweep.h.
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../info_nce/info_nce_problem.h"
+#include "../common/contrast_host.h"
 
 namespace svitt {
 namespace {

@@ -1,6 +1,6 @@
-// Forward for bf16 on the AMX matrix tiles: the sweep of cross_attention_forward.h with both
+// Forward for bf16 on the AMX matrix tiles: the sweep of forward.h with both
 // products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after that file and amx_products.h.
+// Included inside namespace svitt::avx512 after that file and common/amx_attention.h.
 //
 // K's rows serve as the left operand where they lie and the few queries are packed; V is packed
 // tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
@@ -95,7 +95,7 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
   store(state.sum + c, load(state.sum + c) + sum);
 }
 
-/// `attend` of cross_attention_forward.h.
+/// `attend` of forward.h.
 void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
                 CrossTileScratch& s, const State& state) {
   const int lanes = round_up(rows, W), dims = s.dims;

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "info_nce_problem.h"
+#include "../common/contrast_host.h"
 
 namespace svitt {
 namespace {

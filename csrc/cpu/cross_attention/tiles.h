@@ -1,5 +1,5 @@
 // Tiles of keys, as the forward and the backward of cross-attention read them.
-// Included inside namespace svitt::SVITT_ISA after arena.h.
+// Included inside namespace svitt::SVITT_ISA after common/arena.h.
 
 constexpr int kQueryTile = 64;  // queries, held in the lanes of vectors
 constexpr int kKeyTile = 64;    // keys, one row each

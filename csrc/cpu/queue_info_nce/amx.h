@@ -1,5 +1,5 @@
 // Products of the loss against a batch and a queue on the AMX matrix tiles.
-// Included inside namespace svitt::avx512 after info_nce_queue.h and info_nce_amx.h.
+// Included inside namespace svitt::avx512 after sweep.h and common/amx_contrast.h.
 
 struct TiledQueueProducts {
   static constexpr int kStep = kAmxRows;

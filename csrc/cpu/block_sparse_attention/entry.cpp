@@ -3,7 +3,7 @@
 // Shapes, dtypes and the layout's indices were checked in Python; what torch.compile may have
 // skipped there and could read out of bounds (position codes) is checked again here.
 
-#include "block_sparse_attention.h"
+#include "problem.h"
 
 #include <torch/csrc/stable/library.h>
 
