@@ -1,7 +1,5 @@
-// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of
-// backward.h with its five products on 16 x 16 tiles. The logits are summed
-// as in the forward, whose log-sum-exp they meet.
-// Included inside namespace svitt::avx512 after that file and common/amx_attention.h.
+// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five
+// products on 16 x 16 tiles. The logits are summed as in the forward, whose log-sum-exp they meet.
 //
 // The tokens of a block of keys lie side by side, so that K and V in bf16 serve as left operands in
 // place. Only weights and slopes are rounded to bf16; logits, their gradients, that of the bias
@@ -10,6 +8,21 @@
 // Tried, without gain: huge pages for the results, which the heap mostly has in place. In fp32 a
 // seventh of the time goes into splitting K and V anew for each row tile: kept for a head, in
 // parts, they would fill the L2 cache.
+#pragma once
+
+#include "../common/amx.h"
+#include "../common/amx_attention.h"
+#include "../common/amx_parts.h"
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "backward.h"
+#include "bias.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 static_assert(kRowTile == kStride && kKeyTile == kStride);
 
@@ -33,24 +46,12 @@ struct TileBackwardScratch {
 
   explicit TileBackwardScratch(const Backward& p) : width(p.head_dim) {
     const int64_t rows = kStride * width, operand = Operand<T>::kParts * rows;
-    query = arena.take<uint16_t>(operand);
-    grad_out = arena.take<uint16_t>(operand);
-    query_pairs = arena.take<uint16_t>(operand);
-    grad_pairs = arena.take<uint16_t>(operand);
-    keys = arena.take<uint16_t>(operand);
-    key_pairs = arena.take<uint16_t>(operand);
-    weights = arena.take<uint16_t>(Operand<T>::kParts * kPart);
-    slopes = arena.take<uint16_t>(Operand<T>::kParts * kPart);
-    turned = arena.take<uint16_t>(Operand<T>::kParts * kPart);
-    logits = arena.take<float>(kPart);
-    products = arena.take<float>(kPart);
-    lse = arena.take<float>(kStride);
-    lse_low = arena.take<float>(kStride);
-    delta = arena.take<float>(kStride);
-    grad_query = arena.take<float>(rows);
-    sum = arena.take<float>(rows);
-    grad_key = arena.take<float>(p.tokens * width);
-    grad_value = arena.take<float>(p.tokens * width);
+    arena.take_all(operand, query, grad_out, query_pairs, grad_pairs, keys, key_pairs);
+    arena.take_all(Operand<T>::kParts * kPart, weights, slopes, turned);
+    arena.take_all(kPart, logits, products);
+    arena.take_all(kStride, lse, lse_low, delta);
+    arena.take_all(rows, grad_query, sum);
+    arena.take_all(p.tokens * width, grad_key, grad_value);
     lanes = arena.take<LaneCodes>(kStride / W);
   }
   void stage(const Backward& p, int64_t, int64_t) {
@@ -64,10 +65,7 @@ template <class T>
 void load_tile(const Backward& p, const RowTile& t, TileBackwardScratch<T>& s) {
   using Lane = typename Operand<T>::Lane;
   const int lanes = round_up(t.rows, kTileRows), dims = s.width;
-  const auto reader = [&](const Matrix& m) {
-    const Lane* data = base<Lane>(m, t.b, t.h) + t.row * m.token;
-    return [=](int r) { return r < t.rows ? data + r * m.token : nullptr; };
-  };
+  const auto reader = [&](const Matrix& m) { return some_rows<Lane>(m, t.b, t.h, t.row, t.rows); };
   const auto query = reader(p.query), grad = reader(p.grad_out);
   Operand<T>::pack_keys(query, lanes, dims, s.query);
   Operand<T>::pack_keys(grad, lanes, dims, s.grad_out);
@@ -83,7 +81,6 @@ template <class T, bool Bias>
 SVITT_INLINE void differentiate_pairs(const Backward& p, const RowTile& t,
                                       const TileBackwardScratch<T>& s, int key, int keys, int n,
                                       int padded) {
-  constexpr float kLog2e = 1.4426950408889634f;
   for (int c = 0; c < t.rows; c += kPairs) {
     for (int j = 0; j < padded; ++j) {
       const int token = j < keys ? key + j : j - keys;
@@ -178,19 +175,20 @@ void write_gradients(const Backward& p, int64_t b, int64_t h, const TileBackward
     return;
   }
   for (int64_t n = 0; n < p.tokens; ++n) {
-    stream_row(s.grad_key + n * s.width, output_row<uint16_t>(p, p.grad_key, b, h, n), s.width);
-    stream_row(s.grad_value + n * s.width, output_row<uint16_t>(p, p.grad_value, b, h, n), s.width);
+    stream_row(s.grad_key + n * s.width, result_row<uint16_t>(p, p.grad_key, p.tokens, b, h, n),
+               s.width);
+    stream_row(s.grad_value + n * s.width, result_row<uint16_t>(p, p.grad_value, p.tokens, b, h, n),
+               s.width);
   }
 }
 
-void backward_amx(const Backward& p, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  if (p.dtype == Dtype::bf16) {
+inline void backward_amx(const Backward& p, int64_t begin, int64_t end) {
+  const TileRegisters registers;
+  if (p.dtype == Dtype::bf16)
     backward_items<TileBackwardScratch<bf16>>(p, begin, end);
-  } else {
+  else
     backward_items<TileBackwardScratch<float>>(p, begin, end);
-  }
-  _tile_release();
   _mm_sfence();  // streamed rows are seen by whoever sees that this is done
 }
+
+SVITT_KERNELS_END

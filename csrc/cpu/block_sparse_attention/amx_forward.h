@@ -1,38 +1,23 @@
-// Forward for bf16 and fp32 on the AMX matrix tiles: the same sweep as
-// forward.h with both products on 16 x 16 tiles, 32 rows at a time.
-// Included inside namespace svitt::avx512 after that file and common/amx_parts.h.
+// Forward for bf16 and fp32 on the AMX matrix tiles: the same sweep as forward.h with both products
+// on 16 x 16 tiles, 32 rows at a time.
 //
 // Only the weights are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
 // Tried without gain: prefetching tiles to the L1 cache, Q in tile registers throughout, results
 // rounded by vectors; in fp32, huge pages for K and V in parts or for the result.
+#pragma once
+
+#include "../common/amx.h"
+#include "../common/amx_parts.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "forward.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kTileColumns = kColumns + kPairs;
-
-template <class T>
-struct TileScratch : RowScratch {
-  static constexpr int kParts = Operand<T>::kParts;
-  Tiling tiling;
-  // Tiles whose weights are made at once: in three parts, those of all would fill the L1 cache.
-  int together;
-  int64_t tile, query_part, weight_stride, weight_part;  // in bf16
-  uint16_t *query, *keys, *values, *weights;
-  float *logits, *out;
-
-  explicit TileScratch(const Forward& p) : RowScratch(p), tiling(p, kPairs) {
-    tile = static_cast<int64_t>(tiling.width) * p.head_dim * kParts;
-    query_part = static_cast<int64_t>(round_up(static_cast<int>(rows), kTileRows)) * p.head_dim;
-    together = kParts > 1 ? 1 : kColumns / tiling.width;
-    weight_stride = kParts > 1 ? tiling.width : kTileColumns;
-    weight_part = kTileRows * weight_stride;
-    keys = arena.take<uint16_t>(tiling.tiles() * tile);
-    values = arena.take<uint16_t>(tiling.tiles() * tile);
-    query = arena.take<uint16_t>(query_part * kParts);
-    weights = arena.take<uint16_t>(weight_part * kParts);
-    logits = arena.take<float>(kTileRows * kTileColumns);
-    out = arena.take<float>(query_part);
-  }
-  void stage(const Forward& p, int64_t b, int64_t h);
-};
 
 /// Rows of a tile: its tokens, its globals, then nothing.
 template <class Lane>
@@ -51,21 +36,42 @@ struct TileRows {
 };
 
 template <class T>
-void TileScratch<T>::stage(const Forward& p, int64_t b, int64_t h) {
-  using Rows = TileRows<typename Operand<T>::Lane>;
-  tiling.length = static_cast<int>(p.length(b));
-  for (int i = 0; i < tiling.tiles(); ++i) {
-    const Tile t = tiling.tile(i);
-    Operand<T>::pack_keys(Rows(p.key, b, h, t), tiling.width, p.head_dim, keys + i * tile);
-    Operand<T>::pack_values(Rows(p.value, b, h, t), tiling.width, p.head_dim, values + i * tile);
+struct TileScratch : RowScratch {
+  static constexpr int kParts = Operand<T>::kParts;
+  Tiling tiling;
+  // Tiles whose weights are made at once: in three parts, those of all would fill the L1 cache.
+  int together;
+  int64_t tile, query_part, weight_stride, weight_part;  // in bf16
+  uint16_t *query, *keys, *values, *weights;
+  float *logits, *out;
+
+  explicit TileScratch(const Forward& p) : RowScratch(p), tiling(p, kPairs) {
+    tile = static_cast<int64_t>(tiling.width) * p.head_dim * kParts;
+    query_part = static_cast<int64_t>(round_up(static_cast<int>(rows), kTileRows)) * p.head_dim;
+    together = kParts > 1 ? 1 : kColumns / tiling.width;
+    weight_stride = kParts > 1 ? tiling.width : kTileColumns;
+    weight_part = kTileRows * weight_stride;
+    arena.take_all(tiling.tiles() * tile, keys, values);
+    query = arena.take<uint16_t>(query_part * kParts);
+    weights = arena.take<uint16_t>(weight_part * kParts);
+    logits = arena.take<float>(kTileRows * kTileColumns);
+    out = arena.take<float>(query_part);
   }
-}
+  void stage(const Forward& p, int64_t b, int64_t h) {
+    using Rows = TileRows<typename Operand<T>::Lane>;
+    tiling.length = static_cast<int>(p.length(b));
+    for (int i = 0; i < tiling.tiles(); ++i) {
+      const Tile t = tiling.tile(i);
+      Operand<T>::pack_keys(Rows(p.key, b, h, t), tiling.width, p.head_dim, keys + i * tile);
+      Operand<T>::pack_values(Rows(p.value, b, h, t), tiling.width, p.head_dim, values + i * tile);
+    }
+  }
+};
 
 /// Weights exp(x - most) of one row as A; returns the sum of the weights before they are rounded.
 template <class T>
 SVITT_INLINE float exponentiate_pairs(const float* s, int columns, float most, uint16_t* weights,
                                       int64_t part) {
-  constexpr float kLog2e = 1.4426950408889634f;
   vf sum{};
   for (int c = 0; c < columns; c += kPairs) {
     vf e[2];
@@ -82,13 +88,12 @@ SVITT_INLINE float exponentiate_pairs(const float* s, int columns, float most, u
 }
 
 template <class T>
-void forward_block_amx(const Forward& p, RowBlock& block, TileScratch<T>& s) {
+void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
   using Lane = typename Operand<T>::Lane;
   const int dims = p.head_dim;
   const float* table = p.table == nullptr ? nullptr : p.table + block.h * p.table_stride;
   Chunk& chunk = *s.chunk;
-  const Lane* query = base<Lane>(p.query, block.b, block.h) + block.row * p.query.token;
-  Operand<T>::copy([&](int r) { return r < block.rows ? query + r * p.query.token : nullptr; },
+  Operand<T>::copy(some_rows<Lane>(p.query, block.b, block.h, block.row, block.rows),
                    round_up(block.rows, kTileRows), dims, s.query, s.query_part);
   for (int r = 0; r < block.rows; ++r) s.sum[r] = 0.0f;
   if (table != nullptr && block.rows > 0) s.bias->bind(p, block.b);
@@ -141,27 +146,12 @@ void forward_block_amx(const Forward& p, RowBlock& block, TileScratch<T>& s) {
   write_results<T>(p, block, s.tiling.length, s.out, dims, s);
 }
 
-template <class T>
-void forward_tiles(const Forward& p, int64_t begin, int64_t end) {
-  TileScratch<T> scratch(p);
-  RowBlock block;
-  int64_t staged = -1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item / p.row_blocks(), b = head / p.heads, h = head % p.heads;
-    if (head != staged) scratch.stage(p, b, h);
-    staged = head;
-    block.start(p, scratch.tiling.length, b, h, item % p.row_blocks());
-    block.rewind(scratch.tiling);
-    forward_block_amx(p, block, scratch);
-  }
+inline void forward_amx(const Forward& p, int64_t begin, int64_t end) {
+  const TileRegisters registers;
+  if (p.dtype == Dtype::bf16)
+    forward_items<TileScratch<bf16>>(p, begin, end);
+  else
+    forward_items<TileScratch<float>>(p, begin, end);
 }
 
-void forward_amx(const Forward& p, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  if (p.dtype == Dtype::bf16)
-    forward_tiles<bf16>(p, begin, end);
-  else
-    forward_tiles<float>(p, begin, end);
-  _tile_release();
-}
+SVITT_KERNELS_END

@@ -1,41 +1,5 @@
-// Block-sparse attention for avx512; see common/isa.h for why the kernels are included, not linked.
-#include "../common/isa.h"
-#include "problem.h"
-
+// Block-sparse attention for AVX-512.
 #if defined(__x86_64__)
-#define SVITT_LANES_16
-SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-
-namespace svitt::avx512 {
-#include "../common/simd.h"
-
-#include "../common/gemm.h"
-
-#include "../common/arena.h"
-
-#include "tiles.h"
-
-#include "bias.h"
-
-#include "forward.h"
-
-#include "backward.h"
-}  // namespace svitt::avx512
-
-SVITT_TARGET_END
-SVITT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
-
-namespace svitt::avx512 {
-#include "../common/amx.h"
-
-#include "../common/amx_parts.h"
-
-#include "../common/amx_attention.h"
-
-#include "amx_forward.h"
-
-#include "amx_backward.h"
-}  // namespace svitt::avx512
-
-SVITT_TARGET_END
+#define SVITT_ISA avx512
+#include "kernels.h"
 #endif

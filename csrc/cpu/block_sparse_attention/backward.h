@@ -1,11 +1,21 @@
 // Backward: one sweep over the row blocks of a head, five small products for each block of keys.
-// Included inside namespace svitt::SVITT_ISA after bias.h.
 //
 // Everything is held transposed, keys by queries: then K and V are read where they lie, the softmax
 // needs no reduction over lanes, and the weights of one block of keys stay in the L1 cache through
 // all five products. dK and dV of a whole head accumulate in fp32 beside the sweep, in the order of
 // the row blocks, so there is nothing to reduce over threads. Weights come from the forward's
 // log-sum-exp.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "bias.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kRowTile = 64;  // query rows per pass
 constexpr int kKeyTile = 64;  // keys per pass, at most
@@ -26,20 +36,14 @@ struct BackwardScratch {
 
   explicit BackwardScratch(const Backward& p) : width(round_up(p.head_dim, W)) {
     const int64_t columns = static_cast<int64_t>(kRowTile) * p.head_dim;
-    key_buffer = arena.take<float>(p.tokens * width);
-    value_buffer = arena.take<float>(p.tokens * width);
-    grad_key = arena.take<float>(p.tokens * width);
-    grad_value = arena.take<float>(p.tokens * width);
+    arena.take_all(p.tokens * width, key_buffer, value_buffer, grad_key, grad_value);
     query = arena.take<float>(kRowTile * width);
     query_columns = arena.take<float>(columns);
     grad_out = arena.take<float>(kRowTile * width);
     grad_columns = arena.take<float>(columns);
     grad_query = arena.take<float>(kRowTile * width);
-    weights = arena.take<float>(kKeyTile * kRowTile);
-    slopes = arena.take<float>(kKeyTile * kRowTile);
-    lse = arena.take<float>(kRowTile);
-    lse_low = arena.take<float>(kRowTile);
-    delta = arena.take<float>(kRowTile);
+    arena.take_all(kKeyTile * kRowTile, weights, slopes);
+    arena.take_all(kRowTile, lse, lse_low, delta);
     lanes = arena.take<LaneCodes>(kRowTile / W);
   }
   void stage(const Backward& p, int64_t b, int64_t h) {
@@ -68,20 +72,15 @@ void write_head(const Backward& p, void* output, int64_t b, int64_t h, const flo
   constexpr int64_t kAhead = 16;
   for (int64_t n = 0; n < p.tokens; ++n) {
     if (n + kAhead < p.tokens)
-      prefetch_row<true>(output_row<T>(p, output, b, h, n + kAhead), p.head_dim);
-    write_row(output_row<T>(p, output, b, h, n), rows + n * width, p.head_dim, 1.0f);
+      prefetch_row<true>(result_row<T>(p, output, p.tokens, b, h, n + kAhead), p.head_dim);
+    write_row(result_row<T>(p, output, p.tokens, b, h, n), rows + n * width, p.head_dim, 1.0f);
   }
 }
 
-/// Log-sum-exp of a tile, in two floats, and the codes of its bias. Lanes without a row get weight
-/// 0 by an infinite log-sum-exp.
+/// Log-sum-exp of a tile, in two floats, and the codes of its bias.
 template <class Scratch>
 void describe_rows(const Backward& p, const RowTile& t, Scratch& s) {
-  const double* lse = p.lse + (t.b * p.heads + t.h) * p.tokens + t.row;
-  for (int r = 0; r < kRowTile; ++r) {
-    s.lse[r] = r < t.rows ? static_cast<float>(lse[r]) : kInfinity;
-    s.lse_low[r] = r < t.rows ? static_cast<float>(lse[r] - s.lse[r]) : 0.0f;
-  }
+  split_sums<kRowTile>(p.lse + (t.b * p.heads + t.h) * p.tokens + t.row, t.rows, s.lse, s.lse_low);
   if (t.table == nullptr || t.global) return;
   for (int r = 0; r < t.rows; r += W) {
     int32_t token[W];
@@ -96,10 +95,7 @@ void write_gradients(const Backward& p, int64_t b, int64_t h, const BackwardScra
   write_head<T>(p, p.grad_value, b, h, s.grad_value, s.width);
 }
 
-/// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
-///
-/// delta is summed over the dims one by one, as the product dO V is: where a row has a single key,
-/// and O is V, the two are equal to the last bit and their difference is 0, as it must be.
+/// Queries, upstream gradient, log-sum-exp and delta of a tile.
 template <class T>
 void load_tile(const Backward& p, const RowTile& t, BackwardScratch<T>& s) {
   const auto load_rows = [&](const Matrix& m, float* rows, float* columns) {
@@ -108,13 +104,7 @@ void load_tile(const Backward& p, const RowTile& t, BackwardScratch<T>& s) {
   };
   load_rows(p.grad_out, s.grad_out, s.grad_columns);
   load_rows(p.out, s.query, s.query_columns);
-  for (int c = 0; c < t.columns; c += W) {
-    const int64_t at = static_cast<int64_t>(c / kPanel) * p.head_dim * kPanel + c % kPanel;
-    vf delta{};
-    for (int d = 0; d < p.head_dim; ++d)
-      delta += load(s.query_columns + at + d * kPanel) * load(s.grad_columns + at + d * kPanel);
-    store(s.delta + c, delta);
-  }
+  sum_products(s.query_columns, s.grad_columns, t.columns, p.head_dim, s.delta);
   load_rows(p.query, s.query, s.query_columns);
   describe_rows(p, t, s);
 }
@@ -223,8 +213,8 @@ void backward_tile(const Backward& p, const RowBlock& block, const RowTile& t, i
   sweep(0, globals, true);
   if (first) std::memset(s.grad_query, 0, sizeof(float) * t.rows * s.width);
   for (int r = 0; r < t.rows; ++r)
-    write_row(output_row<T>(p, p.grad_query, t.b, t.h, t.row + r), s.grad_query + r * s.width,
-              p.head_dim, 1.0f);
+    write_row(result_row<T>(p, p.grad_query, p.tokens, t.b, t.h, t.row + r),
+              s.grad_query + r * s.width, p.head_dim, 1.0f);
 }
 
 /// The heads [begin, end), by `load_tile`, `backward_keys` and `write_gradients` of the scratch.
@@ -252,17 +242,15 @@ void backward_items(const Backward& p, int64_t begin, int64_t end) {
         backward_tile(p, block, t, length, s);
       }
       for (int64_t row = block.row + block.rows; row < block.end; ++row)
-        std::memset(static_cast<void*>(output_row<T>(p, p.grad_query, b, h, row)), 0,
+        std::memset(static_cast<void*>(result_row<T>(p, p.grad_query, p.tokens, b, h, row)), 0,
                     sizeof(T) * p.head_dim);
     }
     write_gradients(p, b, h, s);
   }
 }
 
-void backward(const Backward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return backward_items<BackwardScratch<float>>(p, begin, end);
-    case Dtype::bf16: return backward_items<BackwardScratch<bf16>>(p, begin, end);
-    case Dtype::f16: return backward_items<BackwardScratch<fp16>>(p, begin, end);
-  }
+inline void backward(const Backward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { backward_items<BackwardScratch<decltype(x)>>(p, begin, end); });
 }
+
+SVITT_KERNELS_END

@@ -1,6 +1,12 @@
 // The 3-D relative position bias, and logits from dot products.
 // Tried without gain: a look-up without branches where no vector has more than two runs.
-// Included inside namespace svitt::SVITT_ISA after tiles.h.
+#pragma once
+
+#include "../common/simd.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 /// The codes of W tokens, one per lane, as runs of consecutive numbers.
 ///
@@ -155,3 +161,5 @@ SVITT_INLINE float exponentiate(float* s, int columns, float most) {
   }
   return hsum(sum);
 }
+
+SVITT_KERNELS_END

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/isa.h"
+#include "../common/dispatch.h"
 #include "../common/tensors.h"
 
 namespace svitt {
@@ -85,23 +85,15 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Ten
           const Tensor& key_blocks, int64_t block_size, int64_t num_global,
           const OptionalTensor& lengths, double scale) {
   P p{};
-  p.dtype = dtype("block_sparse_attention", query);
-  p.batch = query.size(0), p.heads = query.size(1), p.tokens = query.size(2);
-  p.head_dim = static_cast<int>(query.size(3));
+  bind_inputs(p, "block_sparse_attention", query, key, value, scale);
+  p.tokens = query.size(2);
   p.block_size = static_cast<int>(block_size), p.num_global = static_cast<int>(num_global);
   p.blocks = key_counts.size(2);
-  p.query = matrix(query), p.key = matrix(key), p.value = matrix(value);
   const int64_t rows = p.blocks, heads = key_counts.size(1);
   p.keys = {key_counts.const_data_ptr<int32_t>(), key_blocks.const_data_ptr<int32_t>(),
             key_counts.size(0) > 1 ? heads * rows : 0, heads > 1 ? rows : 0, key_blocks.size(3)};
   p.lengths = lengths.has_value() ? lengths->const_data_ptr<int32_t>() : nullptr;
-  p.scale = static_cast<float>(scale);
   return p;
-}
-
-/// Whether the matrix tiles can compute this: forward and backward must agree, to sum alike.
-bool on_tiles(const Attention& p) {
-  return isa() == Isa::amx && p.dtype != Dtype::f16 && p.head_dim % 32 == 0;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_op(
@@ -121,13 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(
   p.lse = lse.mutable_data_ptr<double>();
   p.saliency = return_saliency ? rows.data() : nullptr;
 
-  const Isa best = isa();
-  auto* kernel = best >= Isa::avx512 ? avx512::forward
-                 : best == Isa::avx2 ? avx2::forward
-                                     : generic::forward;
-  if (on_tiles(p)) kernel = avx512::forward_amx;
-  torch::stable::parallel_for(0, p.batch * p.heads * p.row_blocks(), 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  run(choose<BlockSparseKernels>(p).forward, p, p.batch * p.heads * p.row_blocks());
 
   if (return_saliency) {
     float* mean = saliency.mutable_data_ptr<float>();
@@ -154,21 +140,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   Tensor grad_query = empty_like_heads(query), grad_key = empty_like_heads(query),
          grad_value = empty_like_heads(query);
   std::vector<float> grad_tables(p.table == nullptr ? 0 : p.batch * p.heads * p.table_stride);
-  p.grad_out = matrix(grad_out), p.out = matrix(out);
-  p.lse = lse.const_data_ptr<double>();
-  p.grad_query = grad_query.mutable_data_ptr();
-  p.grad_key = grad_key.mutable_data_ptr();
-  p.grad_value = grad_value.mutable_data_ptr();
+  bind_gradients(p, grad_out, out, lse, grad_query, grad_key, grad_value);
   p.grad_table = p.table == nullptr ? nullptr : grad_tables.data();
 
-  const Isa best = isa();
-  auto* kernel = best >= Isa::avx512 ? avx512::backward
-                 : best == Isa::avx2 ? avx2::backward
-                                     : generic::backward;
-  if (on_tiles(p)) kernel = avx512::backward_amx;
-  torch::stable::parallel_for(0, p.batch * p.heads, 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-
+  run(choose<BlockSparseKernels>(p).backward, p, p.batch * p.heads);
   Tensor grad_table =
       bias_table.has_value() ? reduce_table(p, *bias_table) : empty(query, {0}, ScalarType::Float);
   return {grad_query, grad_key, grad_value, grad_table};

@@ -5,7 +5,17 @@
 // for it in the L2 cache; prefetching B inside the products; keys by queries, as the backward has
 // them (no staging, but slower where K and V fill the L2 cache). Streaming stores of the result
 // gain 4 % here and cost more in the projection that reads it.
-// Included inside namespace svitt::SVITT_ISA after bias.h.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "bias.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kLogitStride =
     kColumns + W;  // not a power of two: rows fall into different cache sets
@@ -20,8 +30,7 @@ struct RowScratch {
 
   explicit RowScratch(const Attention& p)
       : rows(p.block_size > p.num_global ? p.block_size : p.num_global) {
-    most = arena.take<float>(rows);
-    sum = arena.take<float>(rows);
+    arena.take_all(rows, most, sum);
     chunk = arena.take<Chunk>(1);
     bias = arena.take<BiasColumns>(1);
   }
@@ -47,7 +56,7 @@ void write_results(const Forward& p, const RowBlock& block, int64_t length, cons
   for (int row = block.row; row < block.end; ++row) {
     const int r = row - block.row;
     const bool some = r < block.rows && s.sum[r] != 0.0f;
-    T* to = output_row<T>(p, p.out, block.b, block.h, row);
+    T* to = result_row<T>(p, p.out, p.tokens, block.b, block.h, row);
     p.lse[(block.b * p.heads + block.h) * p.tokens + row] =
         some ? static_cast<double>(s.most[r]) + __builtin_log(static_cast<double>(s.sum[r]))
              : -kInfinity;
@@ -79,6 +88,7 @@ SVITT_INLINE float advance(float chunk_most, bool first, float* most, float* out
   return keep;
 }
 
+template <class T>
 struct ForwardScratch : RowScratch {
   Tiling tiling;
   int width;  // head_dim rounded up to W
@@ -91,15 +101,13 @@ struct ForwardScratch : RowScratch {
     key_tile = static_cast<int64_t>(round_up(tiling.width, kPanel)) * p.head_dim;
     keys = arena.take<float>(tiling.tiles() * key_tile);
     value_buffer = arena.take<float>(p.tokens * width);
-    query = arena.take<float>(rows * width);
-    out = arena.take<float>(rows * width);
+    arena.take_all(rows * width, query, out);
     logits = arena.take<float>(kRows * kLogitStride);
   }
-  template <class T>
   void stage(const Forward& p, int64_t b, int64_t h) {
     tiling.length = static_cast<int>(p.length(b));
     stage_columns<T>(tiling, p.key, b, h, p.head_dim, keys);
-    values.stage<T>(p.value, b, h, tiling.length, p.head_dim, value_buffer, width);
+    values.template stage<T>(p.value, b, h, tiling.length, p.head_dim, value_buffer, width);
   }
 };
 
@@ -108,7 +116,7 @@ struct ForwardScratch : RowScratch {
 template <class T>
 SVITT_INLINE void prefetch_neighbours(const Forward& p, const RowBlock& block, int r) {
   const int64_t row = block.row + r;
-  prefetch_row<true>(output_row<T>(p, p.out, block.b, block.h, row), p.head_dim);
+  prefetch_row<true>(result_row<T>(p, p.out, p.tokens, block.b, block.h, row), p.head_dim);
   if (row + p.block_size < p.tokens)
     prefetch_row<false>(base<T>(p.query, block.b, block.h) + (row + p.block_size) * p.query.token,
                         p.head_dim);
@@ -124,7 +132,7 @@ SVITT_INLINE void prefetch_head(const Forward& p, const RowBlock& block, int r) 
 }
 
 template <class T>
-void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
+void forward_block(const Forward& p, RowBlock& block, ForwardScratch<T>& s) {
   const float* table = p.table == nullptr ? nullptr : p.table + block.h * p.table_stride;
   Chunk& chunk = *s.chunk;
   copy_rows(base<T>(p.query, block.b, block.h) + block.row * p.query.token, p.query.token,
@@ -168,25 +176,24 @@ void forward_block(const Forward& p, RowBlock& block, ForwardScratch& s) {
   write_results<T>(p, block, s.tiling.length, s.out, s.width, s);
 }
 
-template <class T>
+/// The items [begin, end), by `stage` and `forward_block` of the scratch.
+template <class Scratch>
 void forward_items(const Forward& p, int64_t begin, int64_t end) {
-  ForwardScratch scratch(p);
+  Scratch scratch(p);
   RowBlock block;
   int64_t staged = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / p.row_blocks(), b = head / p.heads, h = head % p.heads;
-    if (head != staged) scratch.stage<T>(p, b, h);
+    if (head != staged) scratch.stage(p, b, h);
     staged = head;
     block.start(p, scratch.tiling.length, b, h, item % p.row_blocks());
     block.rewind(scratch.tiling);
-    forward_block<T>(p, block, scratch);
+    forward_block(p, block, scratch);
   }
 }
 
-void forward(const Forward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return forward_items<float>(p, begin, end);
-    case Dtype::bf16: return forward_items<bf16>(p, begin, end);
-    case Dtype::f16: return forward_items<fp16>(p, begin, end);
-  }
+inline void forward(const Forward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { forward_items<ForwardScratch<decltype(x)>>(p, begin, end); });
 }
+
+SVITT_KERNELS_END

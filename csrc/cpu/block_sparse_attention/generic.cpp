@@ -1,22 +1,3 @@
-// Block-sparse attention for generic; see common/isa.h for why the kernels are included, not
-// linked.
-#include "../common/isa.h"
-#include "problem.h"
-
-#define SVITT_LANES_4
-
-namespace svitt::generic {
-#include "../common/simd.h"
-
-#include "../common/gemm.h"
-
-#include "../common/arena.h"
-
-#include "tiles.h"
-
-#include "bias.h"
-
-#include "forward.h"
-
-#include "backward.h"
-}  // namespace svitt::generic
+// Block-sparse attention for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"

@@ -1,6 +1,8 @@
 // What the dispatcher hands to the kernels of each instruction set: pointers, strides, sizes.
 #pragma once
 
+#include <cstdint>
+
 #include "../common/attention.h"
 
 namespace svitt {
@@ -18,12 +20,10 @@ struct BlockLists {  // (1 or batch, 1 or heads, blocks[, width]); a stride of 0
 // one key.
 constexpr int kTablePad = 16;
 
-struct Attention {
-  Dtype dtype;
-  int64_t batch, heads, tokens;
-  int head_dim, block_size, num_global;
+struct Attention : AttentionInputs {
+  int64_t tokens;
+  int block_size, num_global;
   int64_t blocks;
-  Matrix query, key, value;
   BlockLists keys;
   const float* table;  // (heads, table_stride) rearranged, or null
   int64_t table_stride;
@@ -31,7 +31,6 @@ struct Attention {
   const int32_t* codes;    // (1 or batch, num_tokens)
   int64_t codes_stride;    // 0 broadcasts
   const int32_t* lengths;  // (batch,) or null
-  float scale;
 
   int64_t num_tokens() const { return tokens - num_global; }
   int64_t centre() const { return (table_rows - 1) / 2 + kTablePad; }
@@ -51,28 +50,15 @@ struct Forward : Attention {
   float* saliency;  // (batch, heads, num_tokens), rows of global 0; or null
 };
 
-struct Backward : Attention {
-  Matrix grad_out, out;
-  const double* lse;
-  void *grad_query, *grad_key, *grad_value;  // (batch, tokens, heads, head_dim) contiguous
+struct Backward : Attention, AttentionGradients {
   float* grad_table;  // (batch, heads, table_stride) rearranged, zeroed; or null
 };
 
-// Items are independent of each other: any split over threads gives the same bits.
-#define SVITT_DECLARE(ISA) \
-  namespace ISA { \
-  void forward(const Forward& problem, int64_t begin, int64_t end); \
-  void backward(const Backward& problem, int64_t begin, int64_t end); \
-  }
-SVITT_DECLARE(generic)
-SVITT_DECLARE(avx2)
-SVITT_DECLARE(avx512)
-#undef SVITT_DECLARE
-
-namespace avx512 {
-/// bf16 or fp32 with head_dim a multiple of 32 on the matrix tiles; items as in `forward`.
-void forward_amx(const Forward& problem, int64_t begin, int64_t end);
-void backward_amx(const Backward& problem, int64_t begin, int64_t end);
-}  // namespace avx512
+/// Items are independent of each other: any split over threads gives the same bits.
+struct BlockSparseKernels {
+  bool (*takes)(const Attention& problem);
+  void (*forward)(const Forward& problem, int64_t begin, int64_t end);
+  void (*backward)(const Backward& problem, int64_t begin, int64_t end);
+};
 
 }  // namespace svitt

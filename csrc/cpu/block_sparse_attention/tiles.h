@@ -1,14 +1,15 @@
 // The keys of one head as tiles, and the tiles that a row block attends.
-// Included inside namespace svitt::SVITT_ISA after common/arena.h.
+#pragma once
+
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kColumns = 512;  // columns per chunk: the logits of kRows rows stay in the L1 cache
 constexpr int kGlobalTile = 256;  // globals per tile where they have tiles of their own
-
-/// Row of a result laid out (batch, tokens, heads, head_dim).
-template <class T>
-SVITT_INLINE T* output_row(const Attention& p, void* output, int64_t b, int64_t h, int64_t row) {
-  return static_cast<T*>(output) + ((b * p.tokens + row) * p.heads + h) * p.head_dim;
-}
 
 /// One block of keys; its columns are its tokens, then its globals, then padding.
 struct Tile {
@@ -182,3 +183,5 @@ struct RowBlock {
     chunk.columns += tiling.width;
   }
 };
+
+SVITT_KERNELS_END

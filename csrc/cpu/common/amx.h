@@ -1,10 +1,17 @@
 // The AMX matrix tiles: 32 x 32 products of bf16, accumulated in fp32, and a cheap exponential.
-// Included inside namespace svitt::avx512 after arena.h, with amx-tile, amx-bf16, avx512bf16
-// enabled.
 //
 // A tile multiplication takes A as rows of 32 bf16 and B as 16 rows of 16 pairs: for Q K^T a pair
 // is two neighbouring dims of one row, for P V one dim of two neighbouring rows. Rows to be packed
 // are given as a function from their number to their address, null where there is none.
+#pragma once
+
+#ifndef SVITT_ISA
+#define SVITT_ISA amx  // for an editor: no other set has tiles
+#endif
+
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kTile = 16;
 constexpr int kPairs = 32;  // bf16 values a tile row holds
@@ -14,6 +21,15 @@ struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr TileConfig kTileConfig;  // in memory of its own: gcc reads but 8 bytes of what it loads
+
+/// While it lives, the tile registers can be used.
+class TileRegisters {
+ public:
+  TileRegisters() { _tile_loadconfig(&kTileConfig); }
+  ~TileRegisters() { _tile_release(); }
 };
 
 /// B tiles of Q K^T: tile (key group, dim group) holds pair row k, column n = key n, dims 2k, 2k
@@ -124,3 +140,5 @@ SVITT_INLINE vf exp2_bf16(vf x) {
   p = p * f + 1.0000026226043701f;
   return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), t));
 }
+
+SVITT_KERNELS_END

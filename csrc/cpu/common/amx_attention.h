@@ -1,5 +1,13 @@
 // Products of attention on the matrix tiles, beyond those of amx.h.
-// Included inside namespace svitt::avx512 after amx.h.
+#pragma once
+
+#include "amx.h"
+#include "amx_parts.h"
+#include "attention_rows.h"
+#include "gemm.h"
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kStride = 64;  // of a block of weights: keys by queries, at most 64 x 64
 
@@ -80,3 +88,5 @@ SVITT_INLINE void stream_row(const float* from, uint16_t* to, int dims) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d),
                         round_pairs(load(from + d), load(from + d + W)));
 }
+
+SVITT_KERNELS_END

@@ -1,5 +1,5 @@
-// InfoNCE for bf16 on the AMX matrix tiles: the same sweeps with all three products on them.
-// Included inside namespace svitt::avx512 after info_nce/backward.h and amx.h.
+// The contrastive losses for bf16 on the AMX matrix tiles: the same sweeps with all products on
+// them.
 //
 // Similarities are sums of exact products in fp32, as elsewhere. The weights are rounded to bf16
 // once, for the two products that sum rows; all else, the temperature's gradient too, takes them
@@ -8,6 +8,16 @@
 //
 // Tried, without effect beyond noise: 32 or 128 queries at a time, chunks of 256 queries, sums of
 // 512 without storing between.
+#pragma once
+
+#include "amx.h"
+#include "arena.h"
+#include "contrast.h"
+#include "contrast_tiles.h"
+#include "gemm.h"
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kAmxRows = 64;  // queries at a time: with the keys of one step they fit the L1 cache
 constexpr int kAmxDepth = 256;  // of a sum, likewise
@@ -21,8 +31,8 @@ struct TiledB {
 };
 
 /// C (rows x columns) = or += A B; all sizes are multiples of 32.
-void multiply_amx(int rows, int columns, int depth, const uint16_t* a, int64_t a_stride, TiledB b,
-                  float* c, int64_t c_stride, bool add) {
+inline void multiply_amx(int rows, int columns, int depth, const uint16_t* a, int64_t a_stride,
+                         TiledB b, float* c, int64_t c_stride, bool add) {
   for (int k = 0; k < depth; k += kAmxDepth) {
     const int steps = (depth - k < kAmxDepth ? depth - k : kAmxDepth) / kPairs;
     const uint16_t* part = b.data + k / kPairs * b.step;
@@ -43,7 +53,7 @@ void multiply_amx(int rows, int columns, int depth, const uint16_t* a, int64_t a
 }
 
 /// Groups of rows; `copy` (32, padded dim) is for those that cannot be read in place.
-void pack_operands(const TileOperands& to, int64_t begin, int64_t end, uint16_t* copy) {
+inline void pack_operands(const TileOperands& to, int64_t begin, int64_t end, uint16_t* copy) {
   const int dims = to.padded_dim();
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * kTileRows, left = to.count - first, at = first * dims;
@@ -63,10 +73,13 @@ void pack_operands(const TileOperands& to, int64_t begin, int64_t end, uint16_t*
   }
 }
 
-void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end) {
+inline void contrast_pack_tiles(const TileOperands& to, int64_t begin, int64_t end) {
   Arena arena;
   pack_operands(to, begin, end, arena.take<uint16_t>(kTileRows * to.padded_dim()));
 }
+
+constexpr PackKernels kTilePack = {[](const Contrast& p) { return p.dtype == Dtype::bf16; },
+                                   contrast_pack_queries, contrast_pack_keys, contrast_pack_tiles};
 
 /// Similarities of some queries with a tile of packed keys.
 SVITT_INLINE void compute_amx(const DotTile& t, const TileOperands& queries,
@@ -81,27 +94,6 @@ SVITT_INLINE void compute_amx(const DotTile& t, const TileOperands& queries,
 SVITT_INLINE TiledB values_of(const TileOperands& x, int64_t first) {
   const int dims = x.padded_dim();
   return {x.values + first * dims, dims / kTile * kTileSize, kTileSize};
-}
-
-void contrast_forward_amx(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  {
-    const FlushDenormals flush;
-    Arena arena;
-    float* dots = arena.take<float>(kAmxRows * kDotStride);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      Tally* of_keys = key_tallies(p, chunk, tile);
-      Tally* of_rows = p.row_parts + tile * p.chunk_rows();
-      const int64_t start = chunk * kQueryChunk;
-      for (int64_t row = start; row < chunk_end(p, chunk); row += kAmxRows) {
-        DotTile t = dot_tile(p, chunk, row, tile, dots, kAmxRows);
-        compute_amx(t, p.tiled_queries, p.tiled_keys);
-        add_tile(p, t, of_rows + (row - start), of_keys);
-      }
-    }
-  }
-  _tile_release();
 }
 
 /// 32 weights of a row in bf16, the first `count` of them, then zeros.
@@ -146,56 +138,4 @@ SVITT_INLINE void round_weights(const float* weights, int rows, int keys, uint16
     }
 }
 
-void contrast_backward_keys_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  {
-    const FlushDenormals flush;
-    GradScratch s(kAmxRows);
-    uint16_t* transposed = s.arena.take<uint16_t>(kKeyTile * kSumStride);
-    const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
-    const int queries = static_cast<int>(limit - start), step = p.padded_dim();
-    s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      double grad_scale = chunk == 0 ? 0.0 : p.grad_scale[tile];
-      DotTile t = dot_tile(p, chunk, start, tile, s.dots);
-      if (p.of_columns != nullptr)
-        s.load_totals(p.of_columns, p.keys, t.first_key, t.keys, s.key_high, s.key_low);
-      for (int64_t row = start; row < limit; row += kAmxRows) {
-        t = dot_tile(p, chunk, row, tile, s.dots, kAmxRows);
-        compute_amx(t, p.tiled_queries, p.tiled_keys);
-        const int first = static_cast<int>(row - start);
-        grad_scale += weigh(p, t, first, s, t.dots);
-        round_weights(t.dots, t.rows, t.keys,
-                      p.rounded + (tile * p.chunk_rows() + first) * kRoundedStride, kRoundedStride,
-                      transposed + first);
-      }
-      p.grad_scale[tile] = grad_scale;
-      multiply_amx(round_up(t.keys, kPairs), step, round_up(queries, kPairs), transposed,
-                   kSumStride, values_of(p.tiled_queries, start), p.grad_keys + t.first_key * step,
-                   step, chunk > 0);
-    }
-  }
-  _tile_release();
-}
-
-/// Blocks of 32 queries, those that begin within [begin, end).
-void contrast_backward_queries_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                   int64_t end) {
-  const int first = round_up(static_cast<int>(begin), kTileRows), step = p.padded_dim(),
-            rows = round_up(static_cast<int>(end), kTileRows) - first;
-  if (rows <= 0) return;
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  float* sums = p.grad_queries + static_cast<int64_t>(first) * step;
-  for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-    const int64_t left = p.keys - tile * kKeyTile;
-    const int keys = round_up(static_cast<int>(left < kKeyTile ? left : kKeyTile), kPairs);
-    multiply_amx(rows, step, keys, p.rounded + (tile * p.chunk_rows() + first) * kRoundedStride,
-                 kRoundedStride, values_of(p.tiled_keys, tile * kKeyTile), sums, step, tile > 0);
-  }
-  _tile_release();
-  const int64_t row = chunk * kQueryChunk + first, left = p.queries - row;
-  write_rows(p, sums, p.grad_query, row, left < rows ? left : rows);
-}
+SVITT_KERNELS_END

@@ -2,7 +2,12 @@
 // of the six products of parts that fp32 can tell. Its error is below that of a chain of fp32
 // multiply-adds; a value within 2^-9 of the largest float overflows, an infinity becomes a NaN, and
 // a part below the smallest normal float is lost.
-// Included inside namespace svitt::avx512 after amx.h.
+#pragma once
+
+#include "amx.h"
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kBlock = 2 * kTile * kPairs;  // values of a 32 x 32 block of B in bf16
 
@@ -174,3 +179,5 @@ struct Operand<float> {
                           values + 3 * static_cast<int64_t>(d) * depth);
   }
 };
+
+SVITT_KERNELS_END

@@ -1,7 +1,9 @@
-// Memory of the attention kernels: scratch that a thread keeps, and rows of their operands.
-// Included inside namespace svitt::SVITT_ISA after gemm.h.
+// Scratch memory.
+#pragma once
 
-constexpr float kInfinity = __builtin_huge_valf();
+#include "isa.h"
+
+SVITT_KERNELS_BEGIN
 
 /// Scratch arrays, aligned to a vector, in memory that its thread keeps for the next call: fresh
 /// memory costs a page fault every 4 KiB. Large allocations all start at the same place of a page,
@@ -13,6 +15,11 @@ class Arena {
     const size_t shift = 320 * static_cast<size_t>(used_);
     char* p = slots().get(used_++, sizeof(T) * static_cast<size_t>(count) + shift);
     return reinterpret_cast<T*>(p + shift);
+  }
+  /// One array of this size for each pointer, in order.
+  template <class... T>
+  void take_all(int64_t count, T*&... arrays) {
+    ((arrays = take<T>(count)), ...);
   }
 
  private:
@@ -49,7 +56,4 @@ class Arena {
   int used_ = 0;
 };
 
-template <class T>
-const T* base(const Matrix& m, int64_t b, int64_t h) {
-  return static_cast<const T*>(m.data) + b * m.batch + h * m.head;
-}
+SVITT_KERNELS_END

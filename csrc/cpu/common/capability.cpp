@@ -38,27 +38,30 @@ bool amx_usable() {
 }
 
 Isa detect() {
-#if defined(__x86_64__)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return amx_usable() ? Isa::amx : Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-  return Isa::generic;
+  Isa best = Isa::generic;
+#define SVITT_DETECT(name, word, present) \
+  if (!(present)) return best; \
+  best = Isa::name;
+  SVITT_SETS(SVITT_DETECT)
+#undef SVITT_DETECT
+  return best;
 }
 
-constexpr std::array kNames = {"generic", "avx2", "avx512", "avx512+amx"};  // as in Isa
+#define SVITT_WORD(name, word, ...) word,
+constexpr std::array kWords = {SVITT_SETS(SVITT_WORD)};  // as in Isa
+#undef SVITT_WORD
 
 /// The best of this processor, or the lesser one that SVITT_CPU_CAPABILITY asks for.
 Isa choose() {
   const Isa best = detect();
   const char* wanted = std::getenv("SVITT_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') return best;
-  for (size_t i = 0; i < kNames.size(); ++i)
-    if (wanted == std::string(kNames[i])) return std::min(best, static_cast<Isa>(i));
-  STD_TORCH_CHECK(false,
-                  "svitt_ops: SVITT_CPU_CAPABILITY must be one of generic, avx2, avx512, "
-                  "avx512+amx, got ",
+  std::string words;
+  for (size_t i = 0; i < kWords.size(); ++i) {
+    if (wanted == std::string(kWords[i])) return std::min(best, static_cast<Isa>(i));
+    words += std::string(i > 0 ? ", " : "") + kWords[i];
+  }
+  STD_TORCH_CHECK(false, "svitt_ops: SVITT_CPU_CAPABILITY must be one of ", words, ", got ",
                   wanted);
 }
 
@@ -71,7 +74,7 @@ Isa isa() {
 
 namespace {
 
-std::string cpu_capability() { return kNames[static_cast<size_t>(isa())]; }
+std::string cpu_capability() { return kWords[static_cast<size_t>(isa())]; }
 
 }  // namespace
 }  // namespace svitt

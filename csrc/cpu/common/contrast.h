@@ -1,9 +1,9 @@
-// What the dispatcher hands to the InfoNCE kernels of each instruction set.
+// What the contrastive ops hand to their kernels alike.
 #pragma once
 
 #include <cstdint>
 
-#include "attention.h"
+#include "dtype.h"
 
 namespace svitt {
 
@@ -63,96 +63,13 @@ struct Contrast {
   int padded_dim() const { return (dim + kWidest - 1) / kWidest * kWidest; }
 };
 
-struct ContrastForward : Contrast {
-  Tally* row_parts;  // (tiles, chunk_rows) of the current chunk
-  Tally* of_keys;    // (keys), over all chunks so far
+/// What every table of a contrastive op begins with. As in all of them, items are independent of
+/// each other: any split over threads gives the same bits.
+struct PackKernels {
+  bool (*takes)(const Contrast& p);
+  void (*queries)(const Contrast& p, float* panels, int64_t begin, int64_t end);
+  void (*keys)(const Contrast& p, float* panels, int64_t begin, int64_t end);
+  void (*tiles)(const TileOperands& to, int64_t begin, int64_t end);  // groups of 32 rows; or null
 };
-
-struct ContrastBackward : Contrast {
-  // Statistics of the forward, (5, queries) and (5, keys); `of_columns` null in one direction.
-  const double *of_rows, *of_columns;
-  float centre;     // a typical similarity, see `weigh`
-  float smoothing;  // label smoothing over the number of choices
-  float label_smoothing;
-  float factor;  // of the result: upstream gradient, mean, scale
-
-  // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
-  float *query_panels, *key_panels;
-  float* grads;                     // (tiles, chunk_rows, kGradStride) of the current chunk
-  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16
-  double* grad_scale;               // (tiles)
-  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (chunk_rows, padded dim)
-  void *grad_query, *grad_key;      // contiguous
-  Dtype grad_dtype;
-};
-
-struct ContrastSearch : Contrast {
-  const double* uniform;  // (queries), or null
-  int64_t* found;         // (queries)
-};
-
-/// Sums over the negatives of one distribution: exp(logit - most), and that times the similarity.
-/// Logits and similarities are taken from those of the query's own pair.
-struct SoftSum {
-  double most;
-  float sum, moment;
-};
-struct QueueTally {
-  SoftSum student, teacher;
-};
-
-struct ContrastQueue : Contrast {
-  const void* queue;
-  int64_t queue_rows, queue_step;
-  const int32_t* queue_ids;  // or null: no positives
-  const float* teacher;      // queries of the other distribution, fp32; or null
-  int64_t teacher_step;
-  TileOperands tiled_teacher;
-  double alpha;
-  bool gradients;
-  int64_t splits;  // of the candidates
-
-  float *centres, *teacher_centres;  // (queries), similarity of the own pair
-  QueueTally* tallies;               // (splits, queries)
-  float* sums;                       // (splits, distributions, padded queries, padded dim)
-  float* grad;                       // (queries, dim)
-  double *losses, *moments;          // (queries)
-
-  int64_t all_tiles() const { return tiles() + (queue_rows + kKeyTile - 1) / kKeyTile; }
-  int distributions() const { return teacher == nullptr ? 1 : 2; }
-};
-
-// Every function works on independent items: any split over threads gives the same bits.
-#define SVITT_DECLARE(ISA) \
-  namespace ISA { \
-  void contrast_pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end); \
-  void contrast_pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end); \
-  void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end); \
-  void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin, \
-                              int64_t end); \
-  void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin, \
-                                 int64_t end); \
-  void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end); \
-  void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end); \
-  void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end); \
-  void contrast_queue_centres(const ContrastQueue& p, int64_t begin, int64_t end); \
-  void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end); \
-  void contrast_queue_finish(const ContrastQueue& p, int64_t begin, int64_t end); \
-  }
-SVITT_DECLARE(generic)
-SVITT_DECLARE(avx2)
-SVITT_DECLARE(avx512)
-#undef SVITT_DECLARE
-
-// The same on matrix tiles. Items of the packing are groups of 32 rows.
-namespace avx512 {
-void contrast_pack_amx(const TileOperands& to, int64_t begin, int64_t end);
-void contrast_forward_amx(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end);
-void contrast_backward_keys_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                int64_t end);
-void contrast_backward_queries_amx(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                   int64_t end);
-void contrast_queue_amx(const ContrastQueue& p, int64_t begin, int64_t end);
-}  // namespace avx512
 
 }  // namespace svitt

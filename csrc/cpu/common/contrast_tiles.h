@@ -1,5 +1,11 @@
 // Tiles of similarities, a few query rows by kKeyTile keys, as they come out of the product.
-// Included inside namespace svitt::SVITT_ISA after gemm.h.
+#pragma once
+
+#include "contrast.h"
+#include "gemm.h"
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kDotRows = 4 * kRows;
 constexpr int kPiece =
@@ -65,21 +71,15 @@ void pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
   }
 }
 
-void contrast_pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return pack_queries<float>(p, panels, begin, end);
-    case Dtype::bf16: return pack_queries<bf16>(p, panels, begin, end);
-    case Dtype::f16: return pack_queries<fp16>(p, panels, begin, end);
-  }
+inline void contrast_pack_queries(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { pack_queries<decltype(x)>(p, panels, begin, end); });
 }
 
-void contrast_pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return pack_keys<float>(p, panels, begin, end);
-    case Dtype::bf16: return pack_keys<bf16>(p, panels, begin, end);
-    case Dtype::f16: return pack_keys<fp16>(p, panels, begin, end);
-  }
+inline void contrast_pack_keys(const Contrast& p, float* panels, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { pack_keys<decltype(x)>(p, panels, begin, end); });
 }
+
+constexpr PackKernels kPack = {nullptr, contrast_pack_queries, contrast_pack_keys, nullptr};
 
 /// One panel of C = or += A B, summed in pieces.
 SVITT_INLINE void multiply_pieces(int rows, const float* a, Strides strides, const float* b,
@@ -174,15 +174,13 @@ struct DotTile {
   bool shared(float scale) const { return (most - least) * scale <= kShared; }
 };
 
-SVITT_INLINE DotTile dot_tile(const Contrast& p, int64_t chunk, int64_t row, int64_t tile,
-                              float* dots, int most_rows = kDotRows) {
-  const int64_t end = chunk * kQueryChunk + kQueryChunk;
-  const int64_t limit = end < p.queries ? end : p.queries;
-  const int64_t first = tile * kKeyTile;
+/// Some queries by a tile of keys, not computed yet.
+SVITT_INLINE DotTile place_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
+                                float* dots) {
   DotTile t{};
-  t.row = row, t.tile = tile, t.first_key = first, t.dots = dots;
-  t.rows = static_cast<int>(limit - row < most_rows ? limit - row : most_rows);
-  t.keys = static_cast<int>(p.keys - first < kKeyTile ? p.keys - first : kKeyTile);
+  const int64_t left = p.keys - tile * kKeyTile;
+  t.row = row, t.tile = tile, t.first_key = tile * kKeyTile, t.dots = dots;
+  t.rows = static_cast<int>(rows), t.keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
   return t;
 }
 
@@ -190,3 +188,12 @@ SVITT_INLINE int64_t chunk_end(const Contrast& p, int64_t chunk) {
   const int64_t end = (chunk + 1) * kQueryChunk;
   return end < p.queries ? end : p.queries;
 }
+
+/// The same, of a chunk: at most so many queries.
+SVITT_INLINE DotTile dot_tile(const Contrast& p, int64_t chunk, int64_t row, int64_t tile,
+                              float* dots, int most_rows = kDotRows) {
+  const int64_t left = chunk_end(p, chunk) - row;
+  return place_tile(p, row, left < most_rows ? left : most_rows, tile, dots);
+}
+
+SVITT_KERNELS_END

@@ -1,11 +1,15 @@
 // C (rows x columns) = or += A B with B packed, accumulators in registers.
-// Included inside namespace svitt::SVITT_ISA after simd.h.
 //
 // B is taken in panels of 2 W columns: panel p, row k starts at b + p * panel + k * step, so that
 // both rows in place and packed transposes serve. A is read by broadcast with any strides, so that
 // a transposed A costs nothing. Rows of C are given by pointers.
+#pragma once
 
-#if defined(SVITT_LANES_16)
+#include "simd.h"
+
+SVITT_KERNELS_BEGIN
+
+#if SVITT_LANES == 16
 constexpr int kRows = 14;  // 28 accumulators, 2 of B, 1 broadcast: 31 of 32 registers
 #else
 constexpr int kRows = 6;  // 12 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
@@ -84,7 +88,7 @@ template <bool Fetch, int C, int... R>
 struct Tiles {
   static constexpr TileFunction table[] = {multiply_tile<Fetch, R, C>...};
 };
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
 template <bool Fetch, int C>
 using AllTiles = Tiles<Fetch, C, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 #else
@@ -156,3 +160,5 @@ template <class T>
 SVITT_INLINE void write_row(T* to, const float* from, int dims, float factor) {
   for (int d = 0; d < dims; ++d) from_float(to + d, from[d] * factor);
 }
+
+SVITT_KERNELS_END

@@ -1,13 +1,14 @@
 // Vectors of W floats for the instruction set in force, by the compilers' vector extensions.
-// Included inside namespace svitt::SVITT_ISA.
+#pragma once
 
-#if defined(SVITT_LANES_16)
-constexpr int W = 16;
-#elif defined(SVITT_LANES_8)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+#include "dtype.h"
+#include "isa.h"
+
+SVITT_KERNELS_BEGIN
+
+constexpr int W = SVITT_LANES;
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2e = 1.4426950408889634f;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
@@ -24,11 +25,11 @@ SVITT_INLINE V load_as(const T* p) {
 SVITT_INLINE vf load(const float* p) { return load_as<vf>(p); }
 SVITT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
 SVITT_INLINE vf vmax(vf a, vf b) {
   return reinterpret_cast<vf>(_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b));
 }
-#elif defined(SVITT_LANES_8)
+#elif SVITT_LANES == 8
 SVITT_INLINE vf vmax(vf a, vf b) {
   return reinterpret_cast<vf>(_mm256_max_ps((__m256)a, (__m256)b));
 }
@@ -44,9 +45,9 @@ SVITT_INLINE vi lane_numbers() {
 
 /// a b + c, rounded once where the processor can; of an expression the compiler decides.
 SVITT_INLINE vf multiply_add(vf a, vf b, vf c) {
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
   return reinterpret_cast<vf>(_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c));
-#elif defined(SVITT_LANES_8)
+#elif SVITT_LANES == 8
   return reinterpret_cast<vf>(_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c));
 #else
   return a * b + c;
@@ -55,9 +56,9 @@ SVITT_INLINE vf multiply_add(vf a, vf b, vf c) {
 
 /// Whether a comparison holds in any lane.
 SVITT_INLINE bool any_lane(vi lanes) {
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
   return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
-#elif defined(SVITT_LANES_8)
+#elif SVITT_LANES == 8
   return _mm256_testz_si256((__m256i)lanes, (__m256i)lanes) == 0;
 #else
   int32_t any = 0;
@@ -94,6 +95,16 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+
+/// Calls `visit` with some value of the storage type.
+template <class Visit>
+SVITT_INLINE void with_type(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::f32: return visit(float{});
+    case Dtype::bf16: return visit(bf16{});
+    case Dtype::f16: return visit(fp16{});
+  }
+}
 
 SVITT_INLINE float to_float(float x) { return x; }
 SVITT_INLINE float to_float(bf16 x) {
@@ -150,9 +161,9 @@ SVITT_INLINE vf load_wide(const bf16* p) {
   return reinterpret_cast<vf>(wide);
 }
 SVITT_INLINE vf load_wide(const fp16* p) {
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
   return reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(p)));
-#elif defined(SVITT_LANES_8)
+#elif SVITT_LANES == 8
   return reinterpret_cast<vf>(_mm256_cvtph_ps(load_as<__m128i>(p)));
 #else
   vf v;
@@ -173,8 +184,7 @@ SVITT_INLINE vf load_some(const T* p, int n) {
 /// exp(x) for x <= 0, good to 2e-7. Where the processor does not reduce ranges by itself, it stays
 /// near 1e-38 below -87, which no sum that holds a 1 can tell from 0.
 SVITT_INLINE vf exp_nonpositive(vf x) {
-  constexpr float kLog2e = 1.4426950408889634f;
-#if defined(SVITT_LANES_16)
+#if SVITT_LANES == 16
   constexpr int kFloor = 1;
   const __m512 t = reinterpret_cast<__m512>(x * kLog2e);
   const vf f = reinterpret_cast<vf>(_mm512_maskz_reduce_ps(0xffff, t, kFloor));  // t - floor(t)
@@ -219,3 +229,5 @@ SVITT_INLINE void swap_halves(vf* rows) {
 }
 /// Transpose W vectors of W in place, log2(W) butterflies.
 SVITT_INLINE void transpose(vf* rows) { swap_halves<1>(rows); }
+
+SVITT_KERNELS_END

@@ -1,7 +1,5 @@
-// Backward for bf16 on the AMX matrix tiles: the sweep of backward.h with its five
-// products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after backward.h and
-// amx_forward.h.
+// Backward for bf16 on the AMX matrix tiles: the sweep of backward.h with its five products on
+// 16 x 16 tiles.
 //
 // Keys are the rows of four products, so that K, V, the weights and the slopes serve as left
 // operands as they are, against queries and upstream gradients packed once. The gradient of the
@@ -15,6 +13,20 @@
 // heads in turn for each tile of keys (of the memory traffic alone); prefetching nothing (1.05 to
 // 1.15 times slower), or one tile ahead instead of two (1.02); streaming all rows of a tile at its
 // end (1.05).
+#pragma once
+
+#include "../common/amx.h"
+#include "../common/amx_attention.h"
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "amx_forward.h"
+#include "backward.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 static_assert(kQueryTile == kStride && kKeyTile == kStride);
 
@@ -32,24 +44,12 @@ struct CrossBackwardTileScratch {
 
   explicit CrossBackwardTileScratch(const CrossBackward& p) : dims(p.head_dim) {
     const int64_t lanes = (p.queries + kQueryTile - 1) / kQueryTile * kQueryTile;
-    query = arena.take<uint16_t>(lanes * dims);
-    grad_out = arena.take<uint16_t>(lanes * dims);
-    query_pairs = arena.take<uint16_t>(lanes * dims);
-    grad_pairs = arena.take<uint16_t>(lanes * dims);
-    keys = arena.take<uint16_t>(kKeyTile * dims);
-    values = arena.take<uint16_t>(kKeyTile * dims);
-    key_pairs = arena.take<uint16_t>(kKeyTile * dims);
-    weights = arena.take<uint16_t>(kKeyTile * kQueryTile);
-    slopes = arena.take<uint16_t>(kKeyTile * kQueryTile);
-    turned = arena.take<uint16_t>(kQueryTile * kKeyTile);
-    logits = arena.take<float>(kKeyTile * kQueryTile);
-    products = arena.take<float>(kKeyTile * kQueryTile);
-    lse = arena.take<float>(lanes);
-    lse_low = arena.take<float>(lanes);
-    delta = arena.take<float>(lanes);
+    arena.take_all(lanes * dims, query, grad_out, query_pairs, grad_pairs);
+    arena.take_all(kKeyTile * dims, keys, values, key_pairs);
+    arena.take_all(kKeyTile * kQueryTile, weights, slopes, turned, logits, products);
+    arena.take_all(lanes, lse, lse_low, delta);
     grad_query = arena.take<float>(lanes * dims);
-    grad_key = arena.take<float>(kKeyTile * dims);
-    grad_value = arena.take<float>(kKeyTile * dims);
+    arena.take_all(kKeyTile * dims, grad_key, grad_value);
   }
 };
 
@@ -59,8 +59,7 @@ SVITT_INLINE void load_query_tiles(const CrossBackward& p, const KeyRange& range
   const int lanes = round_up(rows, kTileRows), dims = s.dims;
   const int64_t at = row * dims;
   const auto reader = [&](const Matrix& m) {
-    const uint16_t* data = base<uint16_t>(m, range.b, range.h) + row * m.token;
-    return [=](int r) { return r < rows ? data + r * m.token : nullptr; };
+    return some_rows<uint16_t>(m, range.b, range.h, row, rows);
   };
   const auto query = reader(p.query), grad = reader(p.grad_out), out = reader(p.out);
   pack_key_tiles(query, lanes, dims, s.query + at);
@@ -76,7 +75,6 @@ SVITT_INLINE void load_query_tiles(const CrossBackward& p, const KeyRange& range
 template <class Fetch>
 SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch& s, int64_t row, int lanes,
                                       int n, int padded, float scale, const Fetch& fetch) {
-  constexpr float kLog2e = 1.4426950408889634f;
   for (int c = 0; c < lanes; c += kPairs) {
     for (int j = 0; j < n; ++j) {
       if (c == 0) fetch(j);
@@ -100,8 +98,8 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch& s, int64_t
 }
 
 /// `backward_tile` of backward.h.
-void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
-                       CrossBackwardTileScratch& s) {
+inline void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
+                              CrossBackwardTileScratch& s) {
   const int dims = s.dims, padded = round_up(n, kPairs);
   const TileKeys keys(p, p.key, range, j, n), values(p, p.value, range, j, n);
   const int64_t next = range.last - j < 2 * kKeyTile ? range.last : j + 2 * kKeyTile;
@@ -140,18 +138,16 @@ void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j,
   });
 }
 
-void cross_backward_amx(const CrossBackward& p, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  {
-    CrossBackwardTileScratch s(p);
-    cross_backward_items<bf16>(
-        p, begin, end, s.grad_query, s.dims,
-        [&](const KeyRange& range, int64_t row, int rows) {
-          load_query_tiles(p, range, row, rows, s);
-        },
-        [&](const KeyRange& range, int64_t j, int n) { backward_tile_amx(p, range, j, n, s); });
-  }
-  _tile_release();
+inline void cross_backward_amx(const CrossBackward& p, int64_t begin, int64_t end) {
+  const TileRegisters registers;
+  CrossBackwardTileScratch s(p);
+  cross_backward_items<bf16>(
+      p, begin, end, s.grad_query, s.dims,
+      [&](const KeyRange& range, int64_t row, int rows) {
+        load_query_tiles(p, range, row, rows, s);
+      },
+      [&](const KeyRange& range, int64_t j, int n) { backward_tile_amx(p, range, j, n, s); });
   _mm_sfence();  // streamed rows are seen by whoever sees that this is done
 }
+
+SVITT_KERNELS_END

@@ -1,11 +1,23 @@
-// Forward for bf16 on the AMX matrix tiles: the sweep of forward.h with both
-// products on 16 x 16 tiles.
-// Included inside namespace svitt::avx512 after that file and common/amx_attention.h.
+// Forward for bf16 on the AMX matrix tiles: the sweep of forward.h with both products on 16 x 16
+// tiles.
 //
 // K's rows serve as the left operand where they lie and the few queries are packed; V is packed
 // tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
 // are turned 16 x 16 pairs at a time. Only they are rounded to bf16; logits, maximum, sum and
 // accumulation stay in fp32.
+#pragma once
+
+#include "../common/amx.h"
+#include "../common/amx_attention.h"
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "forward.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 struct CrossTileScratch {
   Arena arena;
@@ -15,8 +27,7 @@ struct CrossTileScratch {
 
   explicit CrossTileScratch(const CrossForward& p) : dims(p.head_dim) {
     query = arena.take<uint16_t>(kQueryTile * dims);
-    keys = arena.take<uint16_t>(kKeyTile * dims);
-    values = arena.take<uint16_t>(kKeyTile * dims);
+    arena.take_all(kKeyTile * dims, keys, values);
     weights = arena.take<uint16_t>(kQueryTile * kKeyTile);
     logits = arena.take<float>(kKeyTile * kQueryTile);
     state = arena.take<float>(State::size(p));
@@ -59,7 +70,6 @@ SVITT_INLINE void multiply_keys(const TileKeys& rows, int padded, const uint16_t
 SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& state, int n, int c,
                                      float scale, float* kept, int step,
                                      const TileKeys (&ahead)[2]) {
-  constexpr float kLog2e = 1.4426950408889634f;
   const vf factor = splat(scale * kLog2e), low = load(state.most + c) * -kLog2e;
   alignas(64) uint16_t interleave[32];
   for (int i = 0; i < 32; ++i) interleave[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));
@@ -96,13 +106,12 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
 }
 
 /// `attend` of forward.h.
-void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
-                CrossTileScratch& s, const State& state) {
+inline void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
+                       CrossTileScratch& s, const State& state) {
   const int lanes = round_up(rows, W), dims = s.dims;
   const int64_t tile = kTile * kPairs;
   for (int r = 0; r < lanes; ++r) state.most[r] = -kInfinity, state.sum[r] = 0.0f;
-  const auto* query = base<uint16_t>(p.query, range.b, range.h) + row * p.query.token;
-  pack_key_tiles([&](int r) { return r < rows ? query + r * p.query.token : nullptr; },
+  pack_key_tiles(some_rows<uint16_t>(p.query, range.b, range.h, row, rows),
                  round_up(rows, kTileRows), dims, s.query);
   const bool keep_row = p.saliency == Saliency::cls && row == 0;
   for (int64_t j = range.first; j < range.last; j += kKeyTile) {
@@ -141,16 +150,13 @@ void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int r
   }
 }
 
-void cross_forward_amx(const CrossForward& p, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  {
-    CrossTileScratch s(p);
-    cross_forward_items<bf16>(
-        p, begin, end, s.state,
-        [&](const KeyRange& range, int64_t row, int rows, const State& state) {
-          attend_amx(p, range, row, rows, s, state);
-        });
-  }
-  _tile_release();
+inline void cross_forward_amx(const CrossForward& p, int64_t begin, int64_t end) {
+  const TileRegisters registers;
+  CrossTileScratch s(p);
+  cross_forward_items<bf16>(p, begin, end, s.state,
+                            [&](const KeyRange& range, int64_t row, int rows, const State& state) {
+                              attend_amx(p, range, row, rows, s, state);
+                            });
 }
+
+SVITT_KERNELS_END

@@ -1,10 +1,19 @@
 // Backward: one sweep over the keys, five small products for each tile of keys and of queries.
-// Included inside namespace svitt::SVITT_ISA after tiles.h.
 //
 // Transposed as the forward is: K and V are read where they lie, and the weights of a tile stay in
 // the L1 cache through all five products. Keys are the outer loop, so that each is read once and
 // its gradients, complete when the queries have passed, are written once; the gradient of the
 // queries of a head accumulates in fp32. Weights come from the forward's log-sum-exp.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 struct CrossBackwardScratch {
   Arena arena;
@@ -16,53 +25,30 @@ struct CrossBackwardScratch {
   explicit CrossBackwardScratch(const CrossBackward& p) : width(round_up(p.head_dim, W)) {
     tile = static_cast<int64_t>(kQueryTile) * p.head_dim;
     const int64_t tiles = (p.queries + kQueryTile - 1) / kQueryTile, lanes = tiles * kQueryTile;
-    query = arena.take<float>(p.queries * width);
-    grad_out = arena.take<float>(p.queries * width);
-    grad_query = arena.take<float>(p.queries * width);
-    query_columns = arena.take<float>(tiles * tile);
-    grad_columns = arena.take<float>(tiles * tile);
-    lse = arena.take<float>(lanes);
-    lse_low = arena.take<float>(lanes);
-    delta = arena.take<float>(lanes);
-    keys = arena.take<float>(kKeyTile * width);
-    values = arena.take<float>(kKeyTile * width);
-    grad_key = arena.take<float>(kKeyTile * width);
-    grad_value = arena.take<float>(kKeyTile * width);
-    weights = arena.take<float>(kKeyTile * kQueryTile);
-    slopes = arena.take<float>(kKeyTile * kQueryTile);
+    arena.take_all(p.queries * width, query, grad_out, grad_query);
+    arena.take_all(tiles * tile, query_columns, grad_columns);
+    arena.take_all(lanes, lse, lse_low, delta);
+    arena.take_all(kKeyTile * width, keys, values, grad_key, grad_value);
+    arena.take_all(kKeyTile * kQueryTile, weights, slopes);
   }
 };
 
-/// Log-sum-exp of a query tile, in two floats. Lanes without a row get weight 0 by an infinite one.
 SVITT_INLINE void load_sums(const CrossBackward& p, const KeyRange& range, int64_t row, int rows,
                             float* high, float* low) {
   const double* lse = p.lse + (range.b * p.heads + range.h) * p.queries + row;
-  for (int r = 0; r < kQueryTile; ++r) {
-    high[row + r] = r < rows ? static_cast<float>(lse[r]) : kInfinity;
-    low[row + r] = r < rows ? static_cast<float>(lse[r] - high[row + r]) : 0.0f;
-  }
+  split_sums<kQueryTile>(lse, rows, high + row, low + row);
 }
 
-/// Queries, upstream gradient, log-sum-exp and delta = rowsum(dO O) of a tile.
-///
-/// delta is summed over the dims one by one, as the product dO V is: where a row has a single key,
-/// and O is V, the two are equal to the last bit and their difference is 0, as it must be.
+/// Queries, upstream gradient, log-sum-exp and delta of a tile.
 template <class T>
 void load_queries(const CrossBackward& p, const KeyRange& range, int64_t row, int rows,
                   CrossBackwardScratch& s) {
-  const int64_t b = range.b, h = range.h, panel = static_cast<int64_t>(p.head_dim) * kPanel;
-  const int lanes = round_up(rows, W);
+  const int64_t b = range.b, h = range.h;
   float* query = s.query_columns + row / kQueryTile * s.tile;
   float* grad = s.grad_columns + row / kQueryTile * s.tile;
   pack_queries<T>(p, p.grad_out, b, h, row, rows, grad);
   pack_queries<T>(p, p.out, b, h, row, rows, query);
-  for (int c = 0; c < lanes; c += W) {
-    const int64_t at = c / kPanel * panel + c % kPanel;
-    vf delta{};
-    for (int d = 0; d < p.head_dim; ++d)
-      delta += load(query + at + d * kPanel) * load(grad + at + d * kPanel);
-    store(s.delta + row + c, delta);
-  }
+  sum_products(query, grad, round_up(rows, W), p.head_dim, s.delta + row);
   pack_queries<T>(p, p.query, b, h, row, rows, query);
   copy_rows(base<T>(p.query, b, h) + row * p.query.token, p.query.token, rows, p.head_dim,
             s.query + row * s.width, s.width);
@@ -196,18 +182,12 @@ void cross_backward_heads(const CrossBackward& p, int64_t begin, int64_t end) {
     }
 }
 
-void cross_backward(const CrossBackward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return cross_backward_of<float>(p, begin, end);
-    case Dtype::bf16: return cross_backward_of<bf16>(p, begin, end);
-    case Dtype::f16: return cross_backward_of<fp16>(p, begin, end);
-  }
+inline void cross_backward(const CrossBackward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { cross_backward_of<decltype(x)>(p, begin, end); });
 }
 
-void cross_backward_join(const CrossBackward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return cross_backward_heads<float>(p, begin, end);
-    case Dtype::bf16: return cross_backward_heads<bf16>(p, begin, end);
-    case Dtype::f16: return cross_backward_heads<fp16>(p, begin, end);
-  }
+inline void cross_backward_join(const CrossBackward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { cross_backward_heads<decltype(x)>(p, begin, end); });
 }
+
+SVITT_KERNELS_END

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/isa.h"
+#include "../common/dispatch.h"
 #include "../common/pages.h"
 #include "../common/tensors.h"
 
@@ -56,32 +56,11 @@ template <class P>
 P problem(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
           double scale, Present& present) {
   P p{};
-  p.dtype = dtype("cross_attention", query);
-  p.batch = query.size(0), p.heads = query.size(1);
+  bind_inputs(p, "cross_attention", query, key, value, scale);
   p.queries = query.size(2), p.keys = key.size(2);
-  p.head_dim = static_cast<int>(query.size(3));
-  p.query = matrix(query), p.key = matrix(key), p.value = matrix(value);
-  p.scale = static_cast<float>(scale);
   p.parts = count_parts(p);
   present.bind(p, mask);
   return p;
-}
-
-/// A function of the best instruction set.
-#define SVITT_BEST(FUNCTION) \
-  (isa() >= Isa::avx512 ? avx512::FUNCTION \
-   : isa() == Isa::avx2 ? avx2::FUNCTION \
-                        : generic::FUNCTION)
-
-bool on_tiles(const CrossAttention& p) {
-  return isa() == Isa::amx && p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
-}
-
-/// Call a kernel over a range of independent items.
-template <class P>
-void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
-  torch::stable::parallel_for(0, items, 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 /// Mean over the heads, in order, of what each key received.
@@ -118,13 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor v
   p.lse = lse.mutable_data_ptr<double>();
   p.rows = rows.get();
 
+  const CrossKernels& kernels = choose<CrossKernels>(p);
   std::unique_ptr<float[]> partials;
   if (p.parts > 1) {
-    partials.reset(new float[heads * p.parts * SVITT_BEST(partial_size)(p)]);
+    partials.reset(new float[heads * p.parts * kernels.partial_size(p)]);
     p.partials = partials.get();
   }
-  run(on_tiles(p) ? avx512::cross_forward_amx : SVITT_BEST(cross_forward), p, heads * p.parts);
-  if (p.parts > 1) run(SVITT_BEST(cross_forward_join), p, heads);
+  run(kernels.forward, p, heads * p.parts);
+  if (p.parts > 1) run(kernels.forward_join, p, heads);
   if (salient) average_heads(p, received.mutable_data_ptr<float>());
   return {out, lse, received};
 }
@@ -138,19 +118,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor query, Te
          grad_value = empty_like_heads(value);
   for (const Tensor& x : {grad_key, grad_value})
     ask_for_huge_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
-  p.grad_out = matrix(grad_out), p.out = matrix(out);
-  p.lse = lse.const_data_ptr<double>();
-  p.grad_query = grad_query.mutable_data_ptr();
-  p.grad_key = grad_key.mutable_data_ptr();
-  p.grad_value = grad_value.mutable_data_ptr();
+  bind_gradients(p, grad_out, out, lse, grad_query, grad_key, grad_value);
   const int64_t heads = p.batch * p.heads;
+  const CrossKernels& kernels = choose<CrossKernels>(p);
   std::unique_ptr<float[]> partials;
   if (p.parts > 1) {
     partials.reset(new float[heads * p.parts * p.queries * p.head_dim]);
     p.partials = partials.get();
   }
-  run(on_tiles(p) ? avx512::cross_backward_amx : SVITT_BEST(cross_backward), p, heads * p.parts);
-  if (p.parts > 1) run(SVITT_BEST(cross_backward_join), p, heads);
+  run(kernels.backward, p, heads * p.parts);
+  if (p.parts > 1) run(kernels.backward_join, p, heads);
   return {grad_query, grad_key, grad_value};
 }
 

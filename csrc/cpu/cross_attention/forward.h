@@ -1,5 +1,4 @@
 // Forward: one sweep over the keys for each tile of queries, flash-style.
-// Included inside namespace svitt::SVITT_ISA after tiles.h.
 //
 // Logits are held transposed, keys by queries: K is then the operand that a product reads by
 // broadcast, V the one whose rows are already right, and both, by far the largest arrays here, are
@@ -9,6 +8,16 @@
 //
 // Tried, without gain: copying the tiles of K and V first, so that the caches see them in order;
 // prefetching the next tiles in bursts between the products, and not beside them.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+#include "tiles.h"
+
+SVITT_KERNELS_BEGIN
 
 /// Output, maximum and sum of a query tile over some keys, and what the saliency needs: weights
 /// that are relative to the maxima at the time, and those maxima for each tile of keys.
@@ -30,7 +39,7 @@ struct State {
   }
 };
 
-int64_t partial_size(const CrossForward& p) {
+inline int64_t partial_size(const CrossForward& p) {
   return (p.queries + kQueryTile - 1) / kQueryTile * State::size(p);
 }
 
@@ -41,8 +50,7 @@ struct CrossScratch {
 
   explicit CrossScratch(const CrossForward& p) : width(round_up(p.head_dim, W)) {
     query = arena.take<float>(static_cast<int64_t>(kQueryTile) * p.head_dim);
-    keys = arena.take<float>(kKeyTile * width);
-    values = arena.take<float>(kKeyTile * width);
+    arena.take_all(kKeyTile * width, keys, values);
     weights = arena.take<float>(kKeyTile * kQueryTile);
     state = arena.take<float>(State::size(p));
   }
@@ -246,18 +254,12 @@ void cross_forward_heads(const CrossForward& p, int64_t begin, int64_t end) {
   }
 }
 
-void cross_forward(const CrossForward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return cross_forward_of<float>(p, begin, end);
-    case Dtype::bf16: return cross_forward_of<bf16>(p, begin, end);
-    case Dtype::f16: return cross_forward_of<fp16>(p, begin, end);
-  }
+inline void cross_forward(const CrossForward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { cross_forward_of<decltype(x)>(p, begin, end); });
 }
 
-void cross_forward_join(const CrossForward& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return cross_forward_heads<float>(p, begin, end);
-    case Dtype::bf16: return cross_forward_heads<bf16>(p, begin, end);
-    case Dtype::f16: return cross_forward_heads<fp16>(p, begin, end);
-  }
+inline void cross_forward_join(const CrossForward& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { cross_forward_heads<decltype(x)>(p, begin, end); });
 }
+
+SVITT_KERNELS_END

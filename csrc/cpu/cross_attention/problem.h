@@ -1,24 +1,22 @@
 // What the dispatcher hands to the kernels of each instruction set: pointers, strides, sizes.
 #pragma once
 
+#include <cstdint>
+
 #include "../common/attention.h"
 
 namespace svitt {
 
 enum class Saliency { none, cls, mean };
 
-struct CrossAttention {
-  Dtype dtype;
-  int64_t batch, heads, queries, keys;
-  int head_dim;
-  Matrix query, key, value;
+struct CrossAttention : AttentionInputs {
+  int64_t queries, keys;
   // Of each sample the numbers of the keys that it attends, ascending, (batch, keys) and (batch,);
   // null where it attends all of them.
   const int32_t* present;
   const int64_t* counts;
   const bool* ignored;  // (batch, keys), or null
-  float scale;
-  int64_t parts;  // that the keys of a head are cut into, so that few heads make many items
+  int64_t parts;        // that the keys of a head are cut into, so that few heads make many items
 
   const int32_t* present_of(int64_t b) const {
     return present == nullptr ? nullptr : present + b * keys;
@@ -35,33 +33,20 @@ struct CrossForward : CrossAttention {
   float* partials;  // `partial_size` floats for each part of each head; null if 1 part
 };
 
-struct CrossBackward : CrossAttention {
-  Matrix grad_out, out;
-  const double* lse;
-  void *grad_query, *grad_key, *grad_value;  // (batch, tokens, heads, head_dim) contiguous
-  float*
-      partials;  // (batch, heads, parts, queries, head_dim) of the query's gradient; null if 1 part
+struct CrossBackward : CrossAttention, AttentionGradients {
+  // (batch, heads, parts, queries, head_dim) of the query's gradient; null if 1 part
+  float* partials;
 };
 
-// Items are parts of heads, then heads; independent of each other, so that any split over threads
-// gives the same bits. The second functions put the parts together.
-#define SVITT_DECLARE(ISA) \
-  namespace ISA { \
-  int64_t partial_size(const CrossForward& problem); \
-  void cross_forward(const CrossForward& problem, int64_t begin, int64_t end); \
-  void cross_forward_join(const CrossForward& problem, int64_t begin, int64_t end); \
-  void cross_backward(const CrossBackward& problem, int64_t begin, int64_t end); \
-  void cross_backward_join(const CrossBackward& problem, int64_t begin, int64_t end); \
-  }
-SVITT_DECLARE(generic)
-SVITT_DECLARE(avx2)
-SVITT_DECLARE(avx512)
-#undef SVITT_DECLARE
-
-namespace avx512 {
-/// bf16 with head_dim a multiple of 32 on the matrix tiles; items as in `cross_forward`.
-void cross_forward_amx(const CrossForward& problem, int64_t begin, int64_t end);
-void cross_backward_amx(const CrossBackward& problem, int64_t begin, int64_t end);
-}  // namespace avx512
+/// Items are parts of heads, then heads; independent of each other, so that any split over threads
+/// gives the same bits. The second functions put the parts together.
+struct CrossKernels {
+  bool (*takes)(const CrossAttention& problem);
+  int64_t (*partial_size)(const CrossForward& problem);
+  void (*forward)(const CrossForward& problem, int64_t begin, int64_t end);
+  void (*forward_join)(const CrossForward& problem, int64_t begin, int64_t end);
+  void (*backward)(const CrossBackward& problem, int64_t begin, int64_t end);
+  void (*backward_join)(const CrossBackward& problem, int64_t begin, int64_t end);
+};
 
 }  // namespace svitt

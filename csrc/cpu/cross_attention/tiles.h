@@ -1,5 +1,12 @@
 // Tiles of keys, as the forward and the backward of cross-attention read them.
-// Included inside namespace svitt::SVITT_ISA after common/arena.h.
+#pragma once
+
+#include "../common/attention_rows.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kQueryTile = 64;  // queries, held in the lanes of vectors
 constexpr int kKeyTile = 64;    // keys, one row each
@@ -42,13 +49,6 @@ SVITT_INLINE Rows tile_rows(const CrossAttention& p, const Matrix& m, const KeyR
       copy_rows(from + present[j + i] * m.token, 0, 1, p.head_dim, buffer + i * width, width);
   }
   return {buffer, width};
-}
-
-/// Row `token` of a result (batch, tokens, heads, head_dim).
-template <class T>
-SVITT_INLINE T* result_row(const CrossAttention& p, void* result, int64_t tokens, int64_t b,
-                           int64_t h, int64_t token) {
-  return static_cast<T*>(result) + ((b * tokens + token) * p.heads + h) * p.head_dim;
 }
 
 /// Queries [row, row + rows) of an operand, transposed: lanes past the last row are 0.
@@ -100,3 +100,5 @@ SVITT_INLINE void multiply_keys(const CrossAttention& p, const KeyRange& range, 
     }
   }
 }
+
+SVITT_KERNELS_END

@@ -1,13 +1,16 @@
 // Backward: similarities again, what they weigh in the gradient, and two products with that.
-// Included inside namespace svitt::SVITT_ISA after forward.h.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/contrast_sums.h"
+#include "../common/contrast_tiles.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 constexpr int kSummedTiles = 4;  // tiles of keys whose weights stay in the L2 cache together
-
-/// log(exp(a) + exp(b)) of a row's or a column's negatives and positives.
-SVITT_INLINE double log_sum(double a, double b) {
-  const double most = a > b ? a : b, least = a > b ? b : a;
-  return most + __builtin_log1p(__builtin_exp(least - most));
-}
 
 /// Softmax less target of one positive, from the share of the negatives: nothing cancels once
 /// pairs converge. `stats` is a (5, stride) matrix.
@@ -25,11 +28,9 @@ struct GradScratch {
   float *dots, *kept, *row_high, *row_low, *key_high, *key_low, *key_weight;
 
   explicit GradScratch(int rows) {
-    dots = arena.take<float>(rows * kDotStride);
-    kept = arena.take<float>(rows * kDotStride);
-    row_high = arena.take<float>(kQueryChunk), row_low = arena.take<float>(kQueryChunk);
-    key_high = arena.take<float>(kKeyTile), key_low = arena.take<float>(kKeyTile);
-    key_weight = arena.take<float>(kKeyTile);
+    arena.take_all(rows * kDotStride, dots, kept);
+    arena.take_all(kQueryChunk, row_high, row_low);
+    arena.take_all(kKeyTile, key_high, key_low, key_weight);
   }
 
   /// The log-sum-exp of rows or columns, as two floats each: one is not enough where it is large.
@@ -105,7 +106,8 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
 }
 
 /// Weights of a tile of keys with a chunk of queries, and the keys' gradient from them.
-void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin, int64_t end) {
+inline void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin,
+                                   int64_t end) {
   const FlushDenormals flush;
   GradScratch s(kDotRows);
   const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
@@ -134,26 +136,18 @@ void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t be
   }
 }
 
-template <class T>
-void write_rows(const float* from, int64_t step, int dim, float factor, T* to, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) write_row(to + r * dim, from + r * step, dim, factor);
-}
-
-void write_rows(const ContrastBackward& p, const float* from, void* to, int64_t row, int64_t rows) {
-  const int64_t at = row * p.dim, step = p.padded_dim();
-  switch (p.grad_dtype) {
-    case Dtype::f32:
-      return write_rows(from, step, p.dim, p.factor, static_cast<float*>(to) + at, rows);
-    case Dtype::bf16:
-      return write_rows(from, step, p.dim, p.factor, static_cast<bf16*>(to) + at, rows);
-    case Dtype::f16:
-      return write_rows(from, step, p.dim, p.factor, static_cast<fp16*>(to) + at, rows);
-  }
+inline void write_rows(const ContrastBackward& p, const float* from, void* to, int64_t row,
+                       int64_t rows) {
+  with_type(p.grad_dtype, [&](auto x) {
+    auto* first = static_cast<decltype(x)*>(to) + row * p.dim;
+    for (int64_t r = 0; r < rows; ++r)
+      write_row(first + r * p.dim, from + r * p.padded_dim(), p.dim, p.factor);
+  });
 }
 
 /// The gradient of queries [begin, end) of a chunk, from the weights of all tiles.
-void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                               int64_t end) {
+inline void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin,
+                                      int64_t end) {
   const int count = static_cast<int>(end - begin), step = p.padded_dim();
   float* rows[kQueryChunk];
   for (int64_t first = 0; first < p.tiles(); first += kSummedTiles)
@@ -171,6 +165,8 @@ void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t
   write_rows(p, p.grad_queries + begin * step, p.grad_query, chunk * kQueryChunk + begin, count);
 }
 
-void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end) {
+inline void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end) {
   write_rows(p, p.grad_keys + begin * p.padded_dim(), p.grad_key, begin, end - begin);
 }
+
+SVITT_KERNELS_END

@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "../common/contrast_host.h"
+#include "../common/dispatch.h"
+#include "problem.h"
 
 namespace svitt {
 namespace {
@@ -70,10 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
                                               OptionalTensor query_ids, OptionalTensor key_ids,
                                               int64_t first_row, bool symmetric,
                                               double label_smoothing) {
-  ContrastProblem<ContrastForward> problem(query, key, query_ids, key_ids, first_row);
+  ContrastProblem<ContrastForward> problem("info_nce", query, key, query_ids, key_ids, first_row);
   ContrastForward& p = problem.p;
   set_temperature(p, temperature);
-  const ContrastKernels k = loss_kernels(p.dtype);
+  const InfoNceKernels& k = choose<InfoNceKernels>(p);
   p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
   problem.pack(k, false);
   Tensor loss = empty(query, {}, ScalarType::Float),
@@ -112,14 +114,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
                                                OptionalTensor key_ids, int64_t first_row,
                                                Tensor rows, Tensor columns, double label_smoothing,
                                                bool wide) {
-  ContrastProblem<ContrastBackward> problem(query, key, query_ids, key_ids, first_row);
+  ContrastProblem<ContrastBackward> problem("info_nce", query, key, query_ids, key_ids, first_row);
   ContrastBackward& p = problem.p;
   set_temperature(p, temperature);
-  const ContrastKernels k = loss_kernels(p.dtype);
+  const InfoNceKernels& k = choose<InfoNceKernels>(p);
   problem.pack(k, true);
-  const bool tiled = k.pack_tiles != nullptr;
-  if (!tiled)
-    p.query_panels = problem.query_panels->get(), p.key_panels = problem.key_panels->get();
+  const bool tiled = k.tiles != nullptr;
+  p.query_panels = problem.query_panels, p.key_panels = problem.key_panels;
   p.symmetric = columns.numel() > 0;
   p.of_rows = rows.const_data_ptr<double>();
   p.of_columns = p.symmetric ? columns.const_data_ptr<double>() : nullptr;

@@ -1,9 +1,13 @@
 // Forward: a thread owns a tile of keys and all their columns; rows are parts, one per tile.
-// Included inside namespace svitt::SVITT_ISA after common/contrast_tiles.h.
+#pragma once
 
-SVITT_INLINE float exp_float(float x) { return exp_nonpositive(splat(x))[0]; }
+#include "../common/arena.h"
+#include "../common/contrast_sums.h"
+#include "../common/contrast_tiles.h"
+#include "../common/simd.h"
+#include "problem.h"
 
-SVITT_INLINE void clear(Tally& t) { t = {-kInfinity, -kInfinity, 0, 0, 0, 0, 0}; }
+SVITT_KERNELS_BEGIN
 
 SVITT_INLINE void add_positive(Tally& t, float dot, float scale) {
   const double x = static_cast<double>(dot) * scale;
@@ -16,17 +20,6 @@ SVITT_INLINE void add_positive(Tally& t, float dot, float scale) {
   }
   t.same += dot;
   ++t.count;
-}
-
-/// A sum of exp(x - most) joins the negatives.
-SVITT_INLINE void add_negatives(Tally& t, float most, float sum) {
-  if (most == -kInfinity) return;
-  if (most > t.most) {
-    t.sum = (t.most == -kInfinity ? 0.0f : t.sum * exp_float(t.most - most)) + sum;
-    t.most = most;
-  } else {
-    t.sum += sum * exp_float(most - t.most);
-  }
 }
 
 /// One exponential for rows and columns.
@@ -47,32 +40,6 @@ SVITT_INLINE void sum_shared(const Contrast& p, const DotTile& t, Tally* of_rows
   }
   if (of_columns == nullptr) return;
   for (int c = 0; c < t.keys; ++c) add_negatives(of_columns[c], offset, sums[c]);
-}
-
-/// Offsets of their own for each row and each column.
-SVITT_INLINE void sum_apart(const Contrast& p, const DotTile& t, Tally* of_rows,
-                            Tally* of_columns) {
-  const vf scale = splat(p.scale);
-  for (int r = 0; r < t.rows; ++r) {
-    const float* x = t.dots + r * kDotStride;
-    vf high = splat(-kInfinity), sum{};
-    for (int c = 0; c < t.keys; c += W) high = vmax(high, load(x + c));
-    const float most = hmax(high) * p.scale;
-    if (most == -kInfinity) continue;
-    for (int c = 0; c < t.keys; c += W)
-      sum += exp_nonpositive(multiply_add(load(x + c), scale, splat(-most)));
-    add_negatives(of_rows[r], most, hsum(sum));
-  }
-  if (of_columns == nullptr) return;
-  for (int c = 0; c < t.keys; c += W) {
-    vf high = splat(-kInfinity), sum{};
-    for (int r = 0; r < t.rows; ++r) high = vmax(high, load(t.dots + r * kDotStride + c));
-    high = high * scale;
-    const vf offset = high == -kInfinity ? vf{} : high;
-    for (int r = 0; r < t.rows; ++r)
-      sum += exp_nonpositive(multiply_add(load(t.dots + r * kDotStride + c), scale, -offset));
-    for (int i = 0; i < W && c + i < t.keys; ++i) add_negatives(of_columns[c + i], high[i], sum[i]);
-  }
 }
 
 /// Everything that a tile of similarities says about its rows and its keys.
@@ -111,18 +78,27 @@ SVITT_INLINE Tally* key_tallies(const ContrastForward& p, int64_t chunk, int64_t
   return of_keys;
 }
 
-void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
+/// Tiles [begin, end) of a chunk, `kStep` queries at a time; `compute` makes their similarities.
+template <int kStep, class Compute>
+SVITT_INLINE void forward_tiles(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end,
+                                const Compute& compute) {
   const FlushDenormals flush;
   Arena arena;
-  float* dots = arena.take<float>(kDotRows * kDotStride);
+  float* dots = arena.take<float>(kStep * kDotStride);
   for (int64_t tile = begin; tile < end; ++tile) {
     Tally* of_keys = key_tallies(p, chunk, tile);
     Tally* of_rows = p.row_parts + tile * p.chunk_rows();
     const int64_t start = chunk * kQueryChunk;
-    for (int64_t row = start; row < chunk_end(p, chunk); row += kDotRows) {
-      DotTile t = dot_tile(p, chunk, row, tile, dots);
-      t.compute(p);
+    for (int64_t row = start; row < chunk_end(p, chunk); row += kStep) {
+      DotTile t = dot_tile(p, chunk, row, tile, dots, kStep);
+      compute(t);
       add_tile(p, t, of_rows + (row - start), of_keys);
     }
   }
 }
+
+inline void contrast_forward(const ContrastForward& p, int64_t chunk, int64_t begin, int64_t end) {
+  forward_tiles<kDotRows>(p, chunk, begin, end, [&](DotTile& t) { t.compute(p); });
+}
+
+SVITT_KERNELS_END

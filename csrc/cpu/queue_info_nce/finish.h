@@ -1,5 +1,14 @@
 // What is left of the loss against a queue once the negatives are summed: positives, which are few,
-// and everything put together. Included inside namespace svitt::SVITT_ISA after sweep.h.
+// and everything put together.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/contrast_sums.h"
+#include "../common/contrast_tiles.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 template <class T>
 SVITT_INLINE float dot_rows(const float* a, const T* b, int dim) {
@@ -18,12 +27,8 @@ void queue_centres(const ContrastQueue& p, int64_t begin, int64_t end) {
   }
 }
 
-void contrast_queue_centres(const ContrastQueue& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return queue_centres<float>(p, begin, end);
-    case Dtype::bf16: return queue_centres<bf16>(p, begin, end);
-    case Dtype::f16: return queue_centres<fp16>(p, begin, end);
-  }
+inline void contrast_queue_centres(const ContrastQueue& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { queue_centres<decltype(x)>(p, begin, end); });
 }
 
 /// A positive of one query: logits and similarity less those of the own pair.
@@ -154,10 +159,8 @@ void queue_finish(const ContrastQueue& p, int64_t begin, int64_t end) {
   }
 }
 
-void contrast_queue_finish(const ContrastQueue& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::f32: return queue_finish<float>(p, begin, end);
-    case Dtype::bf16: return queue_finish<bf16>(p, begin, end);
-    case Dtype::f16: return queue_finish<fp16>(p, begin, end);
-  }
+inline void contrast_queue_finish(const ContrastQueue& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto x) { queue_finish<decltype(x)>(p, begin, end); });
 }
+
+SVITT_KERNELS_END

@@ -1,5 +1,15 @@
 // The loss against a batch and a queue: one sweep, in which the candidates are also the values that
-// the gradient sums. Included inside namespace svitt::SVITT_ISA after info_nce/backward.h.
+// the gradient sums.
+#pragma once
+
+#include "../common/arena.h"
+#include "../common/contrast_sums.h"
+#include "../common/contrast_tiles.h"
+#include "../common/gemm.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 /// A tile of candidates, of the batch or of the queue, as a problem of its own.
 struct Candidates : Contrast {
@@ -18,13 +28,6 @@ struct Candidates : Contrast {
     first_row = queued ? -p.queries - kKeyTile : -first;  // without ids a queue has no positives
   }
 
-  DotTile some_rows(int64_t row, int64_t limit, int most, float* dots) const {
-    DotTile t{};
-    t.row = row, t.rows = static_cast<int>(limit - row < most ? limit - row : most);
-    t.keys = static_cast<int>(keys), t.dots = dots;
-    return t;
-  }
-
   TileOperands tiled(uint16_t* columns_to, uint16_t* values_to) const {
     return {row_of<uint16_t>(data, step, first), step, keys, dim, nullptr, columns_to, values_to};
   }
@@ -37,11 +40,7 @@ struct Candidates : Contrast {
     if (panels != nullptr) pack_panels<T>(from, step, dim, 0, count, kKeyTile, panels);
   }
   void pack(float* to, float* panels) const {
-    switch (dtype) {
-      case Dtype::f32: return pack<float>(to, panels);
-      case Dtype::bf16: return pack<bf16>(to, panels);
-      case Dtype::f16: return pack<fp16>(to, panels);
-    }
+    with_type(dtype, [&](auto x) { pack<decltype(x)>(to, panels); });
   }
 };
 
@@ -137,7 +136,8 @@ void sweep_candidates(const ContrastQueue& p, Products& products, int64_t begin,
       const Candidates tile(p, n);
       products.pack(tile);
       for (int64_t row = of.start; row < of.limit; row += kStep) {
-        DotTile t = tile.some_rows(row, of.limit, kStep, dots), other = t;
+        const int64_t left = of.limit - row;
+        DotTile t = place_tile(tile, row, left < kStep ? left : kStep, 0, dots), other = t;
         other.dots = taught;
         products.compute(tile, t, false);
         mark_unusable(p, t, of.tallies + row, &QueueTally::student);
@@ -189,7 +189,9 @@ struct QueueProducts {
   }
 };
 
-void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end) {
+inline void contrast_queue(const ContrastQueue& p, int64_t begin, int64_t end) {
   QueueProducts products(p);
   sweep_candidates(p, products, begin, end);
 }
+
+SVITT_KERNELS_END

@@ -1,16 +1,18 @@
-// Retrieval ranks on the CPU; the kernel is in sample_hard_negatives/sample.h.
+// Retrieval ranks on the CPU; the kernel is in rank.h.
 
 #include <torch/csrc/stable/library.h>
 
 #include "../common/contrast_host.h"
+#include "../common/dispatch.h"
+#include "problem.h"
 
 namespace svitt {
 namespace {
 
 Tensor retrieval_ranks(Tensor query, Tensor key, OptionalTensor query_ids, OptionalTensor key_ids) {
-  ContrastProblem<ContrastSearch> problem(query, key, query_ids, key_ids, 0);
-  ContrastSearch& p = problem.p;
-  const ContrastKernels k = contrast_kernels();
+  ContrastProblem<ContrastRank> problem("retrieval_ranks", query, key, query_ids, key_ids);
+  ContrastRank& p = problem.p;
+  const RankKernels& k = choose<RankKernels>(p);
   Tensor found = empty(query, {p.queries}, ScalarType::Long);
   p.found = found.mutable_data_ptr<int64_t>();
   problem.pack(k, false);

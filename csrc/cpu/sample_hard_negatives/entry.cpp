@@ -3,15 +3,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/contrast_host.h"
+#include "../common/dispatch.h"
+#include "problem.h"
 
 namespace svitt {
 namespace {
 
 Tensor sample_hard_negatives(Tensor query, Tensor key, Tensor temperature, OptionalTensor query_ids,
                              OptionalTensor key_ids, Tensor uniform) {
-  ContrastProblem<ContrastSearch> problem(query, key, query_ids, key_ids, 0);
-  ContrastSearch& p = problem.p;
-  const ContrastKernels k = contrast_kernels();
+  ContrastProblem<ContrastSample> problem("sample_hard_negatives", query, key, query_ids, key_ids);
+  ContrastSample& p = problem.p;
+  const SampleKernels& k = choose<SampleKernels>(p);
   Tensor found = empty(query, {p.queries}, ScalarType::Long);
   set_temperature(p, temperature);
   p.uniform = uniform.const_data_ptr<double>();

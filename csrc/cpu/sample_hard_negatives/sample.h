@@ -1,18 +1,13 @@
-// Searches among the keys: a sampled negative, and the rank of the best positive. Items are
-// queries. Included inside namespace svitt::SVITT_ISA after info_nce/forward.h.
-//
-// Ranks take two looks at each row: the best positive, then all keys. Tiles that hold positives are
-// kept between the two; computing them twice cost a quarter of all products at 1000 keys.
+// A sampled negative for each query.
+#pragma once
 
-/// Some queries by a tile of keys, not computed yet.
-SVITT_INLINE DotTile place_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
-                                float* dots) {
-  DotTile t{};
-  const int64_t left = p.keys - tile * kKeyTile;
-  t.row = row, t.tile = tile, t.first_key = tile * kKeyTile, t.dots = dots;
-  t.rows = static_cast<int>(rows), t.keys = static_cast<int>(left < kKeyTile ? left : kKeyTile);
-  return t;
-}
+#include "../common/arena.h"
+#include "../common/contrast_sums.h"
+#include "../common/contrast_tiles.h"
+#include "../common/simd.h"
+#include "problem.h"
+
+SVITT_KERNELS_BEGIN
 
 SVITT_INLINE DotTile some_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
                                float* dots) {
@@ -33,7 +28,7 @@ SVITT_INLINE void keep_choices(const Contrast& p, DotTile& t) {
 
 /// The key of one tile at which the weights exp(x - most), added up, pass `target`; or the last
 /// that weighs anything, where rounding leaves none.
-SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most, double target) {
+SVITT_INLINE int64_t pass(const ContrastSample& p, const DotTile& t, double most, double target) {
   const vf scale = splat(p.scale), offset = splat(-static_cast<float>(most));
   double sum = 0.0;
   int64_t last = -1;
@@ -50,7 +45,7 @@ SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most
   return last;
 }
 
-void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
+inline void contrast_sample(const ContrastSample& p, int64_t begin, int64_t end) {
   Arena arena;
   float* dots = arena.take<float>(kDotRows * kDotStride);
   Tally* parts = arena.take<Tally>(p.tiles() * kDotRows);
@@ -91,56 +86,4 @@ void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
   }
 }
 
-SVITT_INLINE bool holds_positives(const Contrast& p, const DotTile& t) {
-  bool found = false;
-  t.for_positives(p, [&](int, int, float) { found = true; });
-  return found;
-}
-
-/// Adds, per lane, how many similarities of a row are finite and at most `best`: what is no number
-/// counts against the query.
-SVITT_INLINE vi count_beaten(const float* dots, int keys, float best, vi beaten) {
-  const auto holds = [&](vf x) { return (x <= best) & (x > -kInfinity); };  // -1 where it does
-  int c = 0;
-  for (; c + W <= keys; c += W) beaten -= holds(load(dots + c));
-  if (c < keys) beaten -= holds(load(dots + c)) & (lane_numbers() + c < keys);
-  return beaten;
-}
-
-constexpr int kKeptTiles = 8;  // with positives, half a megabyte; more are computed twice
-
-void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
-  constexpr int64_t kSize = kDotRows * kDotStride;
-  Arena arena;
-  float *dots = arena.take<float>(kSize), *kept = arena.take<float>(kKeptTiles * kSize);
-  for (int64_t row = begin; row < end; row += kDotRows) {
-    const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
-    float best[kDotRows];
-    vi beaten[kDotRows];
-    for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, beaten[r] = vi{};
-    int64_t tiles_kept[kKeptTiles];
-    int count = 0;
-    for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-      DotTile t = place_tile(p, row, rows, tile, count < kKeptTiles ? kept + count * kSize : dots);
-      if (!holds_positives(p, t)) continue;
-      t.compute(p);
-      t.for_positives(p, [&](int r, int, float dot) {
-        if (dot > best[r] && dot < kInfinity) best[r] = dot;
-      });
-      if (count < kKeptTiles) tiles_kept[count++] = tile;
-    }
-    int next = 0;
-    for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-      const bool known = next < count && tiles_kept[next] == tile;
-      DotTile t = place_tile(p, row, rows, tile, known ? kept + next++ * kSize : dots);
-      if (!known) t.compute(p);
-      for (int64_t r = 0; r < rows; ++r)
-        beaten[r] = count_beaten(t.dots + r * kDotStride, t.keys, best[r], beaten[r]);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t rank = p.keys;  // also where no positive has a finite similarity: nothing is beaten
-      for (int i = 0; i < W; ++i) rank -= beaten[r][i];
-      p.found[row + r] = rank;
-    }
-  }
-}
+SVITT_KERNELS_END

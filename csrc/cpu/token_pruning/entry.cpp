@@ -17,26 +17,20 @@
 // Shapes, strides and `keep` were checked in Python.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../common/pages.h"
+#include "../common/tensors.h"
 
 namespace svitt {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 /// How a floating dtype's bits lie in the upper end of 32.
 struct Format {
@@ -180,7 +174,7 @@ void gather_rows(const Tensor& from, Tensor& out, const Source& source) {
 }
 
 Tensor select_op(Tensor scores, int64_t keep) {
-  Tensor indices = torch::stable::new_empty(scores, {scores.size(0), keep}, ScalarType::Long);
+  Tensor indices = empty(scores, {scores.size(0), keep}, ScalarType::Long);
   select(selection(scores, keep, indices), scores.size(0));
   return indices;
 }
@@ -188,19 +182,19 @@ Tensor select_op(Tensor scores, int64_t keep) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> prune_op(Tensor tokens, Tensor scores, int64_t keep,
                                                     int64_t num_global, OptionalTensor codes) {
   const int64_t batch = scores.size(0), num_tokens = scores.size(1);
-  Tensor indices = torch::stable::new_empty(scores, {batch, keep}, ScalarType::Long);
-  Tensor inverse = torch::stable::new_empty(scores, {batch, num_tokens}, ScalarType::Int);
+  Tensor indices = empty(scores, {batch, keep}, ScalarType::Long);
+  Tensor inverse = empty(scores, {batch, num_tokens}, ScalarType::Int);
   Selection p = selection(scores, keep, indices);
   p.inverse = inverse.mutable_data_ptr<int32_t>();
-  Tensor kept_codes = torch::stable::new_empty(inverse, {0});
+  Tensor kept_codes = empty(inverse, {0});
   if (codes.has_value()) {
-    kept_codes = torch::stable::new_empty(inverse, {batch, keep});
+    kept_codes = empty(inverse, {batch, keep});
     p.codes = codes->const_data_ptr<int32_t>();
     p.codes_stride = codes->size(0) > 1 ? num_tokens : 0;
     p.kept_codes = kept_codes.mutable_data_ptr<int32_t>();
   }
   select(p, batch);
-  Tensor out = torch::stable::new_empty(tokens, {batch, num_global + keep, tokens.size(2)});
+  Tensor out = empty(tokens, {batch, num_global + keep, tokens.size(2)});
   gather_rows(tokens, out, [&](int64_t b, int64_t r) {
     return r < num_global ? r : num_global + p.indices[b * keep + r - num_global];
   });
@@ -210,8 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_op(Tensor tokens, Tensor scores
 Tensor backward_op(Tensor grad_out, Tensor inverse, int64_t num_global) {
   const int64_t batch = inverse.size(0), num_tokens = inverse.size(1);
   const int32_t* slots = inverse.const_data_ptr<int32_t>();
-  Tensor grad =
-      torch::stable::new_empty(grad_out, {batch, num_global + num_tokens, grad_out.size(2)});
+  Tensor grad = empty(grad_out, {batch, num_global + num_tokens, grad_out.size(2)});
   gather_rows(grad_out, grad, [&](int64_t b, int64_t r) -> int64_t {
     if (r < num_global) return r;
     const int64_t slot = slots[b * num_tokens + r - num_global];

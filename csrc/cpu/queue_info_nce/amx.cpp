@@ -1,5 +1,18 @@
-// Products of the loss against a batch and a queue on the AMX matrix tiles.
-// Included inside namespace svitt::avx512 after sweep.h and common/amx_contrast.h.
+// InfoNCE against a batch and a queue for AMX.
+#if defined(__x86_64__)
+#define SVITT_ISA amx
+
+#include "../common/amx.h"
+#include "../common/amx_contrast.h"
+#include "../common/arena.h"
+#include "../common/contrast_tiles.h"
+#include "../common/dispatch.h"
+#include "../common/gemm.h"
+#include "finish.h"
+#include "problem.h"
+#include "sweep.h"
+
+SVITT_KERNELS_BEGIN
 
 struct TiledQueueProducts {
   static constexpr int kStep = kAmxRows;
@@ -9,8 +22,7 @@ struct TiledQueueProducts {
   uint16_t *columns, *values, *copy, *rounded;
 
   explicit TiledQueueProducts(const ContrastQueue& problem) : p(problem) {
-    columns = arena.take<uint16_t>(static_cast<int64_t>(kKeyTile) * p.padded_dim());
-    values = arena.take<uint16_t>(static_cast<int64_t>(kKeyTile) * p.padded_dim());
+    arena.take_all(static_cast<int64_t>(kKeyTile) * p.padded_dim(), columns, values);
     copy = arena.take<uint16_t>(kTileRows * p.padded_dim());
     rounded = arena.take<uint16_t>(kAmxRows * kRoundedStride);
   }
@@ -28,12 +40,14 @@ struct TiledQueueProducts {
   }
 };
 
-void contrast_queue_amx(const ContrastQueue& p, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  {
-    TiledQueueProducts products(p);
-    sweep_candidates(p, products, begin, end);
-  }
-  _tile_release();
+static void contrast_queue_amx(const ContrastQueue& p, int64_t begin, int64_t end) {
+  const TileRegisters registers;
+  TiledQueueProducts products(p);
+  sweep_candidates(p, products, begin, end);
 }
+
+SVITT_KERNELS_END
+
+SVITT_ADD_KERNELS(QueueKernels,
+                  {kTilePack, contrast_queue_centres, contrast_queue_amx, contrast_queue_finish})
+#endif

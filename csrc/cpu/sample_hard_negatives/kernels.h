@@ -1,0 +1,9 @@
+// The table of a set of plain vectors.
+#pragma once
+
+#include "../common/contrast_tiles.h"
+#include "../common/dispatch.h"
+#include "problem.h"
+#include "sample.h"
+
+SVITT_ADD_KERNELS(SampleKernels, {kPack, contrast_sample})
