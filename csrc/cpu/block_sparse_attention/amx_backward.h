@@ -10,13 +10,9 @@
 // parts, they would fill the L2 cache.
 #pragma once
 
-#include "../common/amx.h"
 #include "../common/amx_attention.h"
-#include "../common/amx_parts.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "backward.h"
 #include "bias.h"
 #include "problem.h"

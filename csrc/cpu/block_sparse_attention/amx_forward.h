@@ -6,11 +6,8 @@
 // rounded by vectors; in fp32, huge pages for K and V in parts or for the result.
 #pragma once
 
-#include "../common/amx.h"
 #include "../common/amx_parts.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "forward.h"
 #include "problem.h"
 #include "tiles.h"

@@ -9,8 +9,6 @@
 
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "bias.h"
 #include "problem.h"
 #include "tiles.h"

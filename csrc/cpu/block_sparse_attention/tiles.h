@@ -2,8 +2,6 @@
 #pragma once
 
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "problem.h"
 
 SVITT_KERNELS_BEGIN

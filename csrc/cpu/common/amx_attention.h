@@ -1,11 +1,8 @@
 // Products of attention on the matrix tiles, beyond those of amx.h.
 #pragma once
 
-#include "amx.h"
 #include "amx_parts.h"
 #include "attention_rows.h"
-#include "gemm.h"
-#include "simd.h"
 
 SVITT_KERNELS_BEGIN
 

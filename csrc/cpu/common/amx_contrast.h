@@ -14,8 +14,6 @@
 #include "arena.h"
 #include "contrast.h"
 #include "contrast_tiles.h"
-#include "gemm.h"
-#include "simd.h"
 
 SVITT_KERNELS_BEGIN
 

@@ -1,4 +1,4 @@
-// Rows of the operands and results of attention.
+// What attention builds on: vectors, products, and rows of its operands and results.
 #pragma once
 
 #include "attention.h"

@@ -72,4 +72,15 @@ struct PackKernels {
   void (*tiles)(const TileOperands& to, int64_t begin, int64_t end);  // groups of 32 rows; or null
 };
 
+struct ContrastSearch : Contrast {
+  const double* uniform;  // (queries), or null
+  int64_t* found;         // (queries), one of the keys or a rank
+};
+
+struct SearchKernels : PackKernels {
+  void (*find)(const ContrastSearch& p, int64_t begin, int64_t end);
+};
+struct SampleKernels : SearchKernels {};
+struct RankKernels : SearchKernels {};
+
 }  // namespace svitt

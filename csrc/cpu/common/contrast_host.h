@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "contrast.h"
+#include "dispatch.h"
 #include "dtype.h"
 #include "tensors.h"
 
@@ -134,5 +135,17 @@ struct ContrastProblem {
     parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.keys(p, key_panels, a, b); });
   }
 };
+
+/// What the kernels find for each query.
+template <class Kernels>
+Tensor search(ContrastProblem<ContrastSearch>& problem, const Tensor& query) {
+  ContrastSearch& p = problem.p;
+  const Kernels& k = choose<Kernels>(p);
+  Tensor found = empty(query, {p.queries}, ScalarType::Long);
+  p.found = found.mutable_data_ptr<int64_t>();
+  problem.pack(k, false);
+  parallel_for(0, p.queries, kGrain, [&](int64_t a, int64_t b) { k.find(p, a, b); });
+  return found;
+}
 
 }  // namespace svitt

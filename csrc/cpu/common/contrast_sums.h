@@ -3,7 +3,6 @@
 
 #include "contrast.h"
 #include "contrast_tiles.h"
-#include "simd.h"
 
 SVITT_KERNELS_BEGIN
 

@@ -15,12 +15,9 @@
 // end (1.05).
 #pragma once
 
-#include "../common/amx.h"
 #include "../common/amx_attention.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "amx_forward.h"
 #include "backward.h"
 #include "problem.h"

@@ -7,12 +7,9 @@
 // accumulation stay in fp32.
 #pragma once
 
-#include "../common/amx.h"
 #include "../common/amx_attention.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "forward.h"
 #include "problem.h"
 #include "tiles.h"
@@ -92,11 +89,7 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
         if (kept != nullptr && at < n) store(kept + at * step + c, e[k]);
         sum += e[k];
       }
-      const auto rounded =
-          _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[1]), reinterpret_cast<__m512>(e[0]));
-      __m512i bits;
-      std::memcpy(&bits, &rounded, 64);
-      pairs[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(order, bits));
+      pairs[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(order, round_pairs(e[0], e[1])));
     }
     transpose(pairs);
 #pragma GCC unroll 16

@@ -12,8 +12,6 @@
 
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/gemm.h"
-#include "../common/simd.h"
 #include "problem.h"
 #include "tiles.h"
 

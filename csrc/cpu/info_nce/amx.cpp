@@ -2,11 +2,9 @@
 #if defined(__x86_64__)
 #define SVITT_ISA amx
 
-#include "../common/amx.h"
 #include "../common/amx_contrast.h"
 #include "../common/contrast_tiles.h"
 #include "../common/dispatch.h"
-#include "../common/gemm.h"
 #include "backward.h"
 #include "forward.h"
 #include "problem.h"

@@ -2,12 +2,10 @@
 #if defined(__x86_64__)
 #define SVITT_ISA amx
 
-#include "../common/amx.h"
 #include "../common/amx_contrast.h"
 #include "../common/arena.h"
 #include "../common/contrast_tiles.h"
 #include "../common/dispatch.h"
-#include "../common/gemm.h"
 #include "finish.h"
 #include "problem.h"
 #include "sweep.h"

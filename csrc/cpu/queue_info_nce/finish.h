@@ -5,7 +5,6 @@
 #include "../common/arena.h"
 #include "../common/contrast_sums.h"
 #include "../common/contrast_tiles.h"
-#include "../common/simd.h"
 #include "problem.h"
 
 SVITT_KERNELS_BEGIN

@@ -3,7 +3,6 @@
 
 #include "../common/contrast_tiles.h"
 #include "../common/dispatch.h"
-#include "problem.h"
 #include "rank.h"
 
-SVITT_ADD_KERNELS(RankKernels, {kPack, contrast_rank})
+SVITT_ADD_KERNELS(RankKernels, {{kPack, contrast_rank}})

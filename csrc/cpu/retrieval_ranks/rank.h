@@ -6,8 +6,6 @@
 
 #include "../common/arena.h"
 #include "../common/contrast_tiles.h"
-#include "../common/simd.h"
-#include "problem.h"
 
 SVITT_KERNELS_BEGIN
 
@@ -29,7 +27,7 @@ SVITT_INLINE vi count_beaten(const float* dots, int keys, float best, vi beaten)
 
 constexpr int kKeptTiles = 8;  // with positives, half a megabyte; more are computed twice
 
-inline void contrast_rank(const ContrastRank& p, int64_t begin, int64_t end) {
+inline void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
   constexpr int64_t kSize = kDotRows * kDotStride;
   Arena arena;
   float *dots = arena.take<float>(kSize), *kept = arena.take<float>(kKeptTiles * kSize);

@@ -3,7 +3,6 @@
 
 #include "../common/contrast_tiles.h"
 #include "../common/dispatch.h"
-#include "problem.h"
 #include "sample.h"
 
-SVITT_ADD_KERNELS(SampleKernels, {kPack, contrast_sample})
+SVITT_ADD_KERNELS(SampleKernels, {{kPack, contrast_sample}})

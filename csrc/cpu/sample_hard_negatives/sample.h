@@ -4,8 +4,6 @@
 #include "../common/arena.h"
 #include "../common/contrast_sums.h"
 #include "../common/contrast_tiles.h"
-#include "../common/simd.h"
-#include "problem.h"
 
 SVITT_KERNELS_BEGIN
 
@@ -28,7 +26,7 @@ SVITT_INLINE void keep_choices(const Contrast& p, DotTile& t) {
 
 /// The key of one tile at which the weights exp(x - most), added up, pass `target`; or the last
 /// that weighs anything, where rounding leaves none.
-SVITT_INLINE int64_t pass(const ContrastSample& p, const DotTile& t, double most, double target) {
+SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most, double target) {
   const vf scale = splat(p.scale), offset = splat(-static_cast<float>(most));
   double sum = 0.0;
   int64_t last = -1;
@@ -45,7 +43,7 @@ SVITT_INLINE int64_t pass(const ContrastSample& p, const DotTile& t, double most
   return last;
 }
 
-inline void contrast_sample(const ContrastSample& p, int64_t begin, int64_t end) {
+inline void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
   Arena arena;
   float* dots = arena.take<float>(kDotRows * kDotStride);
   Tally* parts = arena.take<Tally>(p.tiles() * kDotRows);
