@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check asan isa-check interpreter-check fuzz wheel-check guides clean
+  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -76,6 +76,9 @@ build/triton-$(OLD_TRITON): | .venv/installed
 
 cuda-check: .venv/installed
 	$(BIN)/python setup.py -q cuda_check
+
+header-check: .venv/installed
+	$(BIN)/python setup.py -q header_check
 
 # The ops' tests on a CPU extension built with gcc's AddressSanitizer, which the interpreter is not.
 asan: .venv/installed

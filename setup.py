@@ -2,7 +2,8 @@
 
 Metadata is in pyproject.toml. Both extensions use torch's stable ABI and Python's limited API, so
 one wheel serves every later torch and Python. `SVITT_SANITIZE=address` builds the CPU extension
-with AddressSanitizer; `python setup.py cuda_check` compiles the CUDA sources without a GPU.
+with AddressSanitizer; `python setup.py cuda_check` compiles the CUDA sources without a GPU,
+`python setup.py header_check` each header alone.
 """
 
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import ClassVar
@@ -45,9 +47,10 @@ PACKAGES = [
     for package in (name, *(f"{name}.{sub}" for sub in find_packages(folder)))
 ]
 
-CPU_SOURCES = sorted(glob("csrc/cpu/*.cpp"))
+CPU_SOURCES = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+CPU_HEADERS = sorted(glob("csrc/cpu/**/*.h", recursive=True))
+CUDA_HEADERS = sorted(glob("csrc/cuda/**/*.*h", recursive=True))
 TORCH_INCLUDE = str(Path(torch_file).parent / "include")
 
 MACROS = [
@@ -123,7 +126,7 @@ def cpu_extension() -> Extension:
     return CppExtension(
         "svitt_ops._C_cpu",
         CPU_SOURCES,
-        depends=HEADERS,
+        depends=CPU_HEADERS,
         define_macros=MACROS,
         extra_compile_args={"cxx": CXX_FLAGS + flags},
         extra_link_args=flags,
@@ -135,7 +138,7 @@ def cuda_extension() -> Extension:
     return CUDAExtension(
         "svitt_ops._C_cuda",
         CUDA_SOURCES,
-        depends=HEADERS,
+        depends=CUDA_HEADERS,
         define_macros=[*MACROS, ("USE_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         py_limited_api=True,
@@ -170,13 +173,16 @@ def extensions() -> list[Extension]:
     return built
 
 
-class CudaCheck(Command):
-    description = "compile every csrc/cuda/*.cu; needs nvcc, but no GPU and no CUDA build of torch"
+class Check(Command):
     user_options: ClassVar[list[tuple[str, str, str]]] = []
 
     def initialize_options(self) -> None: ...
 
     def finalize_options(self) -> None: ...
+
+
+class CudaCheck(Check):
+    description = "compile every csrc/cuda/*.cu; needs nvcc, but no GPU and no CUDA build of torch"
 
     def run(self) -> None:
         nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"))
@@ -190,19 +196,65 @@ class CudaCheck(Command):
             flags += ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warning-as-error"]
             out = Path("build", "cuda-check")
             out.mkdir(parents=True, exist_ok=True)
-            for source in CUDA_SOURCES:
+            for source in CUDA_SOURCES + [alone(header, out) for header in CUDA_HEADERS]:
                 target = str(out / f"{Path(source).stem}.o")
                 if subprocess.run([nvcc, *flags, "-c", source, "-o", target]).returncode:
                     sys.exit(f"cuda_check: {source} does not compile")
                 print(f"cuda_check: {source} compiles for sm_80 and sm_90a ({cuda_release(nvcc)})")
 
 
-MODULES = [] if "cuda_check" in sys.argv else extensions()
+class HeaderCheck(Check):
+    description = "compile every header of csrc/cpu alone, for each instruction set that it is for"
+
+    def run(self) -> None:
+        compiler = find_compiler()
+        if compiler is None:
+            sys.exit("header_check: no C++20 compiler found")
+        macros = [f"-D{name}={value}" for name, value in MACROS]
+        command = [*shlex.split(compiler), *CXX_FLAGS, *macros, "-Werror", "-fsyntax-only"]
+        out = Path("build", "header-check")
+        out.mkdir(parents=True, exist_ok=True)
+
+        sources = {header: alone(header, out) for header in CPU_HEADERS}
+
+        def fault(job: tuple[str, str]) -> str | None:
+            """What the compiler says of a header; without a set, as an editor opens it."""
+            header, isa = job
+            chosen = [f"-DSVITT_ISA={isa}"] if isa else []
+            done = subprocess.run(
+                [*command, *chosen, sources[header]], capture_output=True, text=True
+            )
+            words = f"header_check: {header} does not compile alone for {isa or 'its own set'}"
+            return done.stderr + words if done.returncode else None
+
+        jobs = [(header, isa) for header in CPU_HEADERS for isa in ("", *other_sets(header))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            if faults := [said for said in pool.map(fault, jobs) if said]:
+                sys.exit("\n".join(faults))
+        print(f"header_check: {len(sources)} headers compile alone, {len(jobs)} with those of sets")
+
+
+def other_sets(header: str) -> list[str]:
+    """The sets that kernels compile for, beside generic; none if a header is for those it names."""
+    text = Path("csrc/cpu/common/isa.h").read_text()
+    _, *others = re.findall(r"^  SET\((\w+), ", text, re.MULTILINE)
+    named = any(f"{Path(header).stem}_".startswith(f"{isa}_") for isa in others)
+    return [] if named or "SVITT_" not in Path(header).read_text() else others
+
+
+def alone(header: str, folder: Path) -> str:
+    """A source that includes nothing but a header, twice."""
+    source = folder / (header.replace("/", "-") + (".cu" if "cuda" in header else ".cpp"))
+    source.write_text(f'#include "{ROOT / header}"\n' * 2)
+    return str(source)
+
+
+MODULES = [] if {"cuda_check", "header_check"} & set(sys.argv) else extensions()
 setup(
     packages=PACKAGES,
     py_modules=["svitt_cli"],  # beside the packages: importing them takes the time that torch does
     package_dir=FOLDERS,
     ext_modules=MODULES,
-    cmdclass={"build_ext": BuildExtension, "cuda_check": CudaCheck},
+    cmdclass={"build_ext": BuildExtension, "cuda_check": CudaCheck, "header_check": HeaderCheck},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODULES else {},
 )

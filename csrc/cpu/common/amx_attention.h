@@ -1,0 +1,89 @@
+// Products of attention on the matrix tiles, beyond those of amx.h.
+#pragma once
+
+#include "amx_parts.h"
+#include "attention_rows.h"
+
+SVITT_KERNELS_BEGIN
+
+constexpr int kStride = 64;  // of a block of weights: keys by queries, at most 64 x 64
+
+/// Products over dims of the rows of A, a multiple of 32, with `lanes` packed ones.
+template <class T = bf16>
+SVITT_INLINE void multiply_dims(const uint16_t* from, int64_t stride, int rows,
+                                const uint16_t* packed, int lanes, int dims, float* products,
+                                int64_t part = 0) {
+  for (int r = 0; r < rows; r += kTileRows)
+    for (int c = 0; c < lanes; c += kTileRows) {
+      clear_tiles();
+      Operand<T>::template add_dims<true>(from + r * stride, stride, part, packed, c, dims);
+      store_tiles(products + r * kStride + c, kStride);
+    }
+}
+
+/// delta = rowsum(dO O), the diagonal of the tile product O dO^T.
+///
+/// It is summed as V dO^T is: where a row has a single key, and O is V, the two are equal to the
+/// last bit and their difference is 0, as it must be.
+template <class T = bf16, class Rows>
+SVITT_INLINE void row_products(const Rows& out, const uint16_t* grad_out, int lanes, int dims,
+                               uint16_t* copy, float* products, float* delta) {
+  const int64_t part = kTileRows * dims;
+  for (int r = 0; r < lanes; r += kTileRows) {
+    Operand<T>::copy([&](int i) { return out(r + i); }, kTileRows, dims, copy, part);
+    multiply_dims<T>(copy, dims, kTileRows, grad_out + Operand<T>::kParts * r * dims, kTileRows,
+                     dims, products, part);
+    for (int i = 0; i < kTileRows; ++i) delta[r + i] = products[i * (kStride + 1)];
+  }
+}
+
+/// 16 values in the lower half of a vector.
+SVITT_INLINE __m512i load_half(const uint16_t* p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+/// A block of slopes, `padded` keys by `lanes` queries, with the queries as rows.
+SVITT_INLINE void turn_slopes(const uint16_t* slopes, int padded, int lanes, uint16_t* turned) {
+  alignas(64) uint16_t interleave[32];
+  for (int i = 0; i < 32; ++i) interleave[i] = static_cast<uint16_t>(i / 2 + 32 * (i % 2));
+  const __m512i order = _mm512_load_si512(interleave);
+  for (int c = 0; c < lanes; c += kTile)
+    for (int j = 0; j < padded; j += kPairs) {
+      vf pairs[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const uint16_t* even = slopes + (j + 2 * i) * kStride + c;
+        pairs[i] = reinterpret_cast<vf>(
+            _mm512_permutex2var_epi16(load_half(even), order, load_half(even + kStride)));
+      }
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) std::memcpy(turned + (c + i) * kStride + j, &pairs[i], 64);
+    }
+}
+
+/// C (rows x dims) = or += A B over `depth`, a multiple of 32; B packed by pack_values.
+template <class T = bf16>
+SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows, int depth,
+                                 int dims, float* c, bool add, int64_t part = 0) {
+  for (int r = 0; r < rows; r += kTileRows)
+    for (int d = 0; d < dims; d += kPairs) {
+      float* to = c + r * dims + d;
+      if (add) {
+        load_tiles(to, dims);
+      } else {
+        clear_tiles();
+      }
+      Operand<T>::add_rows(a + r * kStride, kStride, part, b, d, depth, dims);
+      store_tiles(to, dims);
+    }
+}
+
+/// A result is not read here again: written past the caches, its lines need not be fetched first.
+SVITT_INLINE void stream_row(const float* from, uint16_t* to, int dims) {
+  for (int d = 0; d < dims; d += kPairs)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + d),
+                        round_pairs(load(from + d), load(from + d + W)));
+}
+
+SVITT_KERNELS_END

@@ -1,0 +1,86 @@
+// What the contrastive ops hand to their kernels alike.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace svitt {
+
+constexpr int kKeyTile = 256;                  // keys whose columns one thread owns
+constexpr int kQueryChunk = 512;               // queries between two reductions
+constexpr int kWidest = 32;                    // the widest panel of any instruction set
+constexpr int kGradStride = kKeyTile + 16;     // not a power of two: rows fall into different sets
+constexpr int kRoundedStride = kKeyTile + 32;  // the same for weights in bf16, in whole lines
+constexpr int kSumStride = kQueryChunk + 32;   // and for their transpose
+
+// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums.
+struct Tally {
+  double positive_most;  // positives are few, and exact
+  float most, sum, positive_sum, same, every;
+  int32_t count;
+};
+
+/// bf16 rows as operands of the matrix tiles, in groups of 32, padded with zeros to 32 rows and
+/// dims. What is not wanted is null.
+struct TileOperands {
+  const void* data;
+  int64_t step, count;
+  int dim;
+  uint16_t* plain;    // A
+  uint16_t* columns;  // B of similarities
+  uint16_t* values;   // B of weighted sums of rows
+
+  int64_t groups() const { return (count + 31) / 32; }
+  int padded_dim() const { return (dim + 31) / 32 * 32; }
+};
+
+struct Contrast {
+  Dtype dtype;
+  int64_t queries, keys;
+  int dim;
+  const void *query, *key;  // rows `query_step` and `key_step` apart
+  int64_t query_step, key_step;
+  const int32_t *query_ids, *key_ids;  // or null: query i belongs to key first_row + i
+  int64_t first_row;
+  float scale;
+  float limit;  // of similarities, see `set_temperature`
+  bool symmetric, smooth;
+
+  // Packed to fp32. `rows`: queries as they are. `columns`: tiles of keys, transposed.
+  float *rows, *columns;
+  int64_t row_step;
+  // Instead of those where the processor has matrix tiles for the dtype.
+  TileOperands tiled_queries, tiled_keys;
+
+  int64_t tiles() const { return (keys + kKeyTile - 1) / kKeyTile; }
+  int64_t chunks() const { return (queries + kQueryChunk - 1) / kQueryChunk; }
+  int64_t padded_keys() const { return (keys + kWidest - 1) / kWidest * kWidest; }
+  int64_t padded_queries() const { return (queries + 31) / 32 * 32; }
+  int64_t chunk_rows() const {  // room for one chunk
+    return padded_queries() < kQueryChunk ? padded_queries() : kQueryChunk;
+  }
+  int padded_dim() const { return (dim + kWidest - 1) / kWidest * kWidest; }
+};
+
+/// What every table of a contrastive op begins with. As in all of them, items are independent of
+/// each other: any split over threads gives the same bits.
+struct PackKernels {
+  bool (*takes)(const Contrast& p);
+  void (*queries)(const Contrast& p, float* panels, int64_t begin, int64_t end);
+  void (*keys)(const Contrast& p, float* panels, int64_t begin, int64_t end);
+  void (*tiles)(const TileOperands& to, int64_t begin, int64_t end);  // groups of 32 rows; or null
+};
+
+struct ContrastSearch : Contrast {
+  const double* uniform;  // (queries), or null
+  int64_t* found;         // (queries), one of the keys or a rank
+};
+
+struct SearchKernels : PackKernels {
+  void (*find)(const ContrastSearch& p, int64_t begin, int64_t end);
+};
+struct SampleKernels : SearchKernels {};
+struct RankKernels : SearchKernels {};
+
+}  // namespace svitt

@@ -1,0 +1,3 @@
+// Cross-attention for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"

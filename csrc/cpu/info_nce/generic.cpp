@@ -1,0 +1,3 @@
+// InfoNCE for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"

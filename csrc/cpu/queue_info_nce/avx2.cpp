@@ -1,0 +1,5 @@
+// InfoNCE against a batch and a queue for AVX2.
+#if defined(__x86_64__)
+#define SVITT_ISA avx2
+#include "kernels.h"
+#endif

@@ -1,0 +1,3 @@
+// InfoNCE against a batch and a queue for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"

@@ -1,0 +1,3 @@
+// Retrieval ranks for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"

@@ -1,0 +1,3 @@
+// Hard negatives for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"
