@@ -155,7 +155,7 @@ def cross_attention_results(
     """
     q, k, v = (_leaf(x, compute) for x in (query, key, value))
     if compute is None:
-        result = _cross_attention(
+        out, saliency = _cross_attention(
             q,
             k,
             v,
@@ -163,7 +163,6 @@ def cross_attention_results(
             scale=scale,
             return_saliency=return_saliency,
         )
-        out, saliency = result
     else:
         out, _, saliency = _cross_attend(q, k, v, key_padding_mask, scale, return_saliency, compute)
     leaves = {"grad_query": q, "grad_key": k, "grad_value": v}
