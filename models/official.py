@@ -14,6 +14,8 @@ Windows of several local blocks mix up two neighbours' keys there, which no publ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,30 +37,21 @@ class PaddedSelfAttention(BlockSparseSelfAttention):
     """
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: so.BlockLayout,
-        table: Tensor | None,
-        codes: Tensor | None,
-        key_lengths: Tensor | None,
-        return_saliency: bool,
+        self, query: Tensor, key: Tensor, value: Tensor, layout: so.BlockLayout, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        assert table is not None and codes is not None and key_lengths is None
+        assert options["key_lengths"] is None
+        table, codes = options["bias_table"], options["position_codes"]
         count = query.shape[2] - 1
         missing = layout.num_tokens - count
         # Patches see nothing but [CLS] here; only the row of [CLS] is used.
         globals_only = so.BlockLayout.local_random(
             count, block_size=layout.block_size, num_local=0, num_random=0, device=query.device
         )
-        of_cls, saliency = super()._attend(
-            query, key, value, globals_only, table, codes, None, return_saliency
-        )
+        of_cls, saliency = super()._attend(query, key, value, globals_only, **options)
         if missing:
             table, codes = _with_padding_code(table, codes, missing)
             query, key, value = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-        out, _ = super()._attend(query, key, value, layout, table, codes, None, False)
+        out, _ = super()._attend(query, key, value, layout, bias_table=table, position_codes=codes)
         return torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2), saliency
 
 

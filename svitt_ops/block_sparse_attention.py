@@ -27,8 +27,6 @@ def block_sparse_attention(
     key_lengths: Tensor | None = ..., scale: float | None = ...,
     return_saliency: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
@@ -36,8 +34,6 @@ def block_sparse_attention(
     key_lengths: Tensor | None = ..., scale: float | None = ...,
     return_saliency: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
@@ -123,18 +119,9 @@ def block_sparse_attention(
     if return_saliency and layout.num_global == 0:
         raise ValueError(f"{_OP}: return_saliency needs num_global of at least 1, got 0")
     out, _, saliency = torch.ops.svitt_ops.block_sparse_attention(
-        query,
-        key,
-        value,
-        *_lists_4d(layout),
-        layout.block_size,
-        layout.num_global,
-        bias_table,
-        position_codes,
-        key_lengths,
-        scale,
-        return_saliency,
-    )
+        query, key, value, *_lists_4d(layout), layout.block_size, layout.num_global,
+        bias_table, position_codes, key_lengths, scale, return_saliency,
+    )  # fmt: skip
     return (out, saliency.detach()) if return_saliency else out
 
 
@@ -296,9 +283,8 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, _ = output
     tensors, (block_size, num_global), optional = inputs[:7], inputs[7:9], inputs[9:12]
-    ctx.save_for_backward(*tensors, out, lse, *optional)
+    ctx.save_for_backward(*tensors, *output[:2], *optional)
     ctx.sizes, ctx.scale = (block_size, num_global), inputs[12]
 
 

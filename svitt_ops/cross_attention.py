@@ -21,15 +21,11 @@ def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
     scale: float | None = ..., return_saliency: None = ...,
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
     scale: float | None = ..., return_saliency: Saliency,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 @overload
 def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
@@ -160,15 +156,13 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, _ = output
-    ctx.save_for_backward(*inputs[:3], out, lse, inputs[3])
+    ctx.save_for_backward(*inputs[:3], *output[:2], inputs[3])
     ctx.scale = inputs[4]
 
 
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor) -> Any:
     grad_out = _validation.unit_stride(grad_out)
-    grads = torch.ops.svitt_ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return tuple(grads)
+    return torch.ops.svitt_ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
 
 
 _library.differentiate(_OP, _backward, _setup_context)

@@ -81,7 +81,11 @@ def info_nce(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
-        return _over_ranks(query, key, temperature, ids, symmetric, label_smoothing, group)
+        _check_group(group)
+        # A Function's own forward is not told of tangents that reach it beside a gradient.
+        _library.refuse_tangents(_OP, (query, key, temperature))
+        found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
+        return found[0]
     loss, _, _ = torch.ops.svitt_ops.info_nce(
         query, key, temperature, ids, ids, 0, symmetric, label_smoothing
     )
@@ -182,31 +186,21 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rows, columns = output
-    ctx.save_for_backward(*inputs[:5], rows, columns)
+    ctx.save_for_backward(*inputs[:5], *output[1:])
     ctx.first_row, ctx.label_smoothing = inputs[5], inputs[7]
 
 
-def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
+def _backward(ctx: Any, grad_loss: Tensor) -> Any:
     *inputs, rows, columns = ctx.saved_tensors
-    grads = torch.ops.svitt_ops.info_nce_backward(
+    return torch.ops.svitt_ops.info_nce_backward(
         grad_loss, *inputs, ctx.first_row, rows, columns, ctx.label_smoothing, False
     )
-    return tuple(grads)
 
 
 _library.differentiate(_OP, _backward, _setup_context)
 
 
-def _over_ranks(
-    query: Tensor,
-    key: Tensor,
-    temperature: Tensor,
-    ids: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
-    group: ProcessGroup,
-) -> Tensor:
+def _check_group(group: ProcessGroup) -> None:
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
@@ -216,11 +210,6 @@ def _over_ranks(
         raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
-    # A Function's own forward is not told of tangents that reach it beside a gradient.
-    _library.refuse_tangents(_OP, (query, key, temperature))
-    found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
-    loss: Tensor = found[0]
-    return loss
 
 
 class _RankLoss(torch.autograd.Function):
@@ -251,16 +240,8 @@ class _RankLoss(torch.autograd.Function):
         keys = _gather(key.detach(), group)
         all_ids = None if ids is None else _gather(ids, group)
         total = local * ranks
-        _, rows, columns = torch.ops.svitt_ops.info_nce(
-            query.detach(),
-            keys,
-            temperature,
-            ids,
-            all_ids,
-            rank * local,
-            symmetric,
-            label_smoothing,
-        )
+        inputs = (query.detach(), keys, temperature, ids, all_ids, rank * local)
+        _, rows, columns = torch.ops.svitt_ops.info_nce(*inputs, symmetric, label_smoothing)
         means = losses(rows, temperature, total, label_smoothing).sum() / total
         means = _gather(means.reshape(1), group).sum()
         if symmetric:
@@ -293,28 +274,18 @@ class _RankLoss(torch.autograd.Function):
             return (None,) * 7
         if torch._C._functorch.is_batchedtensor(grad_loss):
             _RankLoss.vmap()
-        query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
+        *inputs, rows, columns = ctx.saved_tensors
         rank, ranks, local = ctx.strip
         group = ctx.group()
         if group is None or not torch.distributed.is_initialized():
             raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
         grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
-            grad_loss,
-            query,
-            keys,
-            temperature,
-            ids,
-            all_ids,
-            rank * local,
-            rows,
-            columns,
-            ctx.label_smoothing,
-            True,
+            grad_loss, *inputs, rank * local, rows, columns, ctx.label_smoothing, True
         )
         torch.distributed.all_reduce(grad_keys, group=group)
         torch.distributed.all_reduce(grad_temperature, group=group)
         grad_key = grad_keys[rank * local : (rank + 1) * local]
-        dtype = query.dtype
+        dtype = inputs[0].dtype
         grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)
         return *grads, *(None,) * 4
 

@@ -116,13 +116,11 @@ class BlockSparseSelfAttention(nn.Module):
         self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
         key_lengths: Tensor | None = ..., return_saliency: Literal[False] = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
         key_lengths: Tensor | None = ..., return_saliency: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
     @overload
     def forward(
         self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
@@ -162,27 +160,6 @@ class BlockSparseSelfAttention(nn.Module):
             table = self.bias.table
             codes = self.bias.codes if codes is None else codes
         out, saliency = self._attend(
-            query, key, value, layout, table, codes, key_lengths, return_saliency
-        )
-        merged: Tensor = self.out(merge_heads(out))
-        return merged if saliency is None else (merged, saliency)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: BlockLayout,
-        table: Tensor | None,
-        codes: Tensor | None,
-        key_lengths: Tensor | None,
-        return_saliency: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Output and saliency of the heads, the latter None unless asked for."""
-        found = block_sparse_attention(
             query,
             key,
             value,
@@ -192,6 +169,17 @@ class BlockSparseSelfAttention(nn.Module):
             key_lengths=key_lengths,
             return_saliency=return_saliency,
         )
+        merged: Tensor = self.out(merge_heads(out))
+        return merged if saliency is None else (merged, saliency)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and saliency of the heads, the latter None unless asked for."""
+        found = block_sparse_attention(query, key, value, layout, **options)
         return found if isinstance(found, tuple) else (found, None)
 
 
@@ -233,13 +221,11 @@ class CrossAttention(nn.Module):
         self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
         return_saliency: None = ...,
     ) -> Tensor: ...  # fmt: skip
-
     @overload
     def forward(
         self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
         return_saliency: Saliency,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
     @overload
     def forward(
         self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,

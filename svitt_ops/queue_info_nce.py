@@ -151,23 +151,12 @@ def _cpu(
     return results
 
 
-def _backward_fake(
-    grad_loss: Tensor,
-    query: Tensor,
-    temperature: Tensor,
-    grad_query: Tensor,
-    grad_temperature: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return grad_query.new_empty(grad_query.shape, dtype=query.dtype), torch.empty_like(grad_loss)
+def _backward_fake(grad_loss: Tensor, query: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    return args[1].new_empty(args[1].shape, dtype=query.dtype), torch.empty_like(grad_loss)
 
 
-def _backward_cpu(
-    grad_loss: Tensor,
-    query: Tensor,
-    temperature: Tensor,
-    grad_query: Tensor,
-    grad_temperature: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _backward_cpu(grad_loss: Tensor, query: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    _, grad_query, grad_temperature = args
     return (grad_query * grad_loss).to(query.dtype), grad_temperature * grad_loss
 
 
@@ -191,8 +180,7 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad_query, grad_temperature = output
-    ctx.save_for_backward(inputs[0], inputs[3], grad_query, grad_temperature)
+    ctx.save_for_backward(inputs[0], inputs[3], *output[1:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

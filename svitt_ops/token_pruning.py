@@ -227,9 +227,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor]:
     grad_out = _validation.unit_stride(grad_out)
-    return (
-        torch.ops.svitt_ops.prune_tokens_backward(grad_out, *ctx.saved_tensors, ctx.num_global),
-    )
+    back = torch.ops.svitt_ops.prune_tokens_backward
+    return (back(grad_out, *ctx.saved_tensors, ctx.num_global),)
 
 
 _library.differentiate(_PRUNE, _backward, _setup_context)

@@ -17,8 +17,6 @@ def block_sparse_attention(
     key_lengths: Tensor | None = ..., scale: float | None = ...,
     return_saliency: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
@@ -26,8 +24,6 @@ def block_sparse_attention(
     key_lengths: Tensor | None = ..., scale: float | None = ...,
     return_saliency: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 @overload
 def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,

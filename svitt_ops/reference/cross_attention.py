@@ -15,15 +15,11 @@ def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
     scale: float | None = ..., return_saliency: None = ...,
 ) -> Tensor: ...  # fmt: skip
-
-
 @overload
 def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
     scale: float | None = ..., return_saliency: Saliency,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 @overload
 def cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
