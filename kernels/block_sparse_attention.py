@@ -35,16 +35,15 @@ import triton.language as tl
 
 from .block_sparse_walk import (
     bias_arguments,
-    bias_index,
-    column_mask,
-    column_tokens,
+    column_logits,
     layout_strides,
     list_extent,
     load_codes,
+    own_tile,
     row_tokens,
     sample_length,
 )
-from .rows import LN_2, LOG2_E, load_rows, needs_wide_offsets, products, store_rows
+from .rows import LN_2, LOG2_E, load_rows, needs_wide_offsets, store_rows, weigh_values
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 # Sizes that change from call to call and bring nothing when the compiler knows their divisibility.
@@ -68,25 +67,19 @@ def _forward_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One row tile of one block: outputs of its tokens, partial outputs of the globals."""
-    grid_blocks = tl.maximum(num_blocks, 1)
-    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
-    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    block, tile = within // ROW_TILES, within % ROW_TILES
-    if WIDE:
-        block = block.to(tl.int64)
+    grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
 
-    rows, row_token = row_tokens(block, tile, BLOCK_SIZE, NUM_GLOBAL, ROWS)
-    row_exists = (rows < BLOCK_SIZE + NUM_GLOBAL) & (row_token < length)
+    rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
     blocks_ptr, listed, columns = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
     )  # fmt: skip
+    row_code = 0
     if table_ptr is not None:
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
@@ -98,31 +91,19 @@ def _forward_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, columns, COLUMNS):
-        token, exists, in_list, own = column_tokens(
-            start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        key = load_rows(key_ptr, token, key_row, exists, HEAD_DIM, DIM)
-        logit = products(query, key) * scale_log2
-        logit += column_mask(rows, in_list, own, BLOCK_SIZE, NUM_GLOBAL)
-        if table_ptr is not None:
-            code = load_codes(codes_ptr, token, exists, 0, NUM_GLOBAL)
-            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
-            logit += tl.load(table_ptr + index) * LOG2_E
+        token, exists, own, _, logit, _ = column_logits(
+            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+            scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
+            False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
+        )  # fmt: skip
         if logits_ptr is not None:
             seen = (rows == BLOCK_SIZE)[:, None] & (own & (token >= NUM_GLOBAL))[None, :]
             place = pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + token - NUM_GLOBAL
             places = tl.broadcast_to((logits_ptr + place)[None, :], [ROWS, COLUMNS])
             tl.store(places, logit, mask=seen)
-        new_top = tl.maximum(top, tl.max(logit, axis=1))
-        # A row without any key so far keeps a finite offset: exp2(-inf - 0) = 0 and never NaN.
-        offset = tl.where(new_top == float("-inf"), 0.0, new_top)
-        prob = tl.exp2(logit - offset[:, None])
-        shrink = tl.exp2(top - offset)
-        total = total * shrink + tl.sum(prob, axis=1)
-        value = load_rows(value_ptr, token, value_row, exists, HEAD_DIM, DIM)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
-        top = new_top
+        top, total, acc = weigh_values(
+            top, total, acc, logit, value_ptr, token, value_row, exists, HEAD_DIM, DIM
+        )
 
     filled = row_exists & (total != 0)  # NaN is no empty row
     acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)

@@ -38,12 +38,11 @@ import triton.language as tl
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_walk import (
     bias_arguments,
-    bias_index,
-    column_mask,
-    column_tokens,
+    column_logits,
     layout_strides,
     list_extent,
     load_codes,
+    own_tile,
     row_tokens,
     sample_length,
 )
@@ -90,13 +89,7 @@ def _grad_query_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
-    grid_blocks = tl.maximum(num_blocks, 1)
-    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
-    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    block, tile = within // ROW_TILES, within % ROW_TILES
-    if WIDE:
-        block = block.to(tl.int64)
+    grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
@@ -105,8 +98,7 @@ def _grad_query_kernel(
         stats_ptr += pair.to(tl.int64) * seq_len
     delta_ptr += pair.to(tl.int64) * seq_len
 
-    rows, row_token = row_tokens(block, tile, BLOCK_SIZE, NUM_GLOBAL, ROWS)
-    row_exists = (rows < BLOCK_SIZE + NUM_GLOBAL) & (row_token < length)
+    rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query_ptr += batch * query_batch + head * query_head
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
@@ -119,6 +111,7 @@ def _grad_query_kernel(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
     )  # fmt: skip
+    row_code = 0
     if table_ptr is not None:
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
@@ -130,16 +123,11 @@ def _grad_query_kernel(
     scale_log2 = scale * LOG2_E
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, columns, COLUMNS):
-        token, exists, in_list, own = column_tokens(
-            start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        key = load_rows(key_ptr, token, key_row, exists, HEAD_DIM, DIM)
-        logit = products(query, key) * scale_log2
-        logit += column_mask(rows, in_list, own, BLOCK_SIZE, NUM_GLOBAL)
-        if table_ptr is not None:
-            code = load_codes(codes_ptr, token, exists, 0, NUM_GLOBAL)
-            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
-            logit += tl.load(table_ptr + index) * LOG2_E
+        token, exists, _, key, logit, _ = column_logits(
+            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+            scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
+            False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
+        )  # fmt: skip
         logit -= lse[:, None]
         if stats_ptr is not None:
             logit -= lse_low[:, None]
@@ -184,13 +172,7 @@ def _grad_key_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one row tile of keys and values; columns are the queries that attend them."""
-    grid_blocks = tl.maximum(num_blocks, 1)
-    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
-    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    block, tile = within // ROW_TILES, within % ROW_TILES
-    if WIDE:
-        block = block.to(tl.int64)
+    grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
@@ -199,8 +181,7 @@ def _grad_key_kernel(
         stats_ptr += pair.to(tl.int64) * seq_len
     delta_ptr += pair.to(tl.int64) * seq_len
 
-    rows, row_token = row_tokens(block, tile, BLOCK_SIZE, NUM_GLOBAL, ROWS)
-    row_exists = (rows < BLOCK_SIZE + NUM_GLOBAL) & (row_token < length)
+    rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     key_ptr += batch * key_batch + head * key_head
     key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
     value_ptr += batch * value_batch + head * value_head
@@ -209,6 +190,7 @@ def _grad_key_kernel(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
     )  # fmt: skip
+    row_code, centre = 0, 0
     if table_ptr is not None:
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
@@ -226,16 +208,11 @@ def _grad_key_kernel(
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
     for start in range(0, columns, COLUMNS):
-        token, exists, in_list, own = column_tokens(
-            start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        query = load_rows(query_ptr, token, query_row, exists, HEAD_DIM, DIM)
-        logit = products(key, query) * scale_log2
-        logit += column_mask(rows, in_list, own, BLOCK_SIZE, NUM_GLOBAL)
-        if table_ptr is not None:
-            code = load_codes(codes_ptr, token, exists, centre, NUM_GLOBAL)
-            index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
-            logit += tl.load(table_ptr + index) * LOG2_E
+        token, exists, _, query, logit, index = column_logits(
+            start, columns, blocks_ptr, listed, block, length, rows, key, query_ptr, query_row,
+            scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
+            True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
+        )  # fmt: skip
         lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
         logit -= lse[None, :]
         if stats_ptr is not None:

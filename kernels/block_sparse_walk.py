@@ -13,16 +13,34 @@ import torch
 import triton
 import triton.language as tl
 
+from .rows import LOG2_E, load_rows, products
+
 CODE_LIMIT = tl.constexpr(1 << 28)
 GLOBAL_CODE = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def row_tokens(block, tile, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of a tile (position in the block, then the globals) and the token behind each."""
+def own_tile(num_heads, num_blocks, ROW_TILES: tl.constexpr, WIDE: tl.constexpr):
+    """Blocks of the grid, and which (batch, head), block and row tile this program owns."""
+    grid_blocks = tl.maximum(num_blocks, 1)
+    pair = tl.program_id(0) // (grid_blocks * ROW_TILES)
+    within = tl.program_id(0) % (grid_blocks * ROW_TILES)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    block, tile = within // ROW_TILES, within % ROW_TILES
+    if WIDE:
+        block = block.to(tl.int64)
+    return grid_blocks, pair, batch, head, block, tile
+
+
+@triton.jit
+def row_tokens(
+    block, tile, length,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile (position in the block, then the globals), their tokens, which exist."""
     rows = tile * ROWS + tl.arange(0, ROWS)
     tokens = tl.where(rows < BLOCK_SIZE, NUM_GLOBAL + block * BLOCK_SIZE + rows, rows - BLOCK_SIZE)
-    return rows, tokens
+    return rows, tokens, (rows < BLOCK_SIZE + NUM_GLOBAL) & (tokens < length)
 
 
 @triton.jit
@@ -112,6 +130,33 @@ def bias_index(query_code, key_code, num_offsets, NUM_GLOBAL: tl.constexpr):
         to_global = num_offsets + NUM_GLOBAL + b + tl.where(a >= 0, NUM_GLOBAL * (a + 1), 0)
         index = tl.where(b >= 0, to_global, index)
     return index
+
+
+@triton.jit
+def column_logits(
+    start, columns, blocks_ptr, listed, block, length, rows, own, ptr, step,
+    scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
+    ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """One tile of columns: tokens, which exist, which the globals see, what they hold, their
+    logits in base 2 with the rows that hold `own`, and the table's entry behind each.
+    """
+    token, exists, in_list, seen = column_tokens(
+        start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+    )
+    held = load_rows(ptr, token, step, exists, HEAD_DIM, DIM)
+    logit = products(own, held) * scale_log2
+    logit += column_mask(rows, in_list, seen, BLOCK_SIZE, NUM_GLOBAL)
+    index = 0
+    if table_ptr is not None:
+        code = load_codes(codes_ptr, token, exists, shift, NUM_GLOBAL)
+        if ROWS_ARE_KEYS:
+            index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
+        else:
+            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
+        logit += tl.load(table_ptr + index) * LOG2_E
+    return token, exists, seen, held, logit, index
 
 
 @triton.jit

@@ -262,18 +262,7 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", record))
-        modules = (
-            block_sparse_attention,
-            block_sparse_attention_backward,
-            cross_attention,
-            cross_attention_backward,
-            info_nce,
-            info_nce_backward,
-            queue_info_nce,
-            retrieval_ranks,
-            sample_hard_negatives,
-        )
-        for module in modules:
+        for module in [x for x in globals().values() if hasattr(x, "device_arch")]:
             patches.enter_context(mock.patch.object(module, "device_arch", lambda device: arch))
         yield launches
 

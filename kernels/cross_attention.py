@@ -29,7 +29,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .rows import LN_2, LOG2_E, load_offsets, load_rows, needs_wide_offsets, products, store_rows
+from .rows import (
+    LN_2,
+    LOG2_E,
+    load_offsets,
+    load_rows,
+    needs_wide_offsets,
+    products,
+    store_rows,
+    weigh_values,
+)
 from .tiles import cdiv, combine_chunk, cross_tile, device_arch, launch_options, on_device
 
 PROGRAMS = 264
@@ -41,6 +50,18 @@ _SIZES = [
     "num_heads", "num_queries", "num_keys", "query_tiles", "parts", "span", "stats_stack",
     "partial_stack",
 ]  # fmt: skip
+
+
+@triton.jit
+def own_tile(num_heads, tiles, parts, WIDE: tl.constexpr):
+    """Which (batch, head) this program works on, which part of it and which tile."""
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles % parts
+    pair = tl.program_id(0) // (tiles * parts)
+    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
+    if WIDE:
+        tile, part = tile.to(tl.int64), part.to(tl.int64)
+    return pair.to(tl.int64), batch, head, part, tile
 
 
 @triton.jit
@@ -63,13 +84,7 @@ def _forward_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over one part of the keys: outputs, or partial ones."""
-    tile = tl.program_id(0) % query_tiles
-    part = tl.program_id(0) // query_tiles % parts
-    pair = tl.program_id(0) // (query_tiles * parts)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    pair = pair.to(tl.int64)
-    if WIDE:
-        tile, part = tile.to(tl.int64), part.to(tl.int64)
+    pair, batch, head, part, tile = own_tile(num_heads, query_tiles, parts, WIDE)
     query_ptr += batch * query_batch + head * query_head
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
@@ -93,16 +108,9 @@ def _forward_kernel(
         if logits_ptr is not None:
             places = tl.broadcast_to((logits_ptr + pair * num_keys + token)[None, :], logit.shape)
             tl.store(places, logit, mask=(row == 0)[:, None] & (token < end)[None, :])
-        new_top = tl.maximum(top, tl.max(logit, axis=1))
-        # A row without any key so far keeps a finite offset: exp2(-inf - 0) = 0 and never NaN.
-        offset = tl.where(new_top == float("-inf"), 0.0, new_top)
-        prob = tl.exp2(logit - offset[:, None])
-        shrink = tl.exp2(top - offset)
-        total = total * shrink + tl.sum(prob, axis=1)
-        value = load_rows(value_ptr, token, value_row, seen, HEAD_DIM, DIM)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
-        top = new_top
+        top, total, acc = weigh_values(
+            top, total, acc, logit, value_ptr, token, value_row, seen, HEAD_DIM, DIM
+        )
 
     if partial_ptr is not None:
         slot = (pair * parts + part) * num_queries + row

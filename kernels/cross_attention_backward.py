@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cross_attention import attended, cross_attention, split_keys
+from .cross_attention import attended, cross_attention, own_tile, split_keys
 from .rows import LOG2_E, load_offsets, load_rows, needs_wide_offsets, products, store_rows
 from .tiles import cdiv, combine_chunk, cross_tile, device_arch, launch_options, on_device
 
@@ -47,13 +47,7 @@ def _grad_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries over one part of the keys; of the keys too if asked for."""
-    tile = tl.program_id(0) % query_tiles
-    part = tl.program_id(0) // query_tiles % parts
-    pair = tl.program_id(0) // (query_tiles * parts)
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    pair = pair.to(tl.int64)
-    if WIDE:
-        tile, part = tile.to(tl.int64), part.to(tl.int64)
+    pair, batch, head, part, tile = own_tile(num_heads, query_tiles, parts, WIDE)
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
     if mask_ptr is not None:
@@ -121,12 +115,8 @@ def _grad_key_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of `COLUMNS` keys, from all queries in tiles of `ROWS`."""
-    tile = tl.program_id(0) % key_tiles
-    pair = tl.program_id(0) // key_tiles
-    batch, head = (pair // num_heads).to(tl.int64), (pair % num_heads).to(tl.int64)
-    if WIDE:
-        tile = tile.to(tl.int64)
-    first = pair.to(tl.int64) * num_queries
+    pair, batch, head, _, tile = own_tile(num_heads, key_tiles, 1, WIDE)
+    first = pair * num_queries
     if stats_ptr is not None:
         stats_ptr += first
     if mask_ptr is not None:

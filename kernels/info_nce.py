@@ -37,6 +37,13 @@ LOGIT_LIMIT = tl.constexpr(1e9)  # as in the reference
 
 
 @triton.jit
+def _load(ptr, i, count, step, d, dim):
+    """Dims d of rows i; 0 where there are none."""
+    here = (i < count)[:, None] & (d < dim)[None, :]
+    return tl.load(ptr + i.to(tl.int64)[:, None] * step + d[None, :], mask=here, other=0.0)
+
+
+@triton.jit
 def _dots(
     a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
@@ -45,11 +52,7 @@ def _dots(
     x = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
-        left = tl.load(
-            a_ptr + a.to(tl.int64)[:, None] * a_step + d[None, :],
-            mask=(a < a_count)[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )
+        left = _load(a_ptr, a, a_count, a_step, d, dim)
         right = tl.load(
             b_ptr + b.to(tl.int64)[None, :] * b_step + d[:, None],
             mask=(b < b_count)[None, :] & (d < dim)[:, None],

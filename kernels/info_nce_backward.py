@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _SIZES, CENTRE_ROWS, _dots, _log1p, _positives
+from .info_nce import _SIZES, CENTRE_ROWS, _dots, _load, _log1p, _positives
 from .tiles import cdiv, contrast_tile, device_arch, launch_options, on_device
 
 
@@ -79,11 +79,7 @@ def _sweep(
         exists = (a < a_count)[:, None] & (b < b_count)[None, :]
         weight = tl.where(exists, tl.where(same, kept, weight) - smoothing, 0.0)
         by_scale += tl.sum(weight * (x - centre), axis=1)
-        right = tl.load(
-            b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
-            mask=(b < b_count)[:, None] & (d < dim)[None, :],
-            other=0.0,
-        )
+        right = _load(b_ptr, b, b_count, b_step, d, dim)
         grad += tl.dot(weight.to(right.dtype), right, input_precision="ieee")
     tl.store(
         grad_ptr + a.to(tl.int64)[:, None] * dim + d[None, :],

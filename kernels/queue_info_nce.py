@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOGIT_LIMIT, _dots, _log1p
+from .info_nce import LOGIT_LIMIT, _dots, _load, _log1p
 from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
 
 _SIZES = ["rows", "queue_rows", "splits", "each"]
@@ -39,11 +39,8 @@ def _own(
     x = tl.zeros([ROWS], tl.float32)
     for start in range(0, dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
-        here = (a < rows)[:, None] & (d < dim)[None, :]
-        left = tl.load(a_ptr + a.to(tl.int64)[:, None] * a_step + d[None, :], mask=here, other=0.0)
-        right = tl.load(
-            key_ptr + a.to(tl.int64)[:, None] * key_step + d[None, :], mask=here, other=0.0
-        )
+        left = _load(a_ptr, a, rows, a_step, d, dim)
+        right = _load(key_ptr, a, rows, key_step, d, dim)
         x += tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
     return x
 
@@ -148,19 +145,10 @@ def _sweep_kernel(
         same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
         negative = (b < count)[None, :] & (same == 0)
         similarity = tl.where(negative, x - centre[:, None], 0.0)
-        most, total, moment, weights, shrink = _weigh(
-            most,
-            total,
-            moment,
-            tl.where(negative, _logits(x, centre, scale), -infinity),
-            similarity,
-        )
+        logits = tl.where(negative, _logits(x, centre, scale), -infinity)
+        most, total, moment, weights, shrink = _weigh(most, total, moment, logits, similarity)
         if GRADIENTS:
-            values = tl.load(
-                b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
-                mask=(b < count)[:, None] & (d < dim)[None, :],
-                other=0.0,
-            )
+            values = _load(b_ptr, b, count, b_step, d, dim)
             sums = sums * shrink[:, None]
             sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         if teacher_ptr is not None:
@@ -228,6 +216,15 @@ def _shares(most, total, positive_most, positive_total):
     return lse, lost, positive
 
 
+@triton.jit
+def _among(logits, lse, one):
+    """Shares of the positives among themselves: 1 of an only one, whatever digits its lse lost."""
+    high = lse.to(tl.float32)
+    low = (lse - high.to(tl.float64)).to(tl.float32)
+    shares = tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
+    return tl.where(one, 1.0, shares)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _combine_kernel(
     query_ptr, key_ptr, queue_ptr, teacher_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr,
@@ -250,9 +247,9 @@ def _combine_kernel(
     same_sum = tl.zeros([ROWS], tl.float32)
     positive_most = tl.zeros([ROWS], tl.float32)
     positive_total = tl.full([ROWS], 1.0, tl.float32)
-    taught_positive_most = tl.zeros([ROWS], tl.float32)
-    taught_positive_total = tl.full([ROWS], 1.0, tl.float32)
-    taught_positive_moment = tl.zeros([ROWS], tl.float32)
+    taught_pos_most = tl.zeros([ROWS], tl.float32)
+    taught_pos_total = tl.full([ROWS], 1.0, tl.float32)
+    taught_pos_moment = tl.zeros([ROWS], tl.float32)
     if query_ids_ptr is not None:
         centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
         if teacher_ptr is not None:
@@ -263,8 +260,8 @@ def _combine_kernel(
         positive_most = tl.full([ROWS], -infinity, tl.float32)
         positive_total = tl.zeros([ROWS], tl.float32)
         positive_moment = tl.zeros([ROWS], tl.float32)
-        taught_positive_most = tl.full([ROWS], -infinity, tl.float32)
-        taught_positive_total = tl.zeros([ROWS], tl.float32)
+        taught_pos_most = tl.full([ROWS], -infinity, tl.float32)
+        taught_pos_total = tl.zeros([ROWS], tl.float32)
         for tile in range(0, tiles):
             queued, b_ptr, b_step, b, count = _candidates(
                 key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
@@ -280,10 +277,10 @@ def _combine_kernel(
                 similarity = tl.where(same & other, x - centre[:, None], 0.0)
                 pairs += tl.sum(same.to(tl.float32), axis=1)
                 same_sum += tl.sum(similarity, axis=1)
+                logits = tl.where(other, _logits(x, centre, scale), 0.0)
                 positive_most, positive_total, positive_moment, _, _ = _weigh(
                     positive_most, positive_total, positive_moment,
-                    tl.where(same, tl.where(other, _logits(x, centre, scale), 0.0), -infinity),
-                    similarity,
+                    tl.where(same, logits, -infinity), similarity,
                 )  # fmt: skip
                 if teacher_ptr is not None:
                     y = _dots(
@@ -292,15 +289,10 @@ def _combine_kernel(
                     )  # fmt: skip
                     y = _usable(y, scale)
                     logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
-                    taught_positive_most, taught_positive_total, taught_positive_moment, _, _ = (
-                        _weigh(
-                            taught_positive_most,
-                            taught_positive_total,
-                            taught_positive_moment,
-                            tl.where(same, logits, -infinity),
-                            similarity,
-                        )
-                    )
+                    taught_pos_most, taught_pos_total, taught_pos_moment, _, _ = _weigh(
+                        taught_pos_most, taught_pos_total, taught_pos_moment,
+                        tl.where(same, logits, -infinity), similarity,
+                    )  # fmt: skip
 
     most, total, mean = _merge(stats_ptr, a, rows, splits, 0, kinds, ROWS)
     lse, lost, positive = _shares(most, total, positive_most, positive_total)
@@ -312,12 +304,10 @@ def _combine_kernel(
     moment = every * lost * mean
     if teacher_ptr is not None:
         taught_most, taught_total, taught_mean = _merge(stats_ptr, a, rows, splits, 1, kinds, ROWS)
-        _, taught_lost, taught_positive = _shares(
-            taught_most, taught_total, taught_positive_most, taught_positive_total
+        _, taught_lost, taught_pos = _shares(
+            taught_most, taught_total, taught_pos_most, taught_pos_total
         )
-        positive_mean = taught_positive_moment / tl.where(
-            taught_positive_total == 0, 1.0, taught_positive_total
-        )
+        positive_mean = taught_pos_moment / tl.where(taught_pos_total == 0, 1.0, taught_pos_total)
         expected = taught_lost * taught_mean + (1.0 - taught_lost) * positive_mean
         loss -= (alpha * scale).to(tl.float64) * expected.to(tl.float64)
         moment -= alpha * taught_lost * taught_mean
@@ -342,9 +332,7 @@ def _combine_kernel(
             weight = -lost
             if teacher_ptr is not None:
                 weight += alpha * taught_lost
-            own = tl.load(
-                key_ptr + a.to(tl.int64)[:, None] * key_step + d[None, :], mask=here, other=0.0
-            )
+            own = _load(key_ptr, a, rows, key_step, d, dim)
             grad += weight[:, None] * own.to(tl.float32)
         else:
             for tile in range(0, tiles):
@@ -360,11 +348,8 @@ def _combine_kernel(
                     other = (a[:, None] != b[None, :]) | queued
                     similarity = tl.where(other, x - centre[:, None], 0.0)
                     one = (pairs == 1.0)[:, None]
-                    high = positive.to(tl.float32)
-                    low = (positive - high.to(tl.float64)).to(tl.float32)
                     logits = tl.where(other, _logits(x, centre, scale), 0.0)
-                    among = tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
-                    among = tl.where(one, 1.0, among)
+                    among = _among(logits, positive, one)
                     kept = among - (hard / tl.where(pairs == 0, 1.0, pairs))[:, None]
                     weight = -lost[:, None] * among
                     if teacher_ptr is not None:
@@ -373,19 +358,12 @@ def _combine_kernel(
                             ROWS, COLUMNS, CHUNK,
                         )  # fmt: skip
                         logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
-                        high = taught_positive.to(tl.float32)
-                        low = (taught_positive - high.to(tl.float64)).to(tl.float32)
-                        among = tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
-                        among = tl.where(one, 1.0, among)
+                        among = _among(logits, taught_pos, one)
                         kept -= alpha * among
                         weight += alpha * taught_lost[:, None] * among
                     weight = tl.where(same, weight + tl.where(one, 0.0, kept), 0.0)
                     moment += tl.sum(weight * similarity, axis=1)
-                    values = tl.load(
-                        b_ptr + b.to(tl.int64)[:, None] * b_step + d[None, :],
-                        mask=(b < count)[:, None] & (d < dim)[None, :],
-                        other=0.0,
-                    )
+                    values = _load(b_ptr, b, count, b_step, d, dim)
                     grad += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         to = a.to(tl.int64)[:, None] * dim + d[None, :]
         tl.store(grad_ptr + to, grad * (scale / rows), mask=here)

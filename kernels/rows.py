@@ -48,6 +48,24 @@ def products(a, b):
 
 
 @triton.jit
+def weigh_values(
+    top, total, acc, logit, value_ptr, tokens, stride, exists,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of a tile join an online softmax: its maxima, sums and weighted values."""
+    new_top = tl.maximum(top, tl.max(logit, axis=1))
+    # A row without any key so far keeps a finite offset: exp2(-inf - 0) = 0 and never NaN.
+    offset = tl.where(new_top == float("-inf"), 0.0, new_top)
+    prob = tl.exp2(logit - offset[:, None])
+    shrink = tl.exp2(top - offset)
+    total = total * shrink + tl.sum(prob, axis=1)
+    value = load_rows(value_ptr, tokens, stride, exists, HEAD_DIM, DIM)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
 def load_offsets(lse_ptr, stats_ptr, stats_stack, tokens, exists):
     """What to subtract from a row's logits, in base 2: one number after the other.
 

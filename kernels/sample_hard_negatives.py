@@ -23,18 +23,18 @@ from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
 @triton.jit
-def _logits(
-    query_ptr, key_ptr, ids_ptr, a, b, a_count, b_count, query_step, key_step, dim, scale,
-    limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+def _negatives(
+    query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile; -inf where a key is a positive, does not exist or has no logit."""
+    """Keys of a tile; logits, -inf where one is a positive, does not exist or has no logit."""
+    b = start + tl.arange(0, COLUMNS)
     x = _dots(
-        query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
-        ROWS, COLUMNS, CHUNK,
-    )  # fmt: skip
-    same = _positives(ids_ptr, ids_ptr, a, b, a_count, b_count, 0)
-    choice = (b < b_count)[None, :] & (same == 0) & (tl.abs(x) < limit)
-    return tl.where(choice, x * scale, -float("inf"))
+        query_ptr, key_ptr, a, b, count, count, query_step, key_step, dim, ROWS, COLUMNS, CHUNK
+    )
+    same = _positives(ids_ptr, ids_ptr, a, b, count, count, 0)
+    choice = (b < count)[None, :] & (same == 0) & (tl.abs(x) < limit)
+    return b, tl.where(choice, x * scale, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -50,10 +50,9 @@ def _sample_kernel(
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, count, COLUMNS):
-        b = start + tl.arange(0, COLUMNS)
-        logits = _logits(
-            query_ptr, key_ptr, ids_ptr, a, b, count, count, query_step, key_step, dim, scale,
-            limit, ROWS, COLUMNS, CHUNK,
+        _, logits = _negatives(
+            query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
+            ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
         most, total = _join(most, total, logits)
     offset = tl.where(most == -float("inf"), 0.0, most)
@@ -64,10 +63,9 @@ def _sample_kernel(
     found = tl.full([ROWS], none, tl.int32)
     last = tl.full([ROWS], -1, tl.int32)
     for start in range(0, count, COLUMNS):
-        b = start + tl.arange(0, COLUMNS)
-        logits = _logits(
-            query_ptr, key_ptr, ids_ptr, a, b, count, count, query_step, key_step, dim, scale,
-            limit, ROWS, COLUMNS, CHUNK,
+        b, logits = _negatives(
+            query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
+            ROWS, COLUMNS, CHUNK,
         )  # fmt: skip
         weights = tl.exp(logits - offset[:, None])
         reached = before[:, None] + tl.cumsum(weights, axis=1)

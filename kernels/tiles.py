@@ -29,7 +29,7 @@ class AttentionTile:
     """The head dimension, padded to a power of two of at least 16."""
     num_warps: int
     num_stages: int
-    max_registers: int
+    max_registers: int = 255
     """Registers a thread at most; below 255 where one more program then runs beside the others."""
 
     @property
@@ -120,13 +120,9 @@ def attention_tile(
         # Indirect loads are pipelined from three stages on; here that would spill.
         num_stages = 2 if dim > 128 and biased else 3
     return AttentionTile(
-        rows=rows,
-        columns=columns,
-        head_dim=dim,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        rows=rows, columns=columns, head_dim=dim, num_warps=num_warps, num_stages=num_stages,
         max_registers=max_registers,
-    )
+    )  # fmt: skip
 
 
 def cross_tile(
@@ -158,12 +154,7 @@ def cross_tile(
             rows, columns = min(rows, 32 if dim <= 128 else 16), 16
             num_stages = 2 if dim <= 128 else 1
     return AttentionTile(
-        rows=rows,
-        columns=columns,
-        head_dim=dim,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        max_registers=255,
+        rows=rows, columns=columns, head_dim=dim, num_warps=num_warps, num_stages=num_stages
     )
 
 
@@ -189,7 +180,7 @@ class ContrastTile:
 
 
 def contrast_tile(
-    which: Literal["forward", "backward", "queue"],
+    which: Literal["forward", "backward", "queue", "combine"],
     dim: int,
     rows: int,
     dtype: torch.dtype,

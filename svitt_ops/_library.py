@@ -113,11 +113,20 @@ def differentiate(
     batches are bound by it. Forward mode and second derivatives raise an error that says so.
 
     Args:
-        name: of the op.
-        backward: of the context and the outputs' gradients, to the gradient of each argument.
+        name: of the op, of whose outputs the first has a gradient.
+        backward: of the context and that gradient, to those of the first arguments.
         setup_context: of the context, the arguments and the outputs; saves what is needed.
         prepare: what the op's arguments become where a gradient will be wanted.
     """
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, outputs)
+
+    def go_back(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        found = () if grad is None else backward(ctx, grad)
+        return *found, *(None,) * (len(ctx.needs_input_grad) - 1 - len(found))
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise NotImplementedError(
@@ -126,7 +135,7 @@ def differentiate(
 
     def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
-    _register_autograd(name, name, backward, setup_context, prepare)
+    _register_autograd(name, name, go_back, set_up, prepare)
     _register_autograd(f"{name}_backward", name, refuse, keep_nothing, lambda args: args)
 
 
@@ -216,3 +225,11 @@ def empty_like_heads(x: Tensor) -> Tensor:
     """An empty (batch, heads, tokens, head_dim) tensor whose heads merge without a copy."""
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def empty_attention(query: Tensor, saliency: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty output, log-sum-exp and saliency of an attention op, of this shape."""
+    # On a CPU the extra digits are free, and weights near 1 need them where logits are large.
+    wide = torch.float64 if query.device.type == "cpu" else torch.float32
+    lse = query.new_empty(query.shape[:3], dtype=wide)
+    return empty_like_heads(query), lse, query.new_empty(saliency, dtype=torch.float32)

@@ -171,19 +171,37 @@ def _equal(a: Iterable[int], b: Iterable[int]) -> bool:
     return all(x == y for x, y in zip(a, b, strict=True))
 
 
-def check_int32(
-    op: str, name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device
+def check_exact(
+    op: str,
+    name: str,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    device: torch.device,
 ) -> None:
-    """An int32 tensor of one of several shapes, on ``device``."""
+    """A tensor of one of these dtypes and shapes, on ``device``."""
     check_dense(op, name, x)
-    if x.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(dtype)[6:] for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {x.dtype}")
     # Symbolic sizes are compared one by one: torch.compile misjudges tuples of them.
     if not any(len(shape) == x.dim() and _equal(shape, x.shape) for shape in shapes):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def check_both(op: str, name: str, x: Any, other_name: str, other: Any) -> None:
+    """Both of two arguments, or neither."""
+    if (x is None) != (other is None):
+        missing, given = (name, other_name) if x is None else (other_name, name)
+        raise ValueError(f"{op}: {missing} must be given when {given} is, got None")
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The same values with a last stride of 1, copied only where they have another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def readable(x: Tensor, any_device: bool = False) -> bool:
@@ -204,3 +222,53 @@ def check_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
         least, most = int(x.min()), int(x.max())
         if least < low or most > high:
             raise ValueError(f"{op}: {name} must be {low} to {high}, got {least} to {most}")
+
+
+def check_embeddings(
+    op: str, name: str, x: Tensor, like: Tensor | None = None, *, paired: bool = False
+) -> None:
+    """A matrix ``(rows, D)``, of the dtype and D of ``like``; if paired, of as many rows."""
+    check_tensor(op, name, x, None if like is None else like.device)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{op}: {name} must have shape (rows, D), got {tuple(x.shape)}")
+    if like is not None and x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} as query is, got {x.dtype}")
+    if like is not None and x.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"{op}: {name} must have {like.shape[1]} columns as query has, got {tuple(x.shape)}"
+        )
+    if paired and like is not None and x.shape != like.shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(like.shape)}, got {tuple(x.shape)}")
+
+
+def check_rows(op: str, name: str, x: Tensor) -> None:
+    """Not an empty matrix."""
+    if x.shape[0] == 0:
+        raise ValueError(f"{op}: {name} must have at least one row, got {tuple(x.shape)}")
+
+
+def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
+    """The temperature as a fp32 scalar on the device of ``like``; a tensor is not read."""
+    if isinstance(temperature, Tensor):
+        check_dense(op, "temperature", temperature)
+        if temperature.numel() != 1 or not temperature.is_floating_point():
+            raise ValueError(
+                f"{op}: temperature must be a float or a floating tensor of one element, "
+                f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
+            )
+        if temperature.device != like.device:
+            raise ValueError(
+                f"{op}: temperature must be on {like.device}, got {temperature.device}"
+            )
+        scalar = temperature.float()
+        return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
+    temperature = check_float(op, "temperature", temperature, "a float or a tensor")
+    if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
+    return like.new_full((), temperature, dtype=torch.float32)
+
+
+def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Integer ids ``(rows,)``, as contiguous int64."""
+    check_exact(op, name, ids, (torch.int64, torch.int32), ((rows,),), device)
+    return ids.long().contiguous()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
-from svitt_ops._library import empty_like_heads
+from svitt_ops._library import empty_attention, empty_like_heads
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.block_sparse_attention import attend, attend_backward
 
@@ -18,6 +18,29 @@ _SHARED = (
     f"{_LAYOUT}, int block_size, int num_global, "
     "Tensor? bias_table, Tensor? position_codes, Tensor? key_lengths, float scale"
 )
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
+    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., scale: float | None = ...,
+    return_saliency: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
+    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., scale: float | None = ...,
+    return_saliency: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
+    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
+    key_lengths: Tensor | None = ..., scale: float | None = ...,
+    return_saliency: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
@@ -81,16 +104,14 @@ def block_sparse_attention(
     _validation.check_qkv(_OP, query, key, value)
     batch, _, tokens, head_dim = query.shape
     _check_layout(layout, query)
-    if (bias_table is None) != (position_codes is None):
-        given, missing = "bias_table", "position_codes"
-        if bias_table is None:
-            given, missing = missing, given
-        raise ValueError(f"{_OP}: {missing} must be given when {given} is, got None")
+    _validation.check_both(_OP, "bias_table", bias_table, "position_codes", position_codes)
     if bias_table is not None and position_codes is not None:
         position_codes = _check_bias(bias_table, position_codes, layout, query)
         bias_table = bias_table.float().contiguous()
     if key_lengths is not None:
-        _validation.check_int32(_OP, "key_lengths", key_lengths, ((batch,),), query.device)
+        _validation.check_exact(
+            _OP, "key_lengths", key_lengths, (torch.int32,), ((batch,),), query.device
+        )
         _validation.check_range(_OP, "key_lengths", key_lengths, 0, tokens)
         key_lengths = key_lengths.contiguous()
     scale = head_dim**-0.5 if scale is None else _validation.check_scale(_OP, scale)
@@ -98,18 +119,9 @@ def block_sparse_attention(
     if return_saliency and layout.num_global == 0:
         raise ValueError(f"{_OP}: return_saliency needs num_global of at least 1, got 0")
     out, _, saliency = torch.ops.svitt_ops.block_sparse_attention(
-        query,
-        key,
-        value,
-        *_lists_4d(layout),
-        layout.block_size,
-        layout.num_global,
-        bias_table,
-        position_codes,
-        key_lengths,
-        scale,
-        return_saliency,
-    )
+        query, key, value, *_lists_4d(layout), layout.block_size, layout.num_global,
+        bias_table, position_codes, key_lengths, scale, return_saliency,
+    )  # fmt: skip
     return (out, saliency.detach()) if return_saliency else out
 
 
@@ -184,7 +196,7 @@ def _check_bias(table: Tensor, codes: Tensor, layout: BlockLayout, query: Tensor
             f"tokens, got {table.shape[0]}"
         )
     shapes = ((tokens,), (1, tokens), (batch, tokens))
-    _validation.check_int32(_OP, "position_codes", codes, shapes, query.device)
+    _validation.check_exact(_OP, "position_codes", codes, (torch.int32,), shapes, query.device)
     codes = codes.reshape(-1, tokens).contiguous() if tokens else codes.new_zeros(1, 0)
     if codes.numel() and _validation.readable(codes):
         spread = int((codes.amax(1) - codes.amin(1)).max())
@@ -206,11 +218,7 @@ def _lists_4d(layout: BlockLayout) -> tuple[Tensor, ...]:
 def _fake(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_global, saliency = args[7], args[-1]
     batch, _, tokens, _ = query.shape
-    shape = (batch, tokens - num_global) if saliency else (0,)
-    # On a CPU the extra digits are free, and weights near 1 need them where logits are large.
-    wide = torch.float64 if query.device.type == "cpu" else torch.float32
-    lse = query.new_empty(query.shape[:3], dtype=wide)
-    return empty_like_heads(query), lse, query.new_empty(shape, dtype=torch.float32)
+    return empty_attention(query, (batch, tokens - num_global) if saliency else (0,))
 
 
 def _backward_fake(
@@ -275,24 +283,18 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, saliency = output
-    ctx.mark_non_differentiable(lse, saliency)
-    ctx.set_materialize_grads(False)
     tensors, (block_size, num_global), optional = inputs[:7], inputs[7:9], inputs[9:12]
-    ctx.save_for_backward(*tensors, out, lse, *optional)
+    ctx.save_for_backward(*tensors, *output[:2], *optional)
     ctx.sizes, ctx.scale = (block_size, num_global), inputs[12]
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 14
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, *lists, out, lse, table, codes, lengths = ctx.saved_tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    grad_out = _validation.unit_stride(grad_out)
     *grads, grad_table = torch.ops.svitt_ops.block_sparse_attention_backward(
         grad_out, query, key, value, out, lse, *lists, *ctx.sizes, table, codes, lengths, ctx.scale
     )
-    return *grads, *(None,) * 6, None if table is None else grad_table, *(None,) * 4
+    return *grads, *(None,) * 6, None if table is None else grad_table
 
 
 _library.differentiate(_OP, _backward, _setup_context)

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
-from svitt_ops._library import empty_like_heads
+from svitt_ops._library import empty_attention, empty_like_heads
 from svitt_ops.reference.cross_attention import Saliency, attend, attend_backward
 
 _OP = "cross_attention"
 _SALIENCIES: tuple[Saliency | None, ...] = (None, "cls", "mean")
 """What the schema's integer `saliency` stands for."""
+
+
+@overload
+def cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
+    scale: float | None = ..., return_saliency: None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
+    scale: float | None = ..., return_saliency: Saliency,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
+    scale: float | None = ..., return_saliency: Saliency | None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def cross_attention(
@@ -67,7 +84,10 @@ def cross_attention(
     query, key, value = _validation.autocast(query, key, value)
     _validation.check_qkv(_OP, query, key, value, own_keys=True)
     if key_padding_mask is not None:
-        _check_mask(key_padding_mask, key)
+        shape = (key.shape[0], key.shape[2])
+        _validation.check_exact(
+            _OP, "key_padding_mask", key_padding_mask, (torch.bool,), (shape,), key.device
+        )
         key_padding_mask = key_padding_mask.contiguous()
     scale = query.shape[-1] ** -0.5 if scale is None else _validation.check_scale(_OP, scale)
     known = return_saliency is None or isinstance(return_saliency, str)
@@ -80,27 +100,10 @@ def cross_attention(
     return (out, saliency.detach()) if return_saliency else out
 
 
-def _check_mask(mask: Tensor, key: Tensor) -> None:
-    _validation.check_dense(_OP, "key_padding_mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{_OP}: key_padding_mask must be bool, got {mask.dtype}")
-    shape = (key.shape[0], key.shape[2])
-    if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"{_OP}: key_padding_mask must have shape {tuple(shape)}, got {tuple(mask.shape)}"
-        )
-    if mask.device != key.device:
-        raise ValueError(f"{_OP}: key_padding_mask must be on {key.device}, got {mask.device}")
-
-
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, saliency: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # On a CPU the extra digits are free, and weights near 1 need them where logits are large.
-    wide = torch.float64 if query.device.type == "cpu" else torch.float32
-    lse = query.new_empty(query.shape[:3], dtype=wide)
-    shape = (key.shape[0], key.shape[2]) if saliency else (0,)
-    return empty_like_heads(query), lse, query.new_empty(shape, dtype=torch.float32)
+    return empty_attention(query, (key.shape[0], key.shape[2]) if saliency else (0,))
 
 
 def _backward_fake(
@@ -153,20 +156,13 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, lse, saliency = output
-    ctx.mark_non_differentiable(lse, saliency)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], out, lse, inputs[3])
+    ctx.save_for_backward(*inputs[:3], *output[:2], inputs[3])
     ctx.scale = inputs[4]
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 6
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    grads = torch.ops.svitt_ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None
+def _backward(ctx: Any, grad_out: Tensor) -> Any:
+    grad_out = _validation.unit_stride(grad_out)
+    return torch.ops.svitt_ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
 
 
 _library.differentiate(_OP, _backward, _setup_context)

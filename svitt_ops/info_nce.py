@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -70,72 +69,27 @@ def info_nce(
         CPC (2018), equation 4; CLIP (2021), figure 3; SViTT (CVPR 2023), equations 12 and 13.
     """
     query, key = _validation.autocast(query, key)
-    check_embeddings(_OP, "query", query)
-    check_embeddings(_OP, "key", key, query)
-    if key.shape != query.shape:
-        raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
-    if query.shape[0] == 0:
-        raise ValueError(f"{_OP}: query must have at least one row, got {tuple(query.shape)}")
-    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
-    temperature = check_temperature(_OP, temperature, query)
+    _validation.check_embeddings(_OP, "query", query)
+    _validation.check_embeddings(_OP, "key", key, query, paired=True)
+    _validation.check_rows(_OP, "query", query)
+    query, key = _validation.unit_stride(query), _validation.unit_stride(key)
+    temperature = _validation.check_temperature(_OP, temperature, query)
     if ids is not None:
-        ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+        ids = _validation.check_ids(_OP, "ids", ids, query.shape[0], query.device)
     symmetric = _validation.check_flag(_OP, "symmetric", symmetric)
     label_smoothing = _validation.check_float(_OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
-        return _over_ranks(query, key, temperature, ids, symmetric, label_smoothing, group)
+        _check_group(group)
+        # A Function's own forward is not told of tangents that reach it beside a gradient.
+        _library.refuse_tangents(_OP, (query, key, temperature))
+        found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
+        return found[0]
     loss, _, _ = torch.ops.svitt_ops.info_nce(
         query, key, temperature, ids, ids, 0, symmetric, label_smoothing
     )
     return loss
-
-
-def check_embeddings(op: str, name: str, x: Tensor, like: Tensor | None = None) -> None:
-    """A matrix ``(rows, D)`` with a contiguous last dimension, of the dtype and D of ``like``."""
-    _validation.check_tensor(op, name, x, None if like is None else like.device)
-    if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(f"{op}: {name} must have shape (rows, D), got {tuple(x.shape)}")
-    if like is not None and x.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must be {like.dtype} as query is, got {x.dtype}")
-    if like is not None and x.shape[1] != like.shape[1]:
-        raise ValueError(
-            f"{op}: {name} must have {like.shape[1]} columns as query has, got {tuple(x.shape)}"
-        )
-
-
-def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
-    """The temperature as a fp32 scalar on the device of ``like``; a tensor is not read."""
-    if isinstance(temperature, Tensor):
-        _validation.check_dense(op, "temperature", temperature)
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise ValueError(
-                f"{op}: temperature must be a float or a floating tensor of one element, "
-                f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
-            )
-        if temperature.device != like.device:
-            raise ValueError(
-                f"{op}: temperature must be on {like.device}, got {temperature.device}"
-            )
-        scalar = temperature.float()
-        return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
-    temperature = _validation.check_float(op, "temperature", temperature, "a float or a tensor")
-    if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
-    return like.new_full((), temperature, dtype=torch.float32)
-
-
-def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Integer ids ``(rows,)``, as contiguous int64."""
-    _validation.check_dense(op, name, ids)
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: {name} must be int64 or int32, got {ids.dtype}")
-    if tuple(ids.shape) != (rows,):
-        raise ValueError(f"{op}: {name} must have shape ({rows},), got {tuple(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {ids.device}")
-    return ids.long().contiguous()
 
 
 def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: float) -> Tensor:
@@ -232,35 +186,21 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rows, columns = output
-    ctx.mark_non_differentiable(rows, columns)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], rows, columns)
+    ctx.save_for_backward(*inputs[:5], *output[1:])
     ctx.first_row, ctx.label_smoothing = inputs[5], inputs[7]
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 8
+def _backward(ctx: Any, grad_loss: Tensor) -> Any:
     *inputs, rows, columns = ctx.saved_tensors
-    grads = torch.ops.svitt_ops.info_nce_backward(
+    return torch.ops.svitt_ops.info_nce_backward(
         grad_loss, *inputs, ctx.first_row, rows, columns, ctx.label_smoothing, False
     )
-    return *grads, *(None,) * 5
 
 
 _library.differentiate(_OP, _backward, _setup_context)
 
 
-def _over_ranks(
-    query: Tensor,
-    key: Tensor,
-    temperature: Tensor,
-    ids: Tensor | None,
-    symmetric: bool,
-    label_smoothing: float,
-    group: ProcessGroup,
-) -> Tensor:
+def _check_group(group: ProcessGroup) -> None:
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
@@ -270,11 +210,6 @@ def _over_ranks(
         raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
-    # A Function's own forward is not told of tangents that reach it beside a gradient.
-    _library.refuse_tangents(_OP, (query, key, temperature))
-    found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
-    loss: Tensor = found[0]
-    return loss
 
 
 class _RankLoss(torch.autograd.Function):
@@ -305,16 +240,8 @@ class _RankLoss(torch.autograd.Function):
         keys = _gather(key.detach(), group)
         all_ids = None if ids is None else _gather(ids, group)
         total = local * ranks
-        _, rows, columns = torch.ops.svitt_ops.info_nce(
-            query.detach(),
-            keys,
-            temperature,
-            ids,
-            all_ids,
-            rank * local,
-            symmetric,
-            label_smoothing,
-        )
+        inputs = (query.detach(), keys, temperature, ids, all_ids, rank * local)
+        _, rows, columns = torch.ops.svitt_ops.info_nce(*inputs, symmetric, label_smoothing)
         means = losses(rows, temperature, total, label_smoothing).sum() / total
         means = _gather(means.reshape(1), group).sum()
         if symmetric:
@@ -347,28 +274,18 @@ class _RankLoss(torch.autograd.Function):
             return (None,) * 7
         if torch._C._functorch.is_batchedtensor(grad_loss):
             _RankLoss.vmap()
-        query, keys, temperature, ids, all_ids, rows, columns = ctx.saved_tensors
+        *inputs, rows, columns = ctx.saved_tensors
         rank, ranks, local = ctx.strip
         group = ctx.group()
         if group is None or not torch.distributed.is_initialized():
             raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
         grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
-            grad_loss,
-            query,
-            keys,
-            temperature,
-            ids,
-            all_ids,
-            rank * local,
-            rows,
-            columns,
-            ctx.label_smoothing,
-            True,
+            grad_loss, *inputs, rank * local, rows, columns, ctx.label_smoothing, True
         )
         torch.distributed.all_reduce(grad_keys, group=group)
         torch.distributed.all_reduce(grad_temperature, group=group)
         grad_key = grad_keys[rank * local : (rank + 1) * local]
-        dtype = query.dtype
+        dtype = inputs[0].dtype
         grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)
         return *grads, *(None,) * 4
 

@@ -265,16 +265,8 @@ class BlockLayout:
         op, to = "BlockLayout.to", check_device("BlockLayout.to", device)
         if to is None:
             raise TypeError(f"{op}: device must be a torch.device or its name, got NoneType")
-        return BlockLayout(
-            self.num_tokens,
-            self.block_size,
-            self.num_global,
-            self.key_counts.to(to),
-            self.key_blocks.to(to),
-            self.query_counts.to(to),
-            self.query_blocks.to(to),
-            trusted=True,
-        )
+        lists, sizes = _flatten(self)
+        return _unflatten([x.to(to) for x in lists], sizes)
 
     def to_mask(self) -> Tensor:
         """Bool ``(..., blocks, blocks)``, True where the query block attends the key block."""

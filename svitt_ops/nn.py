@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from svitt_ops import _validation
 from svitt_ops.block_sparse_attention import block_sparse_attention, check_grid, position_codes
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.layout import BlockLayout
+from svitt_ops.reference.cross_attention import Saliency
 from svitt_ops.token_pruning import PrunedTokens, prune_tokens
 
 __all__ = ["BlockSparseSelfAttention", "CrossAttention", "RelativePositionBias3D", "TokenPruning"]
@@ -110,6 +111,22 @@ class BlockSparseSelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim, True, device, dtype)
         self.bias = bias
 
+    @overload
+    def forward(
+        self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
+        key_lengths: Tensor | None = ..., return_saliency: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
+        key_lengths: Tensor | None = ..., return_saliency: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, tokens: Tensor, layout: BlockLayout, *, codes: Tensor | None = ...,
+        key_lengths: Tensor | None = ..., return_saliency: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
     def forward(
         self,
         tokens: Tensor,
@@ -142,7 +159,7 @@ class BlockSparseSelfAttention(nn.Module):
         if self.bias is not None:
             table = self.bias.table
             codes = self.bias.codes if codes is None else codes
-        found = block_sparse_attention(
+        out, saliency = self._attend(
             query,
             key,
             value,
@@ -152,10 +169,18 @@ class BlockSparseSelfAttention(nn.Module):
             key_lengths=key_lengths,
             return_saliency=return_saliency,
         )
-        if isinstance(found, tuple):
-            return self.out(merge_heads(found[0])), found[1]
-        merged: Tensor = self.out(merge_heads(found))
-        return merged
+        merged: Tensor = self.out(merge_heads(out))
+        return merged if saliency is None else (merged, saliency)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and saliency of the heads, the latter None unless asked for."""
+        found = block_sparse_attention(query, key, value, layout, **options)
+        return found if isinstance(found, tuple) else (found, None)
 
 
 class CrossAttention(nn.Module):
@@ -191,13 +216,29 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(source, dim, bias, device, dtype)
         self.out = nn.Linear(dim, dim, bias, device, dtype)
 
+    @overload
+    def forward(
+        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
+        return_saliency: None = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
+        return_saliency: Saliency,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
+        return_saliency: Saliency | None,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
     def forward(
         self,
         tokens: Tensor,
         context: Tensor,
         *,
         key_padding_mask: Tensor | None = None,
-        return_saliency: Literal["cls", "mean"] | None = None,
+        return_saliency: Saliency | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend.
 
@@ -223,6 +264,9 @@ class CrossAttention(nn.Module):
             return self.out(merge_heads(found[0])), found[1]
         merged: Tensor = self.out(merge_heads(found))
         return merged
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class TokenPruning(nn.Module):

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
-from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
+from svitt_ops._validation import (
+    check_embeddings,
+    check_ids,
+    check_rows,
+    check_temperature,
+    unit_stride,
+)
 from svitt_ops.reference.queue_info_nce import among_candidates
 from svitt_ops.reference.queue_info_nce import gradients as _gradients
 from svitt_ops.reference.queue_info_nce import queue_info_nce as _reference
@@ -71,23 +77,15 @@ def queue_info_nce(
     """
     query, key, queue, teacher_query = _validation.autocast(query, key, queue, teacher_query)
     check_embeddings(_OP, "query", query)
-    check_embeddings(_OP, "key", key, query)
+    check_embeddings(_OP, "key", key, query, paired=True)
     check_embeddings(_OP, "queue", queue, query)
-    if key.shape != query.shape:
-        raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
-    for name, x in (("query", query), ("queue", queue)):
-        if x.shape[0] == 0:
-            raise ValueError(f"{_OP}: {name} must have at least one row, got {tuple(x.shape)}")
+    check_rows(_OP, "query", query)
+    check_rows(_OP, "queue", queue)
     alpha = _validation.check_float(_OP, "alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"{_OP}: alpha must be in [0, 1], got {alpha}")
     if teacher_query is not None:
-        check_embeddings(_OP, "teacher_query", teacher_query, query)
-        if teacher_query.shape != query.shape:
-            raise ValueError(
-                f"{_OP}: teacher_query must have shape {tuple(query.shape)}, "
-                f"got {tuple(teacher_query.shape)}"
-            )
+        check_embeddings(_OP, "teacher_query", teacher_query, query, paired=True)
     elif alpha > 0:
         raise ValueError(f"{_OP}: teacher_query must be given where alpha > 0, got None")
     if alpha == 0:
@@ -101,12 +99,9 @@ def queue_info_nce(
             queue_ids = check_ids(_OP, "queue_ids", queue_ids, queue.shape[0], query.device)
     elif key_ids is not None or queue_ids is not None:
         raise ValueError(f"{_OP}: query_ids must be given with key_ids or queue_ids, got None")
-    query, key, queue = (
-        x if x.stride(1) == 1 else x.contiguous() for x in (query, key.detach(), queue.detach())
-    )
+    query, key, queue = (unit_stride(x) for x in (query, key.detach(), queue.detach()))
     if teacher_query is not None:
-        x = teacher_query.detach()
-        teacher_query = x if x.stride(1) == 1 else x.contiguous()
+        teacher_query = unit_stride(teacher_query.detach())
     loss, _, _ = torch.ops.svitt_ops.queue_info_nce(
         query, key, queue, temperature, teacher_query, alpha, query_ids, key_ids, queue_ids, False
     )
@@ -156,23 +151,12 @@ def _cpu(
     return results
 
 
-def _backward_fake(
-    grad_loss: Tensor,
-    query: Tensor,
-    temperature: Tensor,
-    grad_query: Tensor,
-    grad_temperature: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return grad_query.new_empty(grad_query.shape, dtype=query.dtype), torch.empty_like(grad_loss)
+def _backward_fake(grad_loss: Tensor, query: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    return args[1].new_empty(args[1].shape, dtype=query.dtype), torch.empty_like(grad_loss)
 
 
-def _backward_cpu(
-    grad_loss: Tensor,
-    query: Tensor,
-    temperature: Tensor,
-    grad_query: Tensor,
-    grad_temperature: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _backward_cpu(grad_loss: Tensor, query: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    _, grad_query, grad_temperature = args
     return (grad_query * grad_loss).to(query.dtype), grad_temperature * grad_loss
 
 
@@ -196,17 +180,12 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad_query, grad_temperature = output
-    ctx.mark_non_differentiable(grad_query, grad_temperature)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[3], grad_query, grad_temperature)
+    ctx.save_for_backward(inputs[0], inputs[3], *output[1:])
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 10
+def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.svitt_ops.queue_info_nce_backward(grad_loss, *ctx.saved_tensors)
-    return grads[0], None, None, grads[1], *(None,) * 6
+    return grads[0], None, None, grads[1]
 
 
 def _with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
-from svitt_ops.info_nce import check_embeddings, check_ids
 from svitt_ops.reference.retrieval_ranks import retrieval_ranks as _reference
 
 _OP = "retrieval_ranks"
@@ -50,22 +49,18 @@ def retrieval_ranks(
         The protocol of ALBEF and SViTT: the best of several positives counts.
     """
     query, key = _validation.autocast(query, key)
-    check_embeddings(_OP, "query", query)
-    check_embeddings(_OP, "key", key, query)
-    if (query_ids is None) != (key_ids is None):
-        given, missing = "query_ids", "key_ids"
-        if query_ids is None:
-            given, missing = missing, given
-        raise ValueError(f"{_OP}: {missing} must be given when {given} is, got None")
+    _validation.check_embeddings(_OP, "query", query)
+    _validation.check_embeddings(_OP, "key", key, query)
+    _validation.check_both(_OP, "query_ids", query_ids, "key_ids", key_ids)
     if query_ids is not None and key_ids is not None:
-        query_ids = check_ids(_OP, "query_ids", query_ids, query.shape[0], query.device)
-        key_ids = check_ids(_OP, "key_ids", key_ids, key.shape[0], query.device)
+        query_ids = _validation.check_ids(_OP, "query_ids", query_ids, query.shape[0], query.device)
+        key_ids = _validation.check_ids(_OP, "key_ids", key_ids, key.shape[0], query.device)
     elif key.shape[0] < query.shape[0]:
         raise ValueError(
             f"{_OP}: key must have at least {query.shape[0]} rows, one for each query, "
             f"got {key.shape[0]}"
         )
-    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query.detach(), key.detach()))
+    query, key = (_validation.unit_stride(x.detach()) for x in (query, key))
     ranks: Tensor = torch.ops.svitt_ops.retrieval_ranks(query, key, query_ids, key_ids)
     return ranks
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
-from svitt_ops.info_nce import check_embeddings, check_ids, check_temperature
 from svitt_ops.randomness import rand
 from svitt_ops.reference.info_nce import finite_logits, positives
 from svitt_ops.reference.sample_hard_negatives import choose
@@ -53,18 +52,16 @@ def sample_hard_negatives(
         ALBEF (NeurIPS 2021), section 3.2: in-batch hard negatives of image-text matching.
     """
     query, key = _validation.autocast(query, key)
-    check_embeddings(_OP, "query", query)
-    check_embeddings(_OP, "key", key, query)
-    if key.shape != query.shape:
-        raise ValueError(f"{_OP}: key must have shape {tuple(query.shape)}, got {tuple(key.shape)}")
-    temperature = check_temperature(_OP, temperature, query).detach()
+    _validation.check_embeddings(_OP, "query", query)
+    _validation.check_embeddings(_OP, "key", key, query, paired=True)
+    temperature = _validation.check_temperature(_OP, temperature, query).detach()
     if ids is not None:
-        ids = check_ids(_OP, "ids", ids, query.shape[0], query.device)
+        ids = _validation.check_ids(_OP, "ids", ids, query.shape[0], query.device)
     _validation.check_generator(_OP, generator)
     if generator is not None and generator.device.type != query.device.type:
         raise ValueError(f"{_OP}: generator must be on {query.device}, got {generator.device}")
     uniform = rand(query.shape[:1], generator, query.device, torch.float64)
-    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query.detach(), key.detach()))
+    query, key = (_validation.unit_stride(x.detach()) for x in (query, key))
     found: Tensor = torch.ops.svitt_ops.sample_hard_negatives(
         query, key, temperature, ids, ids, uniform
     )

@@ -108,16 +108,9 @@ def attention_results(
     saliency = None
     if compute is None:
         result = _op(
-            q,
-            k,
-            v,
-            layout,
-            bias_table=table,
-            position_codes=position_codes,
-            key_lengths=key_lengths,
-            scale=scale,
-            return_saliency=layout.num_global > 0,
-        )
+            q, k, v, layout, bias_table=table, position_codes=position_codes,
+            key_lengths=key_lengths, scale=scale, return_saliency=layout.num_global > 0,
+        )  # fmt: skip
         out, saliency = result if isinstance(result, tuple) else (result, None)
     else:
         out, _, row = attend(q, k, v, layout, table, position_codes, key_lengths, scale, compute)
@@ -155,15 +148,8 @@ def cross_attention_results(
     """
     q, k, v = (_leaf(x, compute) for x in (query, key, value))
     if compute is None:
-        result = _cross_attention(
-            q,
-            k,
-            v,
-            key_padding_mask=key_padding_mask,
-            scale=scale,
-            return_saliency=return_saliency,
-        )
-        out, saliency = result
+        options: Any = {"key_padding_mask": key_padding_mask, "scale": scale}
+        out, saliency = _cross_attention(q, k, v, return_saliency=return_saliency, **options)
     else:
         out, _, saliency = _cross_attend(q, k, v, key_padding_mask, scale, return_saliency, compute)
     leaves = {"grad_query": q, "grad_key": k, "grad_value": v}

@@ -60,7 +60,7 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     """
     _check_scores(_SELECT, scores)
     keep = _check_keep(_SELECT, keep, scores.shape[1])
-    return torch.ops.svitt_ops.select_tokens(_unit_stride(scores.detach()), keep)
+    return torch.ops.svitt_ops.select_tokens(_validation.unit_stride(scores.detach()), keep)
 
 
 def prune_tokens(
@@ -127,17 +127,18 @@ def prune_tokens(
     if (keep is None) == (keep_rate is None):
         given = "neither" if keep is None else "both"
         raise ValueError(f"{_PRUNE}: keep or keep_rate must be given, got {given}")
-    if keep is None:
-        assert keep_rate is not None
+    if keep_rate is not None:
         keep = _count(_PRUNE, keep_rate, num_tokens)
     keep = _check_keep(_PRUNE, keep, num_tokens)
     if position_codes is not None:
         shapes = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
-        _validation.check_int32(_PRUNE, "position_codes", position_codes, shapes, tokens.device)
+        _validation.check_exact(
+            _PRUNE, "position_codes", position_codes, (torch.int32,), shapes, tokens.device
+        )
         rows = 1 if position_codes.dim() == 1 else position_codes.shape[0]
         position_codes = position_codes.reshape(rows, num_tokens).contiguous()
     out, indices, _, codes = torch.ops.svitt_ops.prune_tokens(
-        tokens, _unit_stride(scores.detach()), keep, num_global, position_codes
+        tokens, _validation.unit_stride(scores.detach()), keep, num_global, position_codes
     )
     return PrunedTokens(out, indices, None if position_codes is None else codes)
 
@@ -162,11 +163,6 @@ def _check_scores(op: str, scores: Tensor, tokens: Tensor | None = None) -> None
     _validation.check_tensor(op, "scores", scores, None if tokens is None else tokens.device)
     if scores.dim() != 2:
         raise ValueError(f"{op}: scores must have shape (batch, tokens), got {tuple(scores.shape)}")
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The same values with a last stride of 1, copied only where they have another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _select_fake(scores: Tensor, keep: int) -> Tensor:
@@ -225,21 +221,14 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, indices, inverse, codes = output
-    ctx.mark_non_differentiable(indices, inverse, codes)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inverse)
+    ctx.save_for_backward(output[2])
     ctx.num_global = inputs[3]
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 5
-    (inverse,) = ctx.saved_tensors
-    grad = torch.ops.svitt_ops.prune_tokens_backward(
-        _unit_stride(grad_out), inverse, ctx.num_global
-    )
-    return grad, None, None, None, None
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor]:
+    grad_out = _validation.unit_stride(grad_out)
+    back = torch.ops.svitt_ops.prune_tokens_backward
+    return (back(grad_out, *ctx.saved_tensors, ctx.num_global),)
 
 
 _library.differentiate(_PRUNE, _backward, _setup_context)

@@ -14,12 +14,14 @@ the configuration refuses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import svitt_ops as so
-from svitt_ops.nn import BlockSparseSelfAttention, merge_heads, split_heads
+from svitt_ops.nn import BlockSparseSelfAttention
 
 
 def padded(num_tokens: int, block_size: int) -> int:
@@ -34,49 +36,23 @@ class PaddedSelfAttention(BlockSparseSelfAttention):
     the saliency, comes from a second call. The layout is over the padded tokens.
     """
 
-    def forward(
-        self,
-        tokens: Tensor,
-        layout: so.BlockLayout,
-        *,
-        codes: Tensor | None = None,
-        key_lengths: Tensor | None = None,
-        return_saliency: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        assert self.bias is not None and codes is not None and key_lengths is None
-        count = tokens.shape[1] - 1
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: so.BlockLayout, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        assert options["key_lengths"] is None
+        table, codes = options["bias_table"], options["position_codes"]
+        count = query.shape[2] - 1
         missing = layout.num_tokens - count
-        query, key, value = (
-            split_heads(project(tokens), self.num_heads)
-            for project in (self.query, self.key, self.value)
-        )
-        table: Tensor = self.bias.table
         # Patches see nothing but [CLS] here; only the row of [CLS] is used.
         globals_only = so.BlockLayout.local_random(
-            count, block_size=layout.block_size, num_local=0, num_random=0, device=tokens.device
+            count, block_size=layout.block_size, num_local=0, num_random=0, device=query.device
         )
-        of_cls = so.block_sparse_attention(
-            query,
-            key,
-            value,
-            globals_only,
-            bias_table=table,
-            position_codes=codes,
-            return_saliency=return_saliency,
-        )
-        saliency = None
-        if isinstance(of_cls, tuple):
-            of_cls, saliency = of_cls
+        of_cls, saliency = super()._attend(query, key, value, globals_only, **options)
         if missing:
             table, codes = _with_padding_code(table, codes, missing)
             query, key, value = (F.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
-        out = so.block_sparse_attention(
-            query, key, value, layout, bias_table=table, position_codes=codes
-        )
-        assert isinstance(out, Tensor)
-        out = torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2)
-        merged: Tensor = self.out(merge_heads(out))
-        return merged if saliency is None else (merged, saliency)
+        out, _ = super()._attend(query, key, value, layout, bias_table=table, position_codes=codes)
+        return torch.cat([of_cls[:, :, :1], out[:, :, 1 : count + 1]], 2), saliency
 
 
 def _with_padding_code(table: Tensor, codes: Tensor, missing: int) -> tuple[Tensor, Tensor]:

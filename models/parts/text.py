@@ -27,7 +27,7 @@ class TextLayer(GradientCheckpointingLayer):
         eps = config.text_layer_norm_eps
         self.attention = CrossAttention(dim, heads)
         self.attention_norm = nn.LayerNorm(dim, eps)
-        self.cross_attention: CrossAttention | None = None
+        self.cross_attention: nn.Module | None = None
         if fuses:
             self.cross_attention = CrossAttention(dim, heads, context_dim=config.hidden_size)
             self.cross_norm = nn.LayerNorm(dim, eps)
