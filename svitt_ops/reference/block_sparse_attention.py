@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 from torch import Tensor
 
 from svitt_ops.layout import BlockLayout
-
-
-@overload
-def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
-    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., scale: float | None = ...,
-    return_saliency: Literal[False] = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
-    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., scale: float | None = ...,
-    return_saliency: Literal[True],
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, *,
-    bias_table: Tensor | None = ..., position_codes: Tensor | None = ...,
-    key_lengths: Tensor | None = ..., scale: float | None = ...,
-    return_saliency: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(

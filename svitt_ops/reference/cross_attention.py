@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Saliency = Literal["cls", "mean"]
-
-
-@overload
-def cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
-    scale: float | None = ..., return_saliency: None = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
-    scale: float | None = ..., return_saliency: Saliency,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = ...,
-    scale: float | None = ..., return_saliency: Saliency | None,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def cross_attention(
