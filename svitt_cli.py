@@ -23,6 +23,7 @@ svitt-ops: sparse video-text transformers, from kernels to trained models.
 
   svitt demo                                  see all of it work, in minutes, without a GPU
   svitt pretrain --config small ...           train on your videos
+  svitt finetune --config qa-msrvtt ...       go on for a task: retrieval, questions, choices
   svitt evaluate retrieval runs/small ...     find videos by text and texts by video
   svitt bench --quick                         how fast the kernels are on your machine
 """
@@ -38,6 +39,17 @@ An annotation file is a JSON list of {"video": path, "caption": text}, or JSON l
 parquet with these fields. Paths are relative to the working folder, and ~ is the home folder.
 Unusable videos are skipped, counted and listed in the output folder. A run that was killed goes on
 where its last checkpoint was when the same command is given again.
+"""
+FINETUNE = """\
+Train a pretrained model for a task, retrieval or qa or multiple_choice, as a recipe says:
+
+  svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small \\
+      data.annotations=my.json data.root=videos
+  svitt finetune --config qa-msrvtt --show > my-questions.yaml
+
+init.checkpoint is the folder of a run or of a model, or a file that the authors released. With
+data.validation the model is evaluated after every epoch, and its best weights are kept in the
+folder `best` of the output. All else is as in `svitt pretrain`.
 """
 EVALUATE = """\
 Find videos by text and texts by video, in annotation files like those of training:
@@ -104,7 +116,9 @@ def explain(error: Exception, command: str | None = None) -> str | None:
         or "DefaultCPUAllocator" in text
     ):
         smaller = "a smaller optimizer.batch_size, or run.gradient_checkpointing=true, takes less"
-        return f"out of memory{f'; {smaller}' if command == 'pretrain' else ''} ({text})"
+        return (
+            f"out of memory{f'; {smaller}' if command in ('pretrain', 'finetune') else ''} ({text})"
+        )
     if isinstance(error, RuntimeError) and re.search(r"DataLoader worker .* (exited|killed)", text):
         return f"a process that reads videos died, perhaps for want of memory ({text})"
     return None
@@ -186,17 +200,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     _add_overrides(demo)
 
-    pretrain = commands.add_parser(
-        "pretrain", help="train from a recipe", description=PRETRAIN, formatter_class=raw
-    )
-    pretrain.add_argument(
-        "--config",
-        required=True,
-        metavar="RECIPE",
-        help="a YAML file, or the name of a recipe of the package, such as small",
-    )
-    pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
-    _add_overrides(pretrain)
+    for name, what, text in (
+        ("pretrain", "train from a recipe", PRETRAIN),
+        ("finetune", "train a pretrained model for a task", FINETUNE),
+    ):
+        train = commands.add_parser(name, help=what, description=text, formatter_class=raw)
+        train.add_argument(
+            "--config",
+            required=True,
+            metavar="RECIPE",
+            help="a YAML file, or the name of a recipe of the package, such as small",
+        )
+        train.add_argument("--show", action="store_true", help="print the whole recipe and stop")
+        _add_overrides(train)
 
     found = commands.add_parser(
         "evaluate", help="evaluate a trained model", description=EVALUATE, formatter_class=raw

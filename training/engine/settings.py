@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svitt_ops.training.data import RESIZES
-from svitt_ops.training.engine.checkpoints import FINAL, RECIPE
+from svitt_ops.training.engine.checkpoints import BEST, FINAL, RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def run_settings(folder: str | Path) -> RunSettings:
     """
     folder = Path(folder).absolute()
     places = [folder / RECIPE]
-    if folder.name == FINAL or re.fullmatch(r"checkpoint-\d+", folder.name):
+    if folder.name in (FINAL, BEST) or re.fullmatch(r"checkpoint-\d+", folder.name):
         places.append(folder.parent / RECIPE)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
