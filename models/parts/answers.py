@@ -177,7 +177,7 @@ class AnswersQuestions(TwoTowers):
         if official and merge != "concat":
             merged = merge_clips(vocabulary.exp(), how, 1).log_softmax(-1)
             first = merged[:, answer_ids[:, 1]]
-        best = first.sort(1, descending=True, stable=True).indices[:, :k]
+        best = first.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rest = torch.stack(
             [
                 self._rest(states, ignored, answer_ids[best], answer_mask[best], rows)
@@ -188,7 +188,7 @@ class AnswersQuestions(TwoTowers):
         scores = of_clips.gather(2, best[:, None].expand_as(rest)) + rest
         if official:
             scores = scores + first.gather(1, best)[:, None]
-        scores, order = merge_clips(scores, how, 1).sort(1, descending=True, stable=True)
+        scores, order = merge_clips(scores, how, 1).sort(dim=1, descending=True, stable=True)
         return AnswerRanking(answers=best.gather(1, order), scores=scores)
 
     def _rest(
