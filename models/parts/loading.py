@@ -42,6 +42,7 @@ FIXED = (
 PARTS = (
     ("match_head.", "the match head starts"),
     ("token_head.", "the head for masked tokens starts"),
+    ("decoder.", "the answer decoder starts"),
     ("video_projection.", "the embeddings of clips start"),
     ("text_projection.", "the embeddings of texts start"),
     ("temperature", "the temperature starts"),
@@ -50,6 +51,8 @@ PARTS = (
     ("", "the video tower starts"),
 )
 """Beginnings of the model's names, and what starts untrained without them."""
+DECODES = "ForQuestionAnswering"
+"""End of the names of classes that have an answer decoder."""
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 SHOWN = 6
 
@@ -57,7 +60,12 @@ SHOWN = 6
 def fixed_fields(stored: TwoTowersConfig, wanted: TwoTowersConfig) -> list[str]:
     """Fields of a configuration that weights of another one cannot be changed in."""
     scaled = stored.layer_scale_init_value and wanted.layer_scale_init_value
-    return [*FIXED, *([] if scaled else ["layer_scale_init_value"])]  # 0 leaves the scales out
+    decodes = any(name.endswith(DECODES) for name in stored.architectures or ())
+    return [
+        *FIXED,
+        *([] if scaled else ["layer_scale_init_value"]),  # 0 leaves the scales out
+        *(["decoder_layers"] if decodes else []),
+    ]
 
 
 def check_fixed(who: str, found: Mapping[str, Any], config: VideoConfig, source: object) -> None:
@@ -148,7 +156,7 @@ def load_folder(
             f"got {tuple(found)}"
         )
     names = list(model.state_dict())
-    missing = [name for name in names if name in info["missing_keys"]]
+    missing = model.start_missing([name for name in names if name in info["missing_keys"]])
     check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)
