@@ -42,7 +42,12 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A
     return collator(Collator, recipe, tokenizer, mask_probability=share)
 
 
-def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    recipe: Recipe,
+    config: VideoConfig,
+    batch: dict[str, Any],
+    inputs: Sequence[str] = INPUTS,
+) -> dict[str, Any]:
     """Pictures of the model's size, and texts."""
     pixels = to_pixel_values(
         batch["clips"],
@@ -51,4 +56,4 @@ def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> 
         batch["flips"],
         resize=recipe.data.resize,
     )
-    return {"pixel_values": pixels, **{name: batch[name] for name in INPUTS if name in batch}}
+    return {"pixel_values": pixels, **{name: batch[name] for name in inputs if name in batch}}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.models.parts.clips import Merge, merge_clips
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.collate import Collator, count_cut
 from svitt_ops.training.engine import recipes
@@ -29,7 +30,7 @@ from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evalu
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import probe_orders
 from svitt_ops.training.tasks.parts.ranks import recalls
-from svitt_ops.training.tasks.parts.table import format_rows
+from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import collator
 from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs, read_examples
 
@@ -238,10 +239,7 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"normal - shuffled: {facts['delta']:.1f}")
     if cut := first.get("texts_cut"):
         lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
-    if count := len(first["skipped"]):
-        lines.append(f"{count} unusable video{'s' * (count > 1)} skipped:")
-        lines += [f"  {reason}" for reason in first["skipped"].values()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out_lines(first["skipped"])])
 
 
 def _rerank(
@@ -286,14 +284,12 @@ def _match(
     states: Tensor,
     text: Tensor,
     video: Tensor,
-    merge: str,
+    merge: Merge,
 ) -> Tensor:
     """Match scores of pairs, over all clips of the videos."""
     num_clips = states.shape[1]
     pairs = states[video.cpu()].flatten(0, 1).to(texts.states.device)
     rows = text.repeat_interleave(num_clips)
     logits = model.match_logits(texts.states[rows], texts.mask[rows], pairs)[:, 1]
-    logits = logits.float().unflatten(0, (-1, num_clips))  # their sums and means in fp32 too
-    if merge == "logsumexp":
-        return logits.logsumexp(1)
-    return logits.mean(1) if merge == "mean" else logits.amax(1)
+    # Their sums and means in fp32 too.
+    return merge_clips(logits.float().unflatten(0, (-1, num_clips)), merge, 1)

@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm.auto import tqdm
 
+from svitt_ops.models.parts.clips import Merge
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.encoding import Progress
 
-MERGES = ("logsumexp", "mean", "max")
+MERGES = get_args(Merge)
 
 
 @dataclass(kw_only=True)
