@@ -103,7 +103,7 @@ def build_model(
         with _named("init.checkpoint"):
             if system.load_official is None:
                 raise ValueError(f"must be a folder, {recipe.system} has no official files")
-            model = system.load_official(start, config)
+            model = system.load_official(start, config, task=head)
         # A head that is missing there starts from random weights, to be trained.
         model.config.loss_weights = config.loss_weights
         frames = changes.get("num_frames", model.config.num_frames)

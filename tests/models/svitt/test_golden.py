@@ -191,7 +191,9 @@ def test_singularity_scores_of_several_frames() -> None:
     """Each frame is a clip of its own; "concat" fuses the states of all behind each other."""
     case = Case("singularity/retrieval")
     model = case.model("multiple_choice")
-    ids, mask = (case[f"in/eval/{name}"].expand(5, -1, -1) for name in ("input_ids", "attention_mask"))
+    ids, mask = (
+        case[f"in/eval/{name}"].expand(5, -1, -1) for name in ("input_ids", "attention_mask")
+    )
     with torch.no_grad():
         video = model.encode_video(case["in/eval/video"].flatten(0, 1)[:, None])
         text = model.encode_text(ids[0], mask[0])

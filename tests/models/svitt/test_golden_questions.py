@@ -206,7 +206,9 @@ def test_a_decoder_starts_as_the_authors_starts(caplog: pytest.LogCaptureFixture
         caplog.text
     )
     assert "no counterpart for: " in caplog.text and "nothing for" not in caplog.text
-    copied = json.loads((FOLDER / "singularity/key_maps.json").read_text())["tasks"]["vqa"]["loaded"]
+    copied = json.loads((FOLDER / "singularity/key_maps.json").read_text())["tasks"]["vqa"][
+        "loaded"
+    ]
     count = 0
     for name, source in copied.items():
         target = rename(name, OFFICIAL_CHECKPOINT)
