@@ -147,21 +147,17 @@ class AnswersQuestions(TwoTowers):
             The decoder's layers over ``batch * clips * (1 + k * answer tokens)`` tokens. Keys and
             values of a question are computed once, whatever k.
         """
-        who = type(self).__name__
         clips = question_states if question_states.dim() == 4 else question_states[:, None]
-        if clips.dim() != 4 or question_mask.shape != (clips.shape[0], clips.shape[2]):
-            raise ValueError(
-                f"{who}: question_states must have shape (batch, tokens, dim) or (batch, clips, "
-                f"tokens, dim) for a question_mask of shape {tuple(question_mask.shape)}, "
-                f"got {tuple(question_states.shape)}"
-            )
-        if merge == "concat" and clips.shape[1] != 1:
-            raise ValueError(f"{who}: merge='concat' must have 1 clip, got {clips.shape[1]}")
-        for name, value in (("k", k), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"{who}: {name} must be at least 1, got {value}")
+        self._check_questions(clips, question_mask)
         self._check_answers(answer_ids, answer_mask)
         self._check_list(answer_mask)
+        for name, value in (("k", k), ("rows", rows)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        if merge == "concat" and clips.shape[1] != 1:
+            raise ValueError(
+                f"{type(self).__name__}: merge='concat' must have 1 clip, got {clips.shape[1]}"
+            )
         ignored, official = question_mask == 0, self.config.compat == OFFICIAL
         how: Merge = "mean" if merge == "concat" else merge  # of one clip
         start = answer_ids[:1, :1].expand(len(clips), 1)
@@ -201,7 +197,9 @@ class AnswersQuestions(TwoTowers):
             decoded = self.decoder(part[..., :-1].flatten(0, 1), question, ignored)
             states = decoded.unflatten(0, part.shape[:2])[:, :, 1:]
             # Most of a list is short: padding takes no part in the product with all words.
-            losses = F.cross_entropy(self._logits(states[real]), part[..., 2:][real], reduction="none")
+            losses = F.cross_entropy(
+                self._logits(states[real]), part[..., 2:][real], reduction="none"
+            )
             sums = losses.new_zeros(real.shape).masked_scatter(real, -losses)
             found.append(sums.sum(-1))
         return torch.cat(found, 1)
@@ -241,6 +239,14 @@ class AnswersQuestions(TwoTowers):
             raise ValueError(
                 f"{who}: answers_per_question must add up to the {answers} rows of answer_ids, "
                 f"got {int(counts.sum())}"
+            )
+
+    def _check_questions(self, clips: Tensor, question_mask: Tensor) -> None:
+        if clips.dim() != 4 or question_mask.shape != (clips.shape[0], clips.shape[2]):
+            raise ValueError(
+                f"{type(self).__name__}: question_states must have shape (batch, tokens, dim) or "
+                f"(batch, clips, tokens, dim) for a question_mask of shape "
+                f"{tuple(question_mask.shape)}, got {tuple(clips.shape)} with clips"
             )
 
     def _check_list(self, answer_mask: Tensor) -> None:

@@ -118,7 +118,9 @@ def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
     check_fixed("load_bert", shown, model.config, _name(source))
-    found = convert_into(model, tensors, rules, parts=("text.", "fusion.", "token_head.", "decoder."))
+    found = convert_into(
+        model, tensors, rules, parts=("text.", "fusion.", "token_head.", "decoder.")
+    )
     expected = tuple(name for name in found.missing if "cross_" not in name)
     told = replace(found, missing=expected)
     check_share("load_bert", len(told.loaded), len(told.missing), _name(source))

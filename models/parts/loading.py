@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -143,7 +144,8 @@ def load_folder(
     as_asked = options.pop("output_loading_info", False)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = load(source, config=own, **options)
+        with _without_report():
+            model, info = load(source, config=own, **options)
     except Exception as error:
         if not of_safetensors(error):
             raise
@@ -166,6 +168,21 @@ def load_folder(
     if wanted.num_frames != stored.num_frames:
         expand_frames(model, wanted.num_frames)
     return (model, info) if as_asked else model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of what is missing, which knows no `start_missing`."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    theirs.addFilter(other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(other)
 
 
 def check_share(who: str, loaded: int, missing: int, source: object) -> None:

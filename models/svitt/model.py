@@ -185,7 +185,7 @@ class SViTTForRetrieval(SViTTModel):
 class SViTTForPreTraining(SViTTForRetrieval):
     """SViTT with a learned temperature and the heads of VTC, VTM and MLM."""
 
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
     losses = ("vtc", "vtm", "mlm")
 
     def __init__(self, config: SViTTConfig) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from svitt_ops.models.parts.answers import AnswersQuestions
 from svitt_ops.models.parts.outputs import QuestionAnsweringOutput
+from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.model import SViTTModel
 
 
@@ -16,6 +17,8 @@ class SViTTForQuestionAnswering(AnswersQuestions, SViTTModel):
     `from_pretrained` starts it from the fusion layers and the head for masked tokens.
     """
 
+    config_class = SViTTConfig
+    config: SViTTConfig
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (as the base's)
         r"^(match_head|video_projection|text_projection|pooler_norm)\.",
         r"^temperature$",
