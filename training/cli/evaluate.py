@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,8 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     systems = [load_system(name) for name in system_names()]
     kinds = [system.config.model_type for system in systems if task.HEAD in system.models]
     check_model(arguments.model, *kinds)
-    for path in arguments.annotations:
-        input_file(path, "--annotations")
+    named = {path: input_file(path, "--annotations") for path in arguments.annotations}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")
@@ -102,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     vars(arguments).update(chosen.values)
     for option in FILES:
         if (path := getattr(arguments, option, None)) is not None:
-            setattr(arguments, option, str(input_file(path, f"--{option}")))
+            named[path] = input_file(path, f"--{option}")
 
     model, tokenizer, reading, folder = load_for_use(
         arguments.model,
@@ -137,7 +135,6 @@ def run(arguments: argparse.Namespace) -> int:
     if numbers is None:
         return 0
     facts["left_out"] = left_out
-    named = [path for option in FILES if (path := getattr(arguments, option, None))]
     facts["settings"] = {
         "task": name,
         "model": str(folder),
@@ -150,8 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         "sources": _sources(chosen),
         "overridden": chosen.overridden,
         "entries": count,
-        "files": hashes([*arguments.annotations, *named]),
-        "weights": hashes(weight_files(Path(folder))),
+        "files": hashes(named),
+        "weights": hashes(weight_files(folder)),
         "version": svitt_ops.__version__,
         "commit": commit(),
     }

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 import svitt_ops
 
 
-def hashes(paths: Iterable[str | Path]) -> dict[str, str]:
-    """SHA-256 of files, by path."""
+def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of files, by the names they are given."""
     found = {}
-    for path in map(Path, paths):
+    for name, path in files.items():
         with path.open("rb") as file:
             digest = hashlib.sha256()
             while block := file.read(1 << 20):
                 digest.update(block)
-        found[str(path)] = digest.hexdigest()
+        found[name] = digest.hexdigest()
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a model."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The files with the weights of a model, by their names."""
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    return {path.name: path for path in paths}
 
 
 def commit() -> str | None:

@@ -158,9 +158,13 @@ def choose(
         `skipped` and `left_out`, with reasons; `texts_cut`, those longer than may be.
 
     Raises:
-        ValueError: no video can be read; scores are not finite.
+        ValueError: the match head was not trained; no video can be read; scores are not finite.
     """
     settings, reading = settings or ClipEvaluation(), reading or Reading()
+    if not model.config.weights["vtm"]:
+        raise ValueError(
+            "multiple_choice: the model's match head must be trained, its loss has weight 0"
+        )
     choices = those_without(examples.choices, without or {})
     asking = Asking("multiple_choice", choices, settings, reading)
     right: list[bool] = []
