@@ -23,6 +23,7 @@ svitt-ops: sparse video-text transformers, from kernels to trained models.
 
   svitt demo                                  see all of it work, in minutes, without a GPU
   svitt pretrain --config small ...           train on your videos
+  svitt finetune --config qa-msrvtt ...       go on for a task: retrieval, questions, choices
   svitt evaluate retrieval runs/small ...     find videos by text and texts by video
   svitt bench --quick                         how fast the kernels are on your machine
 """
@@ -39,14 +40,32 @@ parquet with these fields. Paths are relative to the working folder, and ~ is th
 Unusable videos are skipped, counted and listed in the output folder. A run that was killed goes on
 where its last checkpoint was when the same command is given again.
 """
+FINETUNE = """\
+Train a pretrained model for a task, retrieval or qa or multiple_choice, as a recipe says:
+
+  svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small \\
+      data.annotations=my.json data.root=videos
+  svitt finetune --config qa-msrvtt --show > my-questions.yaml
+
+init.checkpoint is the folder of a run or of a model, or a file that the authors released. With
+data.validation the model is evaluated after every epoch, and its best weights are kept in the
+folder `best` of the output. All else is as in `svitt pretrain`.
+"""
 EVALUATE = """\
-Find videos by text and texts by video, in annotation files like those of training:
+Find videos by text and texts by video, answer questions, or choose among texts, in annotation
+files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
+  svitt evaluate qa runs/qa-msrvtt --annotations questions.json --root videos
+  svitt evaluate multiple-choice runs/retrieval-msrvtt --annotations choices.json --root videos
 
 R@K is the share of queries with a right answer among the first K. Candidates with the same score
 as the right answer come before it, so a model that gives everything one score finds nothing.
+
+What an option does not say is as a protocol has it, if one is named, else as in training. A
+protocol is how a published number is measured: its clips, their merging, candidates and lengths of
+texts; frames and resizing remain the model's.
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
@@ -104,7 +123,9 @@ def explain(error: Exception, command: str | None = None) -> str | None:
         or "DefaultCPUAllocator" in text
     ):
         smaller = "a smaller optimizer.batch_size, or run.gradient_checkpointing=true, takes less"
-        return f"out of memory{f'; {smaller}' if command == 'pretrain' else ''} ({text})"
+        return (
+            f"out of memory{f'; {smaller}' if command in ('pretrain', 'finetune') else ''} ({text})"
+        )
     if isinstance(error, RuntimeError) and re.search(r"DataLoader worker .* (exited|killed)", text):
         return f"a process that reads videos died, perhaps for want of memory ({text})"
     return None
@@ -186,46 +207,62 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     _add_overrides(demo)
 
-    pretrain = commands.add_parser(
-        "pretrain", help="train from a recipe", description=PRETRAIN, formatter_class=raw
-    )
-    pretrain.add_argument(
-        "--config",
-        required=True,
-        metavar="RECIPE",
-        help="a YAML file, or the name of a recipe of the package, such as small",
-    )
-    pretrain.add_argument("--show", action="store_true", help="print the whole recipe and stop")
-    _add_overrides(pretrain)
+    for name, what, text in (
+        ("pretrain", "train from a recipe", PRETRAIN),
+        ("finetune", "train a pretrained model for a task", FINETUNE),
+    ):
+        train = commands.add_parser(name, help=what, description=text, formatter_class=raw)
+        train.add_argument(
+            "--config",
+            required=True,
+            metavar="RECIPE",
+            help="a YAML file, or the name of a recipe of the package, such as small",
+        )
+        train.add_argument("--show", action="store_true", help="print the whole recipe and stop")
+        _add_overrides(train)
 
     found = commands.add_parser(
         "evaluate", help="evaluate a trained model", description=EVALUATE, formatter_class=raw
     )
-    found.add_argument("task", metavar="TASK", help="such as retrieval: R@1/5/10 both ways")
+    found.add_argument(
+        "task", metavar="TASK", help="retrieval (R@1/5/10 both ways), qa or multiple-choice"
+    )
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
         "--annotations",
         required=True,
         nargs="+",
         metavar="JSON",
-        help='{"video": path, "caption": text or texts}, in any form that training reads',
+        help='{"video": path, "caption": text or texts}, in any form that training reads; for qa'
+        ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
-    found.add_argument("--paragraph", action="store_true", help="join a video's captions to one")
+    switch = argparse.BooleanOptionalAction
+    found.add_argument("--paragraph", action=switch, help="join a video's captions to one")
+    found.add_argument("--protocol", metavar="P", help="such as msrvtt-1ka, didemo or agqa")
     some = found.add_argument_group("options of some tasks", argument_default=argparse.SUPPRESS)
-    some.add_argument("--clips", type=int, help="clips of each video (default: 1)")
-    some.add_argument("--strided", action="store_true", help="clips take every n-th frame")
+    some.add_argument("--clips", type=int, help="clips of each video (default: the run's, else 1)")
+    some.add_argument("--strided", action=switch, help="clips take every n-th frame")
     some.add_argument(
         "--merge",
         choices=("logsumexp", "mean", "max"),
-        help="how match scores of a video's clips become one (default: logsumexp)",
+        help="how scores of a video's clips become one (default: the run's, else logsumexp)",
     )
     some.add_argument(
         "--top-k",
         type=int,
         metavar="K",
-        help="best candidates that the match head ranks anew; 0: none (default: 128)",
+        help="candidates that are looked at closely: by the match head, 0: none; answers that are"
+        " decoded whole, 0: all (default: the run's, else 128)",
+    )
+    some.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="the answers to choose from, a JSON list or one a line (default: the run's)",
+    )
+    some.add_argument(
+        "--answer-length", type=int, metavar="N", help="tokens of an answer (default: the run's)"
     )
     some.add_argument(
         "--probe",

@@ -4,20 +4,38 @@ from svitt_ops.models import convert
 from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
-from svitt_ops.models.parts.outputs import FusionOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.outputs import (
+    AnswerRanking,
+    FusionOutput,
+    MultipleChoiceOutput,
+    QuestionAnsweringOutput,
+    TextOutput,
+    VideoOutput,
+)
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
 from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTForRetrieval, SViTTModel
+from svitt_ops.models.svitt.multiple_choice import SViTTForMultipleChoice
+from svitt_ops.models.svitt.question_answering import SViTTForQuestionAnswering
 from svitt_ops.models.svitt.sparsity import EdgeCount, SparsityRow, edge_count, sparsity_table
+from svitt_ops.models.systems import register
+
+register()
 
 __all__ = [
+    "AnswerRanking",
     "EdgeCount",
     "FrozenConfig",
     "FrozenForRetrieval",
     "FusionOutput",
+    "MultipleChoiceOutput",
+    "QuestionAnsweringOutput",
     "SViTTConfig",
+    "SViTTForMultipleChoice",
     "SViTTForPreTraining",
+    "SViTTForQuestionAnswering",
+    "SViTTForRetrieval",
     "SViTTModel",
     "SViTTPreTrainingOutput",
     "SparsityRow",

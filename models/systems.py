@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
+from transformers import AutoConfig, AutoModel
+
 from svitt_ops import models
 from svitt_ops.models.parts.system import System
 
@@ -33,3 +35,11 @@ def system_of(model_type: str) -> str | None:
         if load_system(name).config.model_type == model_type:
             return name
     return None
+
+
+def register() -> None:
+    """Let transformers' `AutoConfig` and `AutoModel` know all systems."""
+    for system in map(load_system, system_names()):
+        if system.base is not None:
+            AutoConfig.register(system.config.model_type, system.config, exist_ok=True)
+            AutoModel.register(system.config, system.base, exist_ok=True)

@@ -6,6 +6,7 @@ from svitt_ops.models.parts.system import System
 
 SYSTEM = System(
     config=FrozenConfig,
+    base=FrozenForRetrieval,
     models={"pretraining": FrozenForRetrieval, "retrieval": FrozenForRetrieval},
 )
 __all__ = ["SYSTEM", "FrozenConfig", "FrozenForRetrieval"]

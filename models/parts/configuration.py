@@ -194,6 +194,8 @@ class TwoTowersConfig(VideoConfig):
     """Width inside the feed-forward of the text and fusion layers."""
     text_dropout: float = 0.0
     """Dropout of hidden states in the text and fusion layers; BERT's is 0.1."""
+    decoder_layers: int = 3
+    """Layers of the answer decoder, which models for question answering have."""
     text_layer_norm_eps: float = 1e-12
     """Epsilon of the text and fusion layers' layer norms."""
     max_position_embeddings: int = 512
@@ -220,6 +222,7 @@ class TwoTowersConfig(VideoConfig):
         super().check()
         self._check_counts("vocab_size", "text_hidden_size", "text_num_attention_heads")
         self._check_counts("text_intermediate_size", "max_position_embeddings", "projection_dim")
+        self._check_counts("decoder_layers")
         self._check_counts("text_num_hidden_layers", "fusion_layer", "type_vocab_size", least=0)
         self._check_heads("text_num_attention_heads", "text_hidden_size")
         self._check_numbers(RATE, "multimodal_keep_rate")

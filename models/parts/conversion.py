@@ -57,7 +57,8 @@ class Conversion:
         loaded: of the checkpoint, and now in the model.
         dropped: of the checkpoint, without need here: buffers, and the tied decoder.
         unknown: of the checkpoint, without a counterpart here.
-        missing: of the model, without a tensor in the checkpoint; they keep their values.
+        missing: of the model, without a tensor in the checkpoint; they keep their values, but for
+            an answer decoder, which starts from the fusion layers.
         num_frames: frames of the checkpoint's relative position bias; None if it has none.
     """
 
@@ -101,7 +102,8 @@ def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
 def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """Take over a BERT's weights as those of the text tower, the fusion layers and the MLM head.
 
-    What a BERT has not, attention over the video, keeps its values.
+    What a BERT has not, attention over the video, keeps its values. An answer decoder starts from
+    the fusion layers.
 
     Args:
         model: changed in place.
@@ -116,7 +118,9 @@ def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
     check_fixed("load_bert", shown, model.config, _name(source))
-    found = convert_into(model, tensors, rules, parts=("text.", "fusion.", "token_head."))
+    found = convert_into(
+        model, tensors, rules, parts=("text.", "fusion.", "token_head.", "decoder.")
+    )
     expected = tuple(name for name in found.missing if "cross_" not in name)
     told = replace(found, missing=expected)
     check_share("load_bert", len(told.loaded), len(told.missing), _name(source))
@@ -182,12 +186,12 @@ def convert_into(
             source[1] * config.patch_size,
             config.image_size,
         )
-    expected = (name for name in state if name.startswith(tuple(parts)))
+    missing = model.start_missing([name for name in state if name not in loaded])
     return Conversion(
         loaded=tuple(loaded.values()),
         dropped=tuple(dropped),
         unknown=tuple(unknown),
-        missing=tuple(name for name in expected if name not in loaded),
+        missing=tuple(name for name in missing if name.startswith(tuple(parts))),
         num_frames=source and source[0],
     )
 

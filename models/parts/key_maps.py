@@ -65,6 +65,8 @@ BERT: Rules = (
     (r"cls\.predictions\.bias", r"token_head.bias"),
 )
 """BERT's names; layers from the first fusion layer on become the fusion encoder's."""
+DECODER: Rules = tuple((name, re.sub(r"^text\.", "decoder.", target)) for name, target in BERT)
+"""The same names in an answer decoder."""
 BERT_DROPPED: Rules = (
     (r"embeddings\.(?:position|token_type)_ids", ""),
     (r"pooler\..+", ""),
@@ -129,6 +131,7 @@ def sizes(named: Mapping[str, Tensor]) -> dict[str, int]:
         ("num_hidden_layers", r"video\.layers\.(\d+)\..+", lambda layers: max(layers) + 1),
         ("text_num_hidden_layers", r"text\.layers\.(\d+)\..+", lambda layers: max(layers) + 1),
         ("fusion_layer", r"text\.layers\.(\d+)\.cross_.+", min),
+        ("decoder_layers", r"decoder\.layers\.(\d+)\..+", lambda layers: max(layers) + 1),
     ):
         layers = [int(match[1]) for name in named if (match := re.fullmatch(pattern, name))]
         if layers:

@@ -75,11 +75,11 @@ def embed(projection: nn.Module, states: Tensor) -> Tensor:
     return F.normalize(in_fp32(projection, states).float(), dim=-1)
 
 
-def in_fp32(layer: nn.Module, states: Tensor) -> Tensor:
+def in_fp32(layer: nn.Module, states: Tensor, *more: Tensor) -> Tensor:
     """A layer whose output is ranked, outside of autocast: rounded scores would tie."""
     device = states.device.type
     if not torch.amp.is_autocast_available(device):
-        return cast(Tensor, layer(states))
+        return cast(Tensor, layer(states, *more))
     with torch.autocast(device, enabled=False):
         # The dtype of the weights is fp32 unless somebody cast the model.
-        return cast(Tensor, layer(states.to(next(layer.parameters()).dtype)))
+        return cast(Tensor, layer(states.to(next(layer.parameters()).dtype), *more))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -42,6 +43,7 @@ FIXED = (
 PARTS = (
     ("match_head.", "the match head starts"),
     ("token_head.", "the head for masked tokens starts"),
+    ("decoder.", "the answer decoder starts"),
     ("video_projection.", "the embeddings of clips start"),
     ("text_projection.", "the embeddings of texts start"),
     ("temperature", "the temperature starts"),
@@ -50,6 +52,8 @@ PARTS = (
     ("", "the video tower starts"),
 )
 """Beginnings of the model's names, and what starts untrained without them."""
+DECODES = "ForQuestionAnswering"
+"""End of the names of classes that have an answer decoder."""
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 SHOWN = 6
 
@@ -57,7 +61,12 @@ SHOWN = 6
 def fixed_fields(stored: TwoTowersConfig, wanted: TwoTowersConfig) -> list[str]:
     """Fields of a configuration that weights of another one cannot be changed in."""
     scaled = stored.layer_scale_init_value and wanted.layer_scale_init_value
-    return [*FIXED, *([] if scaled else ["layer_scale_init_value"])]  # 0 leaves the scales out
+    decodes = any(name.endswith(DECODES) for name in stored.architectures or ())
+    return [
+        *FIXED,
+        *([] if scaled else ["layer_scale_init_value"]),  # 0 leaves the scales out
+        *(["decoder_layers"] if decodes else []),
+    ]
 
 
 def check_fixed(who: str, found: Mapping[str, Any], config: VideoConfig, source: object) -> None:
@@ -135,7 +144,8 @@ def load_folder(
     as_asked = options.pop("output_loading_info", False)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = load(source, config=own, **options)
+        with _without_report():
+            model, info = load(source, config=own, **options)
     except Exception as error:
         if not of_safetensors(error):
             raise
@@ -148,7 +158,7 @@ def load_folder(
             f"got {tuple(found)}"
         )
     names = list(model.state_dict())
-    missing = [name for name in names if name in info["missing_keys"]]
+    missing = model.start_missing([name for name in names if name in info["missing_keys"]])
     check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)
@@ -158,6 +168,21 @@ def load_folder(
     if wanted.num_frames != stored.num_frames:
         expand_frames(model, wanted.num_frames)
     return (model, info) if as_asked else model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of what is missing, which knows no `start_missing`."""
+    theirs = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    theirs.addFilter(other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(other)
 
 
 def check_share(who: str, loaded: int, missing: int, source: object) -> None:

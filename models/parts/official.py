@@ -5,6 +5,8 @@
   token -> [CLS], their value 0, so they take weight from the others (`PaddedSelfAttention`);
 - random blocks are drawn anew outside training too (`eval_pattern_seed` is not read);
 - fusion layers never prune;
+- ranking of answers counts their first token twice, and where clips are merged it takes a softmax
+  of merged probabilities (`rank_answers`);
 - negatives of the contrastive loss are those of the own process;
 - `expand_frames` takes the nearest offset rounded down;
 - Morton and Hilbert orders are those of `token_order(..., compat="svitt-official")`.

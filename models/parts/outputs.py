@@ -70,3 +70,46 @@ class PreTrainingOutput(ModelOutput):
     loss_mlm: Tensor | None = None
     video_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+
+
+@dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """Losses of a batch of questions, and the states that they come from.
+
+    Attributes:
+        loss: `loss_lm`, the only one.
+        loss_lm: losses of the answers, weighted, summed, over the number of questions.
+        answer_losses: ``(answers,)``, each summed over the answer's tokens.
+        question_states: ``(batch, tokens, text_hidden_size)``.
+    """
+
+    loss: Tensor | None = None
+    loss_lm: Tensor | None = None
+    answer_losses: Tensor | None = None
+    question_states: Tensor | None = None
+
+
+@dataclass
+class AnswerRanking(ModelOutput):
+    """The best answers to questions, best first.
+
+    Attributes:
+        answers: int64 ``(batch, k)``, numbers of rows of the list.
+        scores: ``(batch, k)``, log-likelihoods; their softmax is what the authors report.
+    """
+
+    answers: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass
+class MultipleChoiceOutput(ModelOutput):
+    """Chosen options.
+
+    Attributes:
+        choices: int64 ``(batch,)``, numbers of the options.
+        scores: ``(batch, options)``, match scores.
+    """
+
+    choices: Tensor | None = None
+    scores: Tensor | None = None

@@ -25,9 +25,12 @@ class System:
 
     config: type[VideoConfig]
     """Configuration of all its models."""
+    base: type[Any] | None = None
+    """What transformers' `AutoModel` makes of the configuration; None: it is not registered."""
     models: Mapping[str, type[Any]]
     """Classes of models by what they are for: "pretraining", "retrieval", ..."""
-    load_official: Callable[[Any, Any], Any] | None = None
-    """Reads a file of the authors' code: `load_official(path, config)`; None: there is no such."""
+    load_official: Callable[..., Any] | None = None
+    """Reads a file of the authors' code: `load_official(source, config, task=...)`, the task a key
+    of `models`; None: there is no such."""
     sources: Mapping[str, Source] = field(default_factory=dict)
     """By kind of model, as in the recipe's `init`: "beit", "bert"."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,14 @@ from svitt_ops.nn import RelativePositionBias3D
 class TwoTowers(PreTrainedModel):
     """What every model here has: a video tower, a text tower, and projections into one space."""
 
+    projects: ClassVar[bool] = True
+    """Whether clips and texts have embeddings; False: there are no projections."""
+
     config_class = TwoTowersConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VideoLayer", "TextLayer"]  # noqa: RUF012 (the base class has it so)
+    _no_split_modules = ["VideoLayer", "TextLayer", "DecoderLayer"]  # noqa: RUF012 (as the base's)
     config: TwoTowersConfig
 
     def __init__(self, config: TwoTowersConfig) -> None:
@@ -34,8 +38,9 @@ class TwoTowers(PreTrainedModel):
         super().__init__(config)
         self.video = VideoTower(config)
         self.text = TextTower(config)
-        self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
-        self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+        if self.projects:
+            self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
+            self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
 
     @classmethod
     def from_pretrained(
@@ -58,6 +63,17 @@ class TwoTowers(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the text's tokens."""
         return self.text.embeddings.word
+
+    def start_missing(self, missing: Sequence[str]) -> list[str]:
+        """Give what weights had nothing for its start from other parts, where the papers say so.
+
+        Args:
+            missing: names of the model's tensors that no weights were found for.
+
+        Returns:
+            Those of them that keep their random or initial values.
+        """
+        return list(missing)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The vector of each clip."""

@@ -88,44 +88,59 @@ _PICKLE: Any = SimpleNamespace(
 """What `torch.load` needs of a pickle module."""
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights in a file written by `torch.save`, by name; runs nothing that the file names.
 
     The weights are looked for in the file's mapping, in its entry "model" or "state_dict". The
     prefix "module." that DDP adds is taken off.
 
+    Args:
+        source: the file, or what a file holds.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, or holds no tensors.
     """
-    path = Path(path)
+    if isinstance(source, Mapping):
+        return _tensors(source, "the mapping")
+    return _tensors(_content(Path(source)), source)
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, with inert objects in it."""
     if not path.is_file():
         raise FileNotFoundError(f"read_tensors: path must be a file, got {path}")
     try:
         _refuse_archives(path)
-        content = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
+        return torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
     except _Refused:
         raise
     except Exception as error:
         # A damaged or hostile file may raise anything.
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"read_tensors: {path} cannot be read as a checkpoint: {why}") from error
+
+
+def _tensors(content: Any, source: object) -> dict[str, Tensor]:
+    """The tensors in what a file holds."""
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping):
-        raise ValueError(f"read_tensors: {path} must hold a mapping, got {type(content).__name__}")
+        raise ValueError(
+            f"read_tensors: {source} must hold a mapping, got {type(content).__name__}"
+        )
     tensors = {
         name.removeprefix("module."): value.detach()
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
     if not tensors:
-        raise ValueError(f"read_tensors: {path} must hold tensors by name, got none")
+        raise ValueError(f"read_tensors: {source} must hold tensors by name, got none")
     for name, value in tensors.items():
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise ValueError(
-                f"read_tensors: {name} in {path} must be as large as what the file holds of it, "
+                f"read_tensors: {name} in {source} must be as large as what the file holds of it, "
                 f"got shape {tuple(value.shape)}"
             )
     return tensors

@@ -5,17 +5,34 @@ from svitt_ops.models.parts.system import Source, System
 from svitt_ops.models.svitt import old_weights
 from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.convert import load_official
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTModel
+from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTForRetrieval, SViTTModel
+from svitt_ops.models.svitt.multiple_choice import SViTTForMultipleChoice
+from svitt_ops.models.svitt.question_answering import SViTTForQuestionAnswering
 
 old_weights.register()
 
 SYSTEM = System(
     config=SViTTConfig,
-    models={"pretraining": SViTTForPreTraining, "retrieval": SViTTForPreTraining},
+    base=SViTTModel,
+    models={
+        "pretraining": SViTTForPreTraining,
+        "retrieval": SViTTForRetrieval,
+        "question_answering": SViTTForQuestionAnswering,
+        "multiple_choice": SViTTForMultipleChoice,
+    },
     load_official=load_official,
     sources={
         "beit": Source(released=RELEASED["beit"], load=load_beit),
         "bert": Source(released=RELEASED["bert"], load=load_bert),
     },
 )
-__all__ = ["SYSTEM", "SViTTConfig", "SViTTForPreTraining", "SViTTModel", "load_official"]
+__all__ = [
+    "SYSTEM",
+    "SViTTConfig",
+    "SViTTForMultipleChoice",
+    "SViTTForPreTraining",
+    "SViTTForQuestionAnswering",
+    "SViTTForRetrieval",
+    "SViTTModel",
+    "load_official",
+]

@@ -1,11 +1,11 @@
-"""SViTT: video tower, text tower, fusion, and the three losses of pretraining.
+"""SViTT: video tower, text tower, fusion, and the losses of retrieval and of pretraining.
 
 Source: SViTT (CVPR 2023); the losses are ALBEF's (NeurIPS 2021) without momentum.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,14 @@ class SViTTModel(TwoTowers):
 
     config_class = SViTTConfig
     config: SViTTConfig
+    # Without a word: it is what this class is for.
+    _keys_to_ignore_on_load_unexpected = [r"^(match_head|token_head|decoder)\.", r"^temperature$"]  # noqa: RUF012
 
     def __init__(self, config: SViTTConfig) -> None:
         super().__init__(config)
         self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.pooler_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        if self.projects:
+            self.pooler_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.fusion = FusionEncoder(config)
         if type(self) is SViTTModel:
             self.post_init()
@@ -42,8 +45,11 @@ class SViTTModel(TwoTowers):
                 deviation 0.5 as BEiT's; at most ``config.num_frames`` frames.
         """
         found = self.video(pixel_values)
+        embeds = None
+        if self.projects:
+            embeds = embed(self.video_projection, self.pooler_norm(self.pool(found.tokens)))
         return VideoOutput(
-            embeds=embed(self.video_projection, self.pooler_norm(self.pool(found.tokens))),
+            embeds=embeds,
             states=self.video_norm(found.tokens),
             indices=found.indices,
             indices_per_stage=found.indices_per_stage,
@@ -52,7 +58,8 @@ class SViTTModel(TwoTowers):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
         states = self.text(input_ids, attention_mask)
-        return TextOutput(embeds=embed(self.text_projection, states[:, 0]), states=states)
+        embeds = embed(self.text_projection, states[:, 0]) if self.projects else None
+        return TextOutput(embeds=embeds, states=states)
 
     def fuse(
         self,
@@ -81,16 +88,20 @@ class SViTTModel(TwoTowers):
         return video, text, self.fuse(text.states, attention_mask, video.states, video.indices)
 
 
-class SViTTForPreTraining(SViTTModel):
-    """SViTT with a learned temperature and the heads of VTC, VTM and MLM."""
+class SViTTForRetrieval(SViTTModel):
+    """SViTT with a learned temperature and the match head: what finds, and ranks what is found."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^token_head\."]  # noqa: RUF012
+    losses: ClassVar[tuple[str, ...]] = ("vtc", "vtm")
+    """The losses that `forward` has, of those that the configuration weighs."""
 
     def __init__(self, config: SViTTConfig) -> None:
         super().__init__(config)
         self.match_head = nn.Linear(config.text_hidden_size, 2)
-        self.token_head = MaskedTokenHead(config)
         # Not a scalar, which `fully_shard` refuses.
         self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
-        self.post_init()
+        if type(self) is SViTTForRetrieval:
+            self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -106,7 +117,7 @@ class SViTTForPreTraining(SViTTModel):
     @property
     def leaves_parameters_unused(self) -> bool:
         """Whether a loss in training may depend on some parameters only."""
-        return not all(self.config.weights.values())
+        return not all(self.config.weights[name] for name in self.losses)
 
     def before_step(self) -> None:
         """Clamp the temperature."""
@@ -130,6 +141,64 @@ class SViTTForPreTraining(SViTTModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         pair_ids: Tensor | None = None,
+    ) -> PreTrainingOutput:
+        """Losses of a batch of pairs; arguments as of `SViTTForPreTraining`."""
+        video = self.encode_video(pixel_values)
+        text = self.encode_text(input_ids, attention_mask)
+        return self._weighted(video, text, self._pair_losses(video, text, attention_mask, pair_ids))
+
+    def _pair_losses(
+        self, video: VideoOutput, text: TextOutput, attention_mask: Tensor, pair_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The contrastive and the matching loss, those of weight 0 left out."""
+        weight = self.config.weights
+        losses: dict[str, Tensor] = {}
+        if weight["vtc"]:
+            losses["vtc"] = so.info_nce(
+                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
+            )
+        if weight["vtm"]:
+            hard = self.config.hard_negatives
+            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
+            losses["vtm"] = match_loss(
+                self.match_logits, text.states, attention_mask, video.states, wrong
+            )
+        return losses
+
+    def _weighted(
+        self, video: VideoOutput, text: TextOutput, losses: dict[str, Tensor]
+    ) -> PreTrainingOutput:
+        weight = self.config.weights
+        if not losses:
+            raise ValueError(
+                f"{type(self).__name__}: loss_weights must be positive for one of "
+                f"{', '.join(self.losses)}, got {self.config.loss_weights}"
+            )
+        return PreTrainingOutput(
+            loss=sum(weight[name] * loss for name, loss in losses.items()),
+            **{f"loss_{name}": loss for name, loss in losses.items()},
+            video_embeds=video.embeds,
+            text_embeds=text.embeds,
+        )
+
+
+class SViTTForPreTraining(SViTTForRetrieval):
+    """SViTT with a learned temperature and the heads of VTC, VTM and MLM."""
+
+    _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
+    losses = ("vtc", "vtm", "mlm")
+
+    def __init__(self, config: SViTTConfig) -> None:
+        super().__init__(config)
+        self.token_head = MaskedTokenHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pair_ids: Tensor | None = None,
         mlm_input_ids: Tensor | None = None,
         mlm_labels: Tensor | None = None,
     ) -> PreTrainingOutput:
@@ -145,19 +214,8 @@ class SViTTForPreTraining(SViTTModel):
         """
         video = self.encode_video(pixel_values)
         text = self.encode_text(input_ids, attention_mask)
-        weight = self.config.weights
-        losses: dict[str, Tensor] = {}
-        if weight["vtc"]:
-            losses["vtc"] = so.info_nce(
-                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
-            )
-        if weight["vtm"]:
-            hard = self.config.hard_negatives
-            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
-            losses["vtm"] = match_loss(
-                self.match_logits, text.states, attention_mask, video.states, wrong
-            )
-        if weight["mlm"]:
+        losses = self._pair_losses(video, text, attention_mask, pair_ids)
+        if self.config.weights["mlm"]:
             if mlm_input_ids is None or mlm_labels is None:
                 raise ValueError(
                     "SViTTForPreTraining: mlm_input_ids and mlm_labels must be given unless "
@@ -167,9 +225,4 @@ class SViTTForPreTraining(SViTTModel):
             fused = self.fuse(masked, attention_mask, video.states)
             logits = self.token_head(fused.states, self.text.embeddings.word.weight)
             losses["mlm"] = cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
-        return PreTrainingOutput(
-            loss=sum(weight[name] * loss for name, loss in losses.items()),
-            **{f"loss_{name}": loss for name, loss in losses.items()},
-            video_embeds=video.embeds,
-            text_embeds=text.embeds,
-        )
+        return self._weighted(video, text, losses)

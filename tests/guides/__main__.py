@@ -46,6 +46,11 @@ PICTURES = (
 FOUND = "svitt evaluate retrieval runs/small --annotations my.json --root videos"
 SEEN = 'svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png'
 RANKS = "torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml"
+TUNED = "svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small"
+ASKED = "svitt finetune --config qa-msrvtt init.checkpoint=runs/small"
+ANSWERED = "svitt evaluate qa runs/qa-msrvtt --annotations questions.json --root videos"
+CHOSEN = "svitt evaluate multiple-choice runs/retrieval-msrvtt --annotations choices.json"
+HELD_OUT = "data.validation.0.annotations=my.json data.validation.0.root=videos"
 STAGES = {n: f"svitt pretrain --config pretrain-{n}f" for n in (4, 8)}
 PLAN = (
     Step("svitt info"),
@@ -65,6 +70,25 @@ PLAN = (
     Step(f"{FOUND} --probe", "--json probe.json", leaves="probe.json"),
     Step(FOUND, "--json found.json", leaves="found.json"),
     Step(SEEN, leaves="survivors.png"),
+    Step(
+        f"{TUNED} {OWN}",
+        f"{SHORT} optimizer.batch_size=8 evaluation.clips=1 {HELD_OUT}",
+        leaves="runs/retrieval-msrvtt/best/config.json",
+    ),
+    Step(
+        "svitt finetune --config qa-msrvtt --show > my-questions.yaml", leaves="my-questions.yaml"
+    ),
+    Step(
+        f"{ASKED} data.annotations=questions.json data.root=videos data.answers=answers.json",
+        f"{SHORT} optimizer.batch_size=8",
+        leaves="runs/qa-msrvtt/final/config.json",
+    ),
+    Step(ANSWERED, "--json answered.json", leaves="answered.json"),
+    Step(f"{CHOSEN} --root videos", "--json chosen.json", leaves="chosen.json"),
+    Step(
+        f"{FOUND.replace('small', 'retrieval-msrvtt')} --protocol msrvtt-1ka --json found-1ka.json",
+        leaves="found-1ka.json",
+    ),
     Step(STAGES[4], "--show"),
     Step(
         f"{STAGES[4]} {OWN}",
@@ -81,6 +105,7 @@ ELSEWHERE = {
     "svitt bench --quick": "needs the checkout: `make bench`",
     "svitt pretrain --config small ...": "an abbreviation",
     "svitt evaluate retrieval runs/small ...": "an abbreviation",
+    "svitt finetune --config qa-msrvtt ...": "an abbreviation",
 }
 
 

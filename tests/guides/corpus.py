@@ -24,23 +24,37 @@ Picture = NDArray[np.uint8]
 
 
 def write_corpus(folder: Path) -> None:
-    """`videos/` with `my.json` beside it, `pictures/` with `pictures.json`."""
+    """`videos/` with `my.json` beside it, `pictures/` with `pictures.json`.
+
+    `questions.json`, `answers.json` and `choices.json` are about the same films.
+    """
     rng = np.random.default_rng(0)
     (folder / "videos").mkdir(parents=True)
     (folder / "pictures").mkdir()
-    films = []
+    films, asked, choices = [], [], []
     for number in range(FILMS):
         colour, shape, way = _scene(number)
         name = f"holiday {number:02}.mp4" if number % 2 else f"Café_{number:02}.MP4"
         name = name if number else "clip.mp4"
         _film(folder / "videos" / name, rng, colour, shape, way)
         films.append({"video": name, "caption": f"A {colour} {shape} moves {way}, slowly."})
+        question = {"video": name, "question": f"What colour has the {shape}?"}
+        asked.append({**question, "answer": colour})
+        others = [f"A {other} {shape} moves {way}." for other in COLOURS]
+        right = list(COLOURS).index(colour)
+        choices.append({"video": name, "caption": others, "answer": right})
     films[0]["caption"] = [films[0]["caption"], "Something crosses the picture."]
     broken = {"video": "cut off.mp4", "caption": "The camera's battery died."}
     whole = (folder / "videos" / films[1]["video"]).read_bytes()
     (folder / "videos" / broken["video"]).write_bytes(whole[: len(whole) // 3])
     missing = {"video": "deleted.mp4", "caption": "A film that is not there any more."}
     _write(folder / "my.json", [*films, broken, missing])
+    # What people's files have: no answer, one that is in no list, a number that is no text's.
+    asked += [{**asked[0], "answer": ""}, {**asked[1], "answer": "mauve"}]
+    choices.append({**choices[0], "answer": len(COLOURS)})
+    _write(folder / "questions.json", asked)
+    _write(folder / "choices.json", choices)
+    (folder / "answers.json").write_text(json.dumps(list(COLOURS)), encoding="utf-8")
     photos = []
     for number in range(PHOTOS):
         colour, shape, _ = _scene(number)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("README.md", "training/recipes/README.md")
-HELP = ((), ("demo",), ("pretrain",), ("evaluate",), ("evaluate", "retrieval"), ("visualize",))
+HELP = (
+    (),
+    ("demo",),
+    ("pretrain",),
+    ("finetune",),
+    ("evaluate",),
+    ("evaluate", "retrieval"),
+    ("visualize",),
+)
 HELP += (("sparsity",), ("info",))
 
 

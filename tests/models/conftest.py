@@ -1,6 +1,8 @@
 """A small model, and batches for it."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
+sys.path.append(str(Path(__file__).parent))
 
 from svitt_ops.models import SViTTConfig
 

@@ -20,6 +20,11 @@ def test_a_system_is_complete(name: str) -> None:
         assert callable(model.before_step) and isinstance(model.leaves_parameters_unused, property)
 
 
+def test_svitt_has_every_model_of_the_paper() -> None:
+    heads = {"pretraining", "retrieval", "question_answering", "multiple_choice"}
+    assert set(load_system("svitt").models) == heads
+
+
 def test_sources_of_the_paper() -> None:
     sources = load_system("svitt").sources
     assert list(sources) == ["beit", "bert"] and "/beit-base-" in sources["beit"].released

@@ -14,7 +14,7 @@ pytest.importorskip("av")
 # For films.py and running.py.
 sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "engine")]
 
-from svitt_ops.training.corpora.shapes import CorpusSpec, plan, write_video
+from svitt_ops.training.corpora.shapes import COLORS, SHAPES, CorpusSpec, plan, write_video
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.engine.build import build_model
@@ -49,7 +49,11 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.json (16 clips) and test.json (8 clips), both orders of each scene."""
+    """A folder with train.json (16 clips) and test.json (8 clips), both orders of each scene.
+
+    `train_qa.json` and `train_multiple_choice.json` ask about the same clips, as those of the test
+    do, and `answers.json` has the answers.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "videos").mkdir()
     spec = CorpusSpec(size=16, frames=8, train_films=1)
@@ -63,6 +67,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 caption = film.caption(order)
                 entries.append({"video": name, "caption": caption, "scene": film.name})
         (folder / f"{split}.json").write_text(json.dumps(entries))
+        asked, choices = [], []
+        for number, entry in enumerate(entries):
+            words = entry["caption"].replace(",", "").split()  # a red circle then a blue square
+            for question, answer in (("colour", words[1]), ("shape", words[2])):
+                text = f"What {question} comes first?"
+                same = {"video": entry["video"], "scene": entry["scene"], "question": text}
+                asked.append({**same, "answer": answer, "question_type": question})
+            options = [entries[(number + k) % len(entries)]["caption"] for k in range(5)]
+            right = {"video": entry["video"], "scene": entry["scene"], "answer": 2}
+            choices.append({**right, "caption": options[3:] + options[:3]})
+        (folder / f"{split}_qa.json").write_text(json.dumps(asked))
+        (folder / f"{split}_multiple_choice.json").write_text(json.dumps(choices))
+    (folder / "answers.json").write_text(json.dumps([*COLORS, *SHAPES]))
     return folder
 
 

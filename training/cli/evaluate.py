@@ -4,43 +4,103 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+import svitt_ops
 from svitt_ops.models.systems import load_system, system_names
 from svitt_ops.training.cli import at_least, check_model
+from svitt_ops.training.data.annotations import CAPTIONED
 from svitt_ops.training.data.paths import input_file, input_folder, output_file, write_text
 from svitt_ops.training.engine.build import read_corpora
+from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.loading import load_for_use
+from svitt_ops.training.engine.protocols import Protocol, load_protocol
+from svitt_ops.training.engine.provenance import commit, hashes, weight_files
 from svitt_ops.training.engine.recipes import Corpus, Data
+from svitt_ops.training.engine.settings import run_values
 from svitt_ops.training.engine.task import Evaluable, load_task
 
+log = logging.getLogger(__name__)
 SETTINGS = ("annotations", "root", "kind", "paragraph", "bf16")
-OF_SOME_TASKS = {"clips", "merge", "probe", "strided", "top_k"}
+OF_SOME_TASKS = {"answer_length", "answers", "clips", "merge", "probe", "strided", "top_k"}
 """Options that are absent unless they were given."""
+OF_ALL_TASKS = {"frames": None, "text_length": None, "resize": None, "paragraph": False}
+"""Options that change numbers; the model's own, or the run's, where nothing is said."""
+FILES = ("answers",)
+"""Options that name a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Options that change numbers."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+    """Of each value: an "option", the "protocol", the "run", or the "default"."""
+    overridden: dict[str, Any]
+    """What the protocol says where an option says otherwise."""
+
+
+def choose(
+    defaults: Mapping[str, Any],
+    given: Mapping[str, Any],
+    protocol: Protocol | None,
+    run: Mapping[str, Any],
+) -> Chosen:
+    """An option that was given goes before the protocol, and this before the run."""
+    ruled = protocol.values if protocol else {}
+    values, sources = {}, {}
+    for name, default in defaults.items():
+        said = {"option": given.get(name), "protocol": ruled.get(name), "run": run.get(name)}
+        source, value = next(
+            ((source, value) for source, value in said.items() if value is not None),
+            ("default", default),
+        )
+        values[name], sources[name] = value, source
+    overridden = {
+        name: ruled[name]
+        for name, source in sources.items()
+        if source == "option" and ruled.get(name) not in (None, values[name])
+    }
+    return Chosen(values=values, sources=sources, overridden=overridden)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, write the numbers; the exit status."""
-    task = load_task(arguments.task.replace("-", "_"), Evaluable)
+    name = arguments.task.replace("-", "_")
+    task = load_task(name, Evaluable)
     at_least(arguments, frames=1, text_length=1, clips=1, top_k=0, batch_size=1, workers=0)
-    for name in OF_SOME_TASKS & vars(arguments).keys() - task.OPTIONS.keys():
-        raise ValueError(f"--{name.replace('_', '-')}: is no option of {arguments.task}")
-    for name, value in task.OPTIONS.items():
-        vars(arguments).setdefault(name, value)
+    at_least(arguments, answer_length=2)
+    for option in OF_SOME_TASKS & vars(arguments).keys() - task.OPTIONS.keys():
+        raise ValueError(f"--{option.replace('_', '-')}: is no option of {arguments.task}")
     if arguments.kind == "image":
-        for name, one in (("probe", False), ("clips", 1)):
-            if getattr(arguments, name, one) != one:
-                raise ValueError(f"--{name}: needs videos, got --kind image")
+        for option, one in (("probe", False), ("clips", 1)):
+            if getattr(arguments, option, one) != one:
+                raise ValueError(f"--{option}: needs videos, got --kind image")
+    protocol = load_protocol(arguments.protocol) if arguments.protocol else None
+    if protocol is not None and protocol.task != name:
+        raise ValueError(f"--protocol: {protocol.name} is of {protocol.task}, got {arguments.task}")
     # Every path, before the first file is opened.
     systems = [load_system(name) for name in system_names()]
     kinds = [system.config.model_type for system in systems if task.HEAD in system.models]
     check_model(arguments.model, *kinds)
-    for path in arguments.annotations:
-        input_file(path, "--annotations")
+    named = {path: input_file(path, "--annotations") for path in arguments.annotations}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")
+    found = run_values(model_folder(arguments.model), task.OPTIONS)
+    chosen = choose({**OF_ALL_TASKS, **task.OPTIONS}, vars(arguments), protocol, found)
+    if arguments.kind == "image" and "clips" in task.OPTIONS:  # which have one, whatever is said
+        chosen.values["clips"], chosen.sources["clips"] = 1, "default"
+    vars(arguments).update(chosen.values)
+    for option in FILES:
+        if (path := getattr(arguments, option, None)) is not None:
+            named[path] = input_file(path, f"--{option}")
 
     model, tokenizer, reading, folder = load_for_use(
         arguments.model,
@@ -60,17 +120,46 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for path in arguments.annotations
     ]
-    examples = read_corpora(corpora, Data(), "test")
+    left_out: list[str] = []
+    form = getattr(task, "FORM", CAPTIONED)
+    examples = read_corpora(corpora, Data(), "test", form, left_out)
+    count = len(examples) + len(left_out)
     facts = task.evaluate(model, tokenizer, examples, reading, arguments)
     print(task.render(facts))
-    if numbers is not None:
-        facts["settings"] = {
-            "model": str(folder),
-            "frames": model.config.num_frames,
-            "text_length": reading.text_length,
-            "short_side": reading.short_side,
-            "resize": reading.resize,
-            **{name: getattr(arguments, name) for name in (*SETTINGS, *task.OPTIONS)},
-        }
-        write_text(numbers, json.dumps(facts, indent=2) + "\n")
+    first = facts.get("normal", facts)
+    left_out += first.get("left_out", [])
+    if left_out:
+        print(f"{len(left_out)} of {count} entries left out, the first: {left_out[0]}")
+    for option, value in chosen.overridden.items():
+        print(f"not as {arguments.protocol}: {option} {chosen.values[option]}, there {value}")
+    if numbers is None:
+        return 0
+    facts["left_out"] = left_out
+    facts["settings"] = {
+        "task": name,
+        "model": str(folder),
+        "frames": model.config.num_frames,
+        "text_length": reading.text_length,
+        "short_side": reading.short_side,
+        "resize": reading.resize,
+        **{option: getattr(arguments, option) for option in (*SETTINGS, *task.OPTIONS)},
+        "protocol": arguments.protocol,
+        "sources": _sources(chosen),
+        "overridden": chosen.overridden,
+        "entries": count,
+        "files": hashes(named),
+        "weights": hashes(weight_files(folder)),
+        "version": svitt_ops.__version__,
+        "commit": commit(),
+    }
+    write_text(numbers, json.dumps(facts, indent=2) + "\n")
     return 0
+
+
+def _sources(chosen: Chosen) -> dict[str, str]:
+    """Where values are from; what is neither told nor ruled is the model's, or the run's."""
+    own = ("frames", "text_length", "resize")
+    return {
+        name: "run" if source == "default" and name in own else source
+        for name, source in chosen.sources.items()
+    }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.data.tables import fields_of, read_rows
+from svitt_ops.training.data.tables import Row, fields_of, read_rows
 from svitt_ops.training.data.text import clean_caption
 
 Kind = Literal["video", "image"]
@@ -38,12 +39,123 @@ class Entry:
     """Entries that share this value are to share a training batch."""
 
 
+Example = TypeVar("Example", bound=Entry, covariant=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Annotations:
+class Annotations(Generic[Example]):
     """The usable entries of a file, and why the others are not."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Example, ...]
     problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form(Generic[Example]):
+    """What the entries of a file hold besides their media."""
+
+    texts: tuple[str, ...]
+    """Fields of which every entry has one."""
+    parse: Callable[[Record], Example]
+    """What a record says; a ValueError where it cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One object of a file, asked field by field; a ValueError says what is wrong with one."""
+
+    content: dict[str, Any]
+    place: str
+    """Where it stands: the file, and which entry or line of it."""
+    kind: Kind
+    files: _Files
+    join: bool
+    """Lists of captions are paragraphs."""
+    keep_together: str | None
+    max_words: int | None
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The paths of its files."""
+        field = self.field(*_media_fields(self.kind))
+        return tuple(self.files.find(name, field) for name in self.texts(field))
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Its texts, clean; those without words are left out, but for the last."""
+        field = self.field(*CAPTION)
+        texts = [self.whole(text, field) for text in self.texts(field)]
+        return self.clean([" ".join(texts)] if self.join else texts, field)
+
+    @property
+    def together(self) -> str | None:
+        """What it shares with others of its batch."""
+        name = self.keep_together
+        return None if name is None else str(self.content[self.field(name)])
+
+    def field(self, *names: str) -> str:
+        """The first of the fields that it has."""
+        for name in names:
+            if name in self.content:
+                return name
+        raise ValueError(f"has no field {names[0]!r}; has {fields_of(self.content)}")
+
+    def texts(self, field: str) -> Iterator[str]:
+        """The value of a field that holds a text or a list of texts."""
+        value = self.content[field]
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ValueError(f"field {field!r} is an empty list")
+        for text in values:
+            if field.endswith("_id") and isinstance(text, int) and not isinstance(text, bool):
+                text = str(text)
+            if not isinstance(text, str):
+                missing = isinstance(text, float) and math.isnan(text)
+                raise ValueError(
+                    f"field {field!r} must be text, got {'NaN' if missing else type(text).__name__}"
+                )
+            if not text and field not in CAPTION:
+                raise ValueError(f"field {field!r} is empty")
+            yield text
+
+    def options(self, field: str) -> list[str]:
+        """A list of whole texts; in a table without lists, it is written as JSON."""
+        value = self.content[field]
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise ValueError(f"field {field!r} must be a list, got {value[:40]!r}") from None
+        listed = replace(self, content={field: value})
+        return [self.whole(text, field) for text in listed.texts(field)]
+
+    def clean(self, texts: Sequence[str], field: str) -> tuple[str, ...]:
+        """Clean texts that have words, one at least."""
+        cleaned = tuple(filter(None, (clean_caption(text, self.max_words) for text in texts)))
+        if not cleaned:
+            raise ValueError(f"field {field!r} has no words")
+        return cleaned
+
+    @staticmethod
+    def whole(text: str, field: str) -> str:
+        """A text that can be encoded: half a character, as of a text cut in UTF-16, cannot."""
+        wrong = re.search(r"[\0\ud800-\udfff]", text)
+        if wrong:
+            what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
+            raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
+        return text
+
+
+def _captioned(record: Record) -> Entry:
+    return Entry(
+        media=record.media,
+        captions=record.captions,
+        kind=record.kind,
+        together=record.together,
+    )
+
+
+CAPTIONED = Form(texts=CAPTION, parse=_captioned)
 
 
 def read_annotations(
@@ -54,7 +166,8 @@ def read_annotations(
     captions: Captions = "each",
     keep_together: str | None = None,
     max_words: int | None = None,
-) -> Annotations:
+    form: Form[Example] = CAPTIONED,  # type: ignore[assignment]  # where none is given
+) -> Annotations[Example]:
     """Read an annotation file.
 
     An entry that lacks a field, has one of a wrong type, or an empty caption is left out and
@@ -72,6 +185,7 @@ def read_annotations(
             it (DiDeMo, ActivityNet Captions).
         keep_together: the field whose value says which entries share a batch.
         max_words: where captions are cut.
+        form: what the entries hold besides, if it is not captions.
 
     Raises:
         ValueError: the file is missing, is not UTF-8, is of no such form, or has no usable entry.
@@ -81,13 +195,28 @@ def read_annotations(
             raise ValueError(f"{name}: must be one of {get_args(known)}, got {value!r}")
     file = expand(path, "annotations")
     files = _Files(file.parent if root is None else expand(root, "root"))
-    entries: list[Entry] = []
+    entries: list[Example] = []
     problems: list[str] = []
-    for row in read_rows(file, (*_media_fields(kind), *CAPTION)):
+
+    def parse(row: Row) -> Example:
+        if row.problem:
+            raise ValueError(row.problem)
+        if not isinstance(row.content, dict):
+            raise ValueError(f"must be an object, got {type(row.content).__name__}")
+        record = Record(
+            content=row.content,
+            place=f"{file}: {row.place}",
+            kind=kind,
+            files=files,
+            join=captions == "join",
+            keep_together=keep_together,
+            max_words=max_words,
+        )
+        return form.parse(record)
+
+    for row in read_rows(file, _media_fields(kind), form.texts):
         try:
-            if row.problem:
-                raise ValueError(row.problem)
-            entries.append(_entry(row.content, files, kind, captions, keep_together, max_words))
+            entries.append(parse(row))
         except ValueError as error:
             problems.append(f"{file}: {row.place}: {error}")
     if not entries:
@@ -99,67 +228,6 @@ def read_annotations(
 def _media_fields(kind: Kind) -> tuple[str, ...]:
     other: Kind = "image" if kind == "video" else "video"
     return kind, other, f"{kind}_id", f"{other}_id"
-
-
-def _entry(
-    item: Any,
-    files: _Files,
-    kind: Kind,
-    captions: Captions,
-    keep_together: str | None,
-    max_words: int | None,
-) -> Entry:
-    if not isinstance(item, dict):
-        raise ValueError(f"must be an object, got {type(item).__name__}")
-    field = _field(item, _media_fields(kind))
-    media = tuple(files.find(name, field) for name in _texts(item, field))
-    field = _field(item, CAPTION)
-    texts = [_whole(text, field) for text in _texts(item, field)]
-    if captions == "join":
-        texts = [" ".join(texts)]
-    cleaned = tuple(filter(None, (clean_caption(text, max_words) for text in texts)))
-    if not cleaned:
-        raise ValueError(f"field {field!r} has no words")
-    together = None
-    if keep_together is not None:
-        together = str(item[_field(item, (keep_together,))])
-    return Entry(media=media, captions=cleaned, kind=kind, together=together)
-
-
-def _field(item: dict[str, Any], names: Sequence[str]) -> str:
-    """The first of the fields that an entry has."""
-    for name in names:
-        if name in item:
-            return name
-    raise ValueError(f"has no field {names[0]!r}; has {fields_of(item)}")
-
-
-def _texts(item: dict[str, Any], field: str) -> Iterator[str]:
-    """The value of a field that holds a text or a list of texts."""
-    value = item[field]
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise ValueError(f"field {field!r} is an empty list")
-    for text in values:
-        if field.endswith("_id") and isinstance(text, int) and not isinstance(text, bool):
-            text = str(text)
-        if not isinstance(text, str):
-            missing = isinstance(text, float) and math.isnan(text)
-            raise ValueError(
-                f"field {field!r} must be text, got {'NaN' if missing else type(text).__name__}"
-            )
-        if not text and field not in CAPTION:
-            raise ValueError(f"field {field!r} is empty")
-        yield text
-
-
-def _whole(text: str, field: str) -> str:
-    """A text that can be encoded: half a character, as of a text cut in UTF-16, cannot."""
-    wrong = re.search(r"[\0\ud800-\udfff]", text)
-    if wrong:
-        what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
-        raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
-    return text
 
 
 class _Files:

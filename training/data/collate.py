@@ -43,7 +43,7 @@ class Collator:
             clips=torch.stack(frames) if same else frames,
             boxes=[box for box, _ in drawn],
             flips=[
-                flip and not names_a_side(clip.caption)
+                flip and not any(map(names_a_side, clip.texts))
                 for (_, flip), clip in zip(drawn, clips, strict=True)
             ],
             pair_ids=torch.tensor([clip.pair_id for clip in clips]),

@@ -45,6 +45,11 @@ class Clip:
     seed: int  # of this item in this epoch; augmentation and masking draw from it
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is said of it, which must be true of the mirrored clip too."""
+        return (self.caption,)
+
 
 class FrameReader:
     """Reads clips as a `ClipSpec` says, from files or from its cache of decoded videos."""
@@ -127,7 +132,7 @@ class PairDataset(Dataset[Clip]):
         others = self._of_kind[self.items[number].kind]
         for _ in range(MAX_REPLACEMENTS):
             try:
-                return self._clip(number, rng.getrandbits(48), skipped)
+                return self.read(number, rng.getrandbits(48), skipped)
             except UnusableVideoError as error:
                 skipped.append((self.items.paths[number], str(error)))
             number = int(rng.choice(others))
@@ -135,7 +140,8 @@ class PairDataset(Dataset[Clip]):
             f"{len(skipped)} files in a row could not be read; the last: {skipped[-1][1]}"
         )
 
-    def _clip(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> Clip:
+    def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> Clip:
+        """One item's clip; an `UnusableVideoError` if there is none."""
         rng = random.Random(seed)
         item, spec = self.items[number], self.spec
         which = rng.choice(range(len(item.captions)))

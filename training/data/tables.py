@@ -45,12 +45,14 @@ class Row:
     """Why there is no content."""
 
 
-def read_rows(path: Path, wanted: Sequence[str]) -> list[Row]:
+def read_rows(path: Path, media: Sequence[str], texts: Sequence[str]) -> list[Row]:
     """The rows of a file.
 
     Args:
         path: the file.
-        wanted: fields one of which is in the first line of a CSV or TSV file.
+        media: fields of which every row has one; and one of them or of `texts` stands in the first
+            line of a CSV or TSV file.
+        texts: fields of which every row has one.
 
     Raises:
         ValueError: the file cannot be read, or is nothing of this kind; says what it is.
@@ -66,9 +68,10 @@ def read_rows(path: Path, wanted: Sequence[str]) -> list[Row]:
             raise ValueError(f"annotations {path}: must be {FORMS}, but is {what}")
     text = _text(path, content)
     del content
+    wanted = (*media, *texts)
     beginning = text[:4096].lstrip()[:1]
     if beginning in ("[", "{", '"') and not (beginning == '"' and _delimiter(text, wanted)):
-        return _json(path, text)
+        return _json(path, text, texts)
     if beginning and (delimiter := _delimiter(text, wanted)):
         return _csv(path, text, delimiter)
     first = text.strip().split("\n")[0].strip()
@@ -101,7 +104,7 @@ def _text(path: Path, content: bytes) -> str:
     return text
 
 
-def _json(path: Path, text: str) -> list[Row]:
+def _json(path: Path, text: str, texts: Sequence[str]) -> list[Row]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -122,8 +125,9 @@ def _json(path: Path, text: str) -> list[Row]:
         if isinstance(content.get("sentences"), list) and isinstance(content.get("videos"), list):
             return _sentences(path, content)
         media = {"video", "image"} & set(content)
-        if "caption" in content and len(media) == 1:
-            if isinstance(content[media.pop()], list) and isinstance(content["caption"], list):
+        name = next((name for name in texts if name in content), None)
+        if name is not None and len(media) == 1:
+            if isinstance(content[media.pop()], list) and isinstance(content[name], list):
                 raise ValueError(
                     f"annotations {path}: must be a list of rows, got an object of columns"
                 )

@@ -11,22 +11,42 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.models.systems import load_system
-from svitt_ops.training.data.annotations import Entry, read_annotations
+from svitt_ops.training.data.annotations import (
+    CAPTIONED,
+    Entry,
+    Example,
+    Form,
+    read_annotations,
+)
 from svitt_ops.training.data.text import append_sep, load_tokenizer, train_tokenizer
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.gate import check_media
 from svitt_ops.training.engine.recipe_checks import check_model_keys
-from svitt_ops.training.engine.recipes import Corpus, Data, Recipe
+from svitt_ops.training.engine.recipes import CORPORA, Corpus, Data, Recipe
 
 log = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 5
 
 
-def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry]:
-    """The entries of all corpora; unusable ones are counted and reported."""
+def read_corpora(
+    corpora: Sequence[Corpus],
+    data: Data,
+    name: str,
+    form: Form[Example] = CAPTIONED,
+    problems: list[str] | None = None,
+) -> list[Example]:
+    """The entries of all corpora; unusable ones are counted and reported.
+
+    Args:
+        corpora: where they are.
+        data: how they are read.
+        name: the key of `data` that lists the corpora; or what they are, if it is none.
+        form: what the entries hold.
+        problems: gets why entries were left out.
+    """
     if not corpora:
         raise ValueError(f"recipe: data.{name} must list at least one corpus")
-    entries: list[Entry] = []
+    entries: list[Example] = []
     for number, corpus in enumerate(corpora):
         read = read_annotations(
             corpus.annotations,
@@ -35,20 +55,24 @@ def read_corpora(corpora: Sequence[Corpus], data: Data, name: str) -> list[Entry
             captions="join" if corpus.captions == "join" else "each",
             keep_together=data.keep_together,
             max_words=data.max_words,
+            form=form,
         )
-        root = f"recipe: data.train.{number}.root" if name == "train" else "--root"
+        root = f"recipe: data.{name}.{number}.root" if name in CORPORA else "--root"
         check_media(read.entries, root)
         entries += read.entries
-        for problem in read.problems[:SHOWN_PROBLEMS]:
-            log.warning("left out: %s", problem)
-        if read.problems:
-            log.warning(
-                "%s: %d of %d entries left out",
-                corpus.annotations,
-                len(read.problems),
-                len(read.problems) + len(read.entries),
-            )
+        count = len(read.problems) + len(read.entries)
+        report_left_out(read.problems, count, corpus.annotations)
+        if problems is not None:
+            problems += read.problems
     return entries
+
+
+def report_left_out(problems: Sequence[str], count: int, where: str) -> None:
+    """Name the first entries that are left out, and say how many of all they are."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        log.warning("left out: %s", problem)
+    if problems:
+        log.warning("%s: %d of %d entries left out", where, len(problems), count)
 
 
 def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
@@ -103,7 +127,7 @@ def build_model(
         with _named("init.checkpoint"):
             if system.load_official is None:
                 raise ValueError(f"must be a folder, {recipe.system} has no official files")
-            model = system.load_official(start, config)
+            model = system.load_official(start, config, task=head)
         # A head that is missing there starts from random weights, to be trained.
         model.config.loss_weights = config.loss_weights
         frames = changes.get("num_frames", model.config.num_frames)

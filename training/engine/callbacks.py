@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,19 @@ class ProgressBar(TrainerCallback):
         }
         if shown:
             self.bar.set_postfix(shown, refresh=False)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None and metrics:
+            shown = (f"{name.removeprefix('eval_')} {x:.1f}" for name, x in metrics.items())
+            line = f"{self.label}: step {state.global_step}: {', '.join(shown)}"
+            tqdm.write(line, file=sys.stderr)
 
     def on_train_end(
         self,

@@ -17,6 +17,8 @@ PARTIAL = ".partial-"
 BROKEN = "broken-"
 STATE = "trainer_state.json"
 FINAL = "final"
+BEST = "best"
+"""Folder of the weights with the best score on `data.validation`."""
 RECIPE = "recipe.yaml"
 NEEDED = (STATE, "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
 """Files without which a run does not go on as it would have."""
@@ -107,7 +109,11 @@ def model_folder(
 
 
 def remove_partial(output: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove what a killed process left half-written; put back what it was about to replace."""
+    for name in (FINAL, BEST):
+        old = output / f"{PARTIAL}old-{name}"
+        if old.exists() and not (output / name).exists():
+            old.rename(output / name)
     for path in output.glob(f"{PARTIAL}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

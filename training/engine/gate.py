@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from svitt_ops.models.systems import load_system
@@ -16,7 +17,7 @@ from svitt_ops.training.data.text import load_tokenizer
 from svitt_ops.training.engine.checkpoints import last_checkpoint, model_folder
 from svitt_ops.training.engine.folders import check_folder
 from svitt_ops.training.engine.recipe_checks import check_config, check_values
-from svitt_ops.training.engine.recipes import Recipe, map_paths
+from svitt_ops.training.engine.recipes import CORPORA, PATH, Corpus, Recipe, map_paths
 
 log = logging.getLogger(__name__)
 LOOKED_FOR = 1000
@@ -84,17 +85,25 @@ def _whole(key: str, path: str) -> str:
 def _check_data(recipe: Recipe) -> None:
     if not recipe.data.train:
         raise ValueError("recipe: data.train must list at least one corpus")
-    for number, corpus in enumerate(recipe.data.train):
-        key = f"recipe: data.train.{number}"
-        try:
-            input_file(corpus.annotations, f"{key}.annotations")
-        except ValueError as error:
-            if len(recipe.data.train) == 1:
-                raise
-            alone = "data.annotations=FILE data.root=FOLDER trains on one corpus alone"
-            raise ValueError(f"{error}; {alone}") from None
-        if corpus.root is not None:
-            input_folder(corpus.root, f"{key}.root")
+    for key in CORPORA:
+        for number, corpus in enumerate(getattr(recipe.data, key)):
+            _check_corpus(f"recipe: data.{key}.{number}", corpus, getattr(recipe.data, key))
+    for entry in fields(recipe.data):
+        path = getattr(recipe.data, entry.name)
+        if entry.metadata == PATH and path is not None:
+            input_file(path, f"recipe: data.{entry.name}")
+
+
+def _check_corpus(key: str, corpus: Corpus, listed: Sequence[Corpus]) -> None:
+    try:
+        input_file(corpus.annotations, f"{key}.annotations")
+    except ValueError as error:
+        if len(listed) == 1:
+            raise
+        alone = "data.annotations=FILE data.root=FOLDER trains on one corpus alone"
+        raise ValueError(f"{error}; {alone}") from None
+    if corpus.root is not None:
+        input_folder(corpus.root, f"{key}.root")
 
 
 def _check_init(recipe: Recipe) -> None:

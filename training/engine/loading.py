@@ -15,24 +15,38 @@ from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.settings import RunSettings, run_settings
 
 
-def load_trained(path: str | Path, head: str = "pretraining") -> tuple[Any, Any, Path]:
+def load_trained(path: str | Path, head: str | None = None) -> tuple[Any, Any, Path]:
     """Model and tokenizer of a run's folder, or of a folder with weights.
 
     Args:
         path: of the folder; its config.json says which system's the model is.
-        head: what for, a key of `System.models`.
+        head: what for, a key of `System.models`; default: what it was stored as.
+
+    Raises:
+        ValueError: there is no such model, or the weights lack a part of it.
     """
     quiet_transformers()
     folder = model_folder(path)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type", "svitt")
-    name = system_of(kind)
-    if name is None or head not in load_system(name).models:
+    stored = config.get("model_type", "svitt")
+    name = system_of(stored)
+    models = load_system(name).models if name else {}
+    if (head or "pretraining") not in models:
         have = [name for name in system_names() if head in load_system(name).models]
         raise ValueError(
-            f"model: must be for {head}, of a system of {', '.join(have)}, got a {kind} model"
+            f"model: must be for {head or 'pretraining'}, of a system of {', '.join(have)},"
+            f" got a {stored} model"
         )
-    model = load_system(name).models[head].from_pretrained(folder)
+    kinds = {kind.__name__: kind for kind in models.values()}
+    (own, *_) = config.get("architectures") or [""]
+    kind = models[head] if head else kinds.get(own, models["pretraining"])
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    missing = [name for name in model.state_dict() if name in info["missing_keys"]]
+    if head and missing:
+        raise ValueError(
+            f"model: must be trained for {head}, {folder} has nothing for {len(missing)} of its"
+            f" tensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
     return model, load_tokenizer(str(folder)), folder
 
 
@@ -45,7 +59,7 @@ def quiet_transformers() -> None:
 def load_for_use(
     path: str | Path,
     *,
-    head: str = "pretraining",
+    head: str | None = None,
     frames: int | None = None,
     text_length: int | None = None,
     resize: str | None = None,
@@ -54,7 +68,7 @@ def load_for_use(
 
     Args:
         path: folder of a run or of a model.
-        head: what for, a key of `System.models`.
+        head: what for, a key of `System.models`; default: what it was stored as.
         frames: of a clip; another number than the model's expands it. Default: the model's.
         text_length: tokens; default: what training chose.
         resize: of frames, as in `to_pixel_values`; default: what training chose.

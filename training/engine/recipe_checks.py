@@ -13,8 +13,8 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from svitt_ops.models.systems import load_system
 from svitt_ops.training.data import RESIZES
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.engine.recipes import Data, Recipe, map_paths
-from svitt_ops.training.engine.task import Trainable, load_task
+from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
+from svitt_ops.training.engine.task import Trainable, Validated, load_task
 
 SHORTEST_TEXT = 3  # [CLS], one piece, [SEP]
 SMALLEST_VOCABULARY = 6  # BERT's five special pieces, and one
@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "optimizer.mask_probability": SHARE,
     "run.precision": _one_of("bf16", "fp32"),
     "run.save_steps": _least(1),
+    "run.evaluate_steps": _least(1),
     "run.keep_checkpoints": _least(0),
     "run.log_steps": _least(1),
     "run.device": _one_of("cpu", "cuda"),
@@ -110,9 +111,15 @@ def check_values(recipe: Recipe) -> None:
     system, task = _named(load_system, recipe.system), _named(load_task, recipe.task, Trainable)
     for key, rule in RULES.items():
         _check(key, reduce(getattr, key.split("."), recipe), rule)
-    for number, corpus in enumerate(recipe.data.train):
-        for name, rule in OF_A_CORPUS.items():
-            _check(f"data.train.{number}.{name}", getattr(corpus, name), rule)
+    for key in CORPORA:
+        for number, corpus in enumerate(getattr(recipe.data, key)):
+            for name, rule in OF_A_CORPUS.items():
+                _check(f"data.{key}.{number}.{name}", getattr(corpus, name), rule)
+    if recipe.data.validation and not isinstance(task, Validated):
+        raise ValueError(
+            f"recipe: data.validation must be empty, {recipe.task} is not evaluated as it is"
+            f" trained, got {len(recipe.data.validation)} corpora"
+        )
     map_paths(recipe, _path)
     optimizer, data = recipe.optimizer, recipe.data
     if optimizer.batch_size % optimizer.accumulation:

@@ -22,6 +22,8 @@ from svitt_ops.training.data.paths import expand
 PATH = {"path": True}
 """Metadata of a key that holds a path; those of `init` and `tokenizer` may name downloads too."""
 PAIRS = ("data.crop_scale.", "optimizer.betas.")
+CORPORA = ("train", "validation")
+"""Keys of `data` that list corpora."""
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Data:
     """What is read, and how a clip is made."""
 
     train: list[Corpus] = field(default_factory=list)
+    validation: list[Corpus] = field(default_factory=list)
+    """What the model is evaluated on while it is trained; its best weights are kept."""
     sampling: str = "rand"
     """Frames of a training clip: "rand", "middle" or "fpsX"."""
     official_sampling: bool = False
@@ -135,6 +139,8 @@ class Run:
     gradient_checkpointing: bool = False
     save_steps: int = 1000
     """Optimizer steps between checkpoints."""
+    evaluate_steps: int | None = None
+    """Optimizer steps between evaluations on `data.validation`; default: those of an epoch."""
     keep_checkpoints: int = 2
     log_steps: int = 10
     """Optimizer steps between TensorBoard points."""
@@ -165,6 +171,9 @@ class Recipe:
     run: Run = field(default_factory=Run)
 
 
+_CORPUS = re.compile(rf"data\.({'|'.join(CORPORA)})\.\d+")
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = Path(str(files("svitt_ops.training") / "recipes"))
@@ -178,7 +187,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
         source: a YAML file, the name of a shipped recipe, or None for the defaults.
         overrides: "key=value" texts, such as "optimizer.lr=1e-4"; elements of lists are numbered,
             "data.train.0.root=videos". `data.annotations`, `data.root`, `data.kind` and
-            `data.captions` describe one corpus in place of all that the recipe lists.
+            `data.captions` describe one corpus to train on, in place of all that the recipe lists.
 
     Raises:
         ValueError: a key is unknown, a value has the wrong type or cannot be; the message names it.
@@ -273,7 +282,8 @@ def _one_corpus(overrides: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     if not any(key == "data.annotations" for key, _ in given):
         raise ValueError(f"override: {given[0][0]} must stand beside data.annotations=FILE")
     corpus = [(f"data.train.0.{names[key]}", value) for key, value in given]
-    return [("data.train", "[]"), *corpus, *(pair for pair in overrides if pair[0] not in names)]
+    none = [(f"data.{key}", "[]") for key in CORPORA]
+    return [*none, *corpus, *(pair for pair in overrides if pair[0] not in names)]
 
 
 def _override(merged: Any, key: str, value: str, kind: type[Recipe]) -> Any:
@@ -302,7 +312,7 @@ def _override(merged: Any, key: str, value: str, kind: type[Recipe]) -> Any:
 
     if place is not None:  # an element of a list: merge replaces lists
         element = OmegaConf.select(nested, key)
-        if re.fullmatch(r"data\.train\.\d+", key):
+        if _CORPUS.fullmatch(key):
             check_form(Corpus, _plain(element), "override: ", key)
         OmegaConf.update(merged, key, element, merge=True)
         return merged
@@ -315,8 +325,8 @@ def _plain(content: Any) -> Any:
 
 
 def _append(elements: Any, key: str, number: int) -> None:
-    """Make room for the element after the last of the corpora."""
-    if not key.startswith("data.train."):
+    """Make room for the element after the last of some corpora."""
+    if not _CORPUS.match(key):
         return
     if number > len(elements):
         raise ValueError(

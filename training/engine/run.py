@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from svitt_ops.training.engine.build import build_model, build_tokenizer, refuse
 from svitt_ops.training.engine.callbacks import ProgressBar, TensorBoard, WriteRecipe
 from svitt_ops.training.engine.changes import report_changes
 from svitt_ops.training.engine.checkpoints import (
+    BEST,
     BROKEN,
     FINAL,
     RECIPE,
+    last_checkpoint,
     newest_whole,
     remove_partial,
     whole_folder,
@@ -34,8 +37,9 @@ from svitt_ops.training.engine.loading import load_trained, quiet_transformers
 from svitt_ops.training.engine.lock import own_folder
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.sharding import KEYS, read_sharding
-from svitt_ops.training.engine.task import Trainable, load_task
+from svitt_ops.training.engine.task import Trainable, Validated, load_task
 from svitt_ops.training.engine.trainer import RecipeTrainer
+from svitt_ops.training.engine.validation import Evaluate, Validation, best_score, forget_best
 
 log = logging.getLogger(__name__)
 _OWN = "the optimizer is AdamW, with the values of `optimizer`"
@@ -50,6 +54,9 @@ UNUSED = {
 }
 """Of `run.trainer`: what the recipe or this package decides, and what to do instead."""
 
+LONGEST_WAIT = 24 * 3600
+"""Seconds that processes wait for the one that evaluates."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -58,6 +65,8 @@ class Trained:
     model: PreTrainedModel
     folder: Path
     """Weights, configuration and tokenizer, as `svitt evaluate` or a next stage takes them."""
+    best: Path | None
+    """The same with the best score on `data.validation`; None: there was none."""
     skipped: SkipLog
     history: list[dict[str, float]]
     """What was logged, by step."""
@@ -84,6 +93,8 @@ def pretrain(
     with own_folder(output) if rank == 0 else nullcontext():
         if rank == 0:
             remove_partial(output)
+            if last_checkpoint(output) is None:
+                forget_best(output)
         return _train(recipe, output, rank, callbacks, label or recipe.task)
 
 
@@ -99,6 +110,9 @@ def _train(
     arguments = _arguments(recipe, world)
     set_seed(recipe.seed)  # the initial weights, on every process
     examples = task.read_examples(recipe)
+    held_out: Any = None
+    if recipe.data.validation and isinstance(task, Validated):
+        held_out = task.read_validation(recipe)
     if resumed is None:
         tokenizer = build_tokenizer(recipe, examples)
     else:
@@ -136,6 +150,15 @@ def _train(
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar(settings.batch_size, label))
     began_at = resumed[0] if resumed else 0
+    if held_out is not None and isinstance(task, Validated):
+        trainer.validation = Validation(
+            recipe=recipe,
+            validate=partial(task.validate, recipe, tokenizer=tokenizer, examples=held_out),
+            save=partial(_save_model, tokenizer),
+            batches_per_epoch=batches.batches_per_epoch,
+            steps=steps,
+        )
+        trainer.add_callback(Evaluate(trainer.validation))
     if rank == 0:
         trainer.add_callback(WriteRecipe(output / RECIPE, recipe_text(recipe)))
         if recipe.run.tensorboard:
@@ -154,6 +177,7 @@ def _train(
     return Trained(
         model=model,
         folder=output / FINAL,
+        best=_best(output),
         skipped=trainer.skipped,
         history=trainer.state.log_history,
         began_at=began_at,
@@ -171,17 +195,32 @@ def _trained_before(
         stored = output / RECIPE
         text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
         _write_final(output, model, tokenizer, text)
-    return Trained(model=model, folder=output / FINAL, skipped=SkipLog(), history=[], began_at=step)
+    return Trained(
+        model=model,
+        folder=output / FINAL,
+        best=_best(output),
+        skipped=SkipLog(),
+        history=[],
+        began_at=step,
+    )
+
+
+def _best(output: Path) -> Path | None:
+    return output / BEST if best_score(output / BEST) is not None else None
 
 
 def _write_final(
     output: Path, model: PreTrainedModel, tokenizer: Any, recipe: str, weights: Any = None
 ) -> None:
     with whole_folder(output / FINAL) as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        save_tokenizer(tokenizer, folder)
+        _save_model(tokenizer, model, folder, weights)
         if recipe:
             (folder / RECIPE).write_text(recipe, encoding="utf-8")
+
+
+def _save_model(tokenizer: Any, model: Any, folder: Path, weights: Any = None) -> None:
+    model.save_pretrained(folder, state_dict=weights)
+    save_tokenizer(tokenizer, folder)
 
 
 def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
@@ -240,6 +279,7 @@ def _arguments(recipe: Recipe, world: int) -> TrainingArguments:
         "max_grad_norm": settings.max_grad_norm,
         "bf16": run.precision == "bf16",
         "use_cpu": on_cpu,
+        "ddp_timeout": LONGEST_WAIT if recipe.data.validation else 1800,
         "ddp_backend": "gloo" if on_cpu and world > 1 else None,
         recompute: run.gradient_checkpointing,
         "save_strategy": "steps",

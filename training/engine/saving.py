@@ -81,7 +81,7 @@ class SavingTrainer(Trainer):
             problem = str(error)
         finally:
             self._folder, self._weights, self._moments = None, None, {}
-        self._agree(problem, partial)
+        self.agree(problem, partial=partial)
         try:
             if self.is_world_process_zero():
                 with writing(output / name):
@@ -90,20 +90,30 @@ class SavingTrainer(Trainer):
                     keep_last(output, self.recipe.run.keep_checkpoints)
         except ValueError as error:
             problem = str(error)
-        self._agree(problem, partial)
+        self.agree(problem, partial=partial)
 
-    def _agree(self, problem: str, partial: Path) -> None:
-        """Go on when every process has come here, or stop all if one has a problem."""
-        problems: list[Any] = [problem]
+    def agree(self, problem: str, found: Any = None, *, partial: Path | None = None) -> Any:
+        """Go on when every process has come here, or stop all if one has a problem.
+
+        Args:
+            problem: of this process; "" for none.
+            found: what the first process found.
+            partial: folder to remove if there is a problem.
+
+        Returns:
+            What the first process found, on all of them.
+        """
+        said: list[Any] = [(problem, found)]
         if dist.is_initialized():
-            problems = [""] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), "")
+            said *= dist.get_world_size()
+            dist.all_gather_object(said, (problem, found))
+        problem = next(filter(None, (problem for problem, _ in said)), "")
         if problem:
-            if self.is_world_process_zero():
+            if partial is not None and self.is_world_process_zero():
                 shutil.rmtree(partial, ignore_errors=True)
             last = last_checkpoint(self.output)
             raise ValueError(problem + (f"; the last checkpoint is {last[1]}" if last else ""))
+        return said[0][1]
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """All weights where they are in shards, on the process that saves; None: they are not."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from svitt_ops.training.data import RESIZES
-from svitt_ops.training.engine.checkpoints import FINAL, RECIPE
+from svitt_ops.training.engine.checkpoints import BEST, FINAL, RECIPE
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,8 @@ def run_settings(folder: str | Path) -> RunSettings:
     Args:
         folder: with the weights, as `checkpoints.model_folder` finds it.
     """
-    folder = Path(folder).absolute()
-    places = [folder / RECIPE]
-    if folder.name == FINAL or re.fullmatch(r"checkpoint-\d+", folder.name):
-        places.append(folder.parent / RECIPE)
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        return RunSettings()
-    data, problem = _read_data(path)
+    content, path, problem = _read(Path(folder))
+    data, problem = _section(content, "data", problem)
     known = {field.name for field in fields(RunSettings)}
     found = {name: value for name, value in data.items() if name in known}
     for name, value in list(found.items()):
@@ -55,16 +50,42 @@ def run_settings(folder: str | Path) -> RunSettings:
     return RunSettings(**found)
 
 
-def _read_data(path: Path) -> tuple[dict[str, Any], str]:
-    """The mapping `data` of a recipe, and why there is none."""
+def run_values(folder: str | Path, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's `data` and `evaluation` say of some names; a value must be of a default's kind.
+
+    Args:
+        folder: as of `run_settings`, which says what it could not read.
+        defaults: by name; None stands for a text.
+    """
+    content, _, problem = _read(Path(folder))
+    said: dict[str, Any] = {}
+    for section in ("data", "evaluation"):
+        said |= _section(content, section, problem)[0]
+    kinds = {name: str if value is None else type(value) for name, value in defaults.items()}
+    return {name: said[name] for name, kind in kinds.items() if type(said.get(name)) is kind}
+
+
+def _read(folder: Path) -> tuple[Any, Path | None, str]:
+    """The recipe of the model in a folder, its path, and why it cannot be read."""
     import yaml
 
+    folder = folder.absolute()
+    places = [folder / RECIPE]
+    if folder.name in (FINAL, BEST) or re.fullmatch(r"checkpoint-\d+", folder.name):
+        places.append(folder.parent / RECIPE)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return {}, None, ""
     try:
-        content = yaml.safe_load(path.read_bytes())
+        return yaml.safe_load(path.read_bytes()), path, ""
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        return {}, f"cannot be read as YAML ({str(error).splitlines()[0]})"
-    data = content.get("data", {}) if isinstance(content, dict) else None
-    return (data, "") if isinstance(data, dict) else ({}, "is no recipe")
+        return {}, path, f"cannot be read as YAML ({str(error).splitlines()[0]})"
+
+
+def _section(content: Any, name: str, problem: str) -> tuple[dict[str, Any], str]:
+    """A mapping of a recipe, and why there is none."""
+    section = content.get(name, {}) if isinstance(content, dict) else None
+    return (section, problem) if isinstance(section, dict) else ({}, "is no recipe")
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -50,8 +50,28 @@ class Trainable(Protocol):
 
 
 @runtime_checkable
+class Validated(Protocol):
+    """What a `Trainable` has besides where it is evaluated while it is trained."""
+
+    def read_validation(self, recipe: Recipe) -> Any:
+        """What there is to evaluate on, of `recipe.data.validation`."""
+
+    def validate(
+        self, recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Any
+    ) -> dict[str, float]:
+        """Numbers by name, "score" the one that says which weights are the best: the highest.
+
+        The model computes as in evaluation, and is left in the mode it was in.
+        """
+
+
+@runtime_checkable
 class Evaluable(Protocol):
-    """What `svitt evaluate` asks of a task."""
+    """What `svitt evaluate` asks of a task.
+
+    One whose annotations hold something else than captions has a `FORM` too, a `Form` of
+    `data.annotations`.
+    """
 
     HEAD: str
     """Which of a system's models it evaluates: a key of `System.models`."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 
 from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
@@ -22,6 +22,7 @@ from svitt_ops.training.engine.saving import SavingTrainer, wait
 from svitt_ops.training.engine.schedule import learning_rate_factor
 from svitt_ops.training.engine.sharding import fit_optimizer_state, shard, whole
 from svitt_ops.training.engine.task import Trainable
+from svitt_ops.training.engine.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class RecipeTrainer(SavingTrainer):
     that are not finite before they are saved, on all processes at once.
     """
 
+    control: TrainerControl
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None
 
@@ -60,6 +62,7 @@ class RecipeTrainer(SavingTrainer):
         self.batches = batches
         self.warmup_steps = warmup_steps
         self.skipped = SkipLog()
+        self.validation: Validation | None = None
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
         self._sums: dict[str, Tensor] = {}
         self._part = 0
@@ -199,6 +202,29 @@ class RecipeTrainer(SavingTrainer):
                 total = self._sums.get(name)
                 self._sums[name] = value.detach() + (0 if total is None else total)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluate on one process, while the others wait; what it finds is logged as `eval_...`."""
+        assert self.validation is not None
+        self.refuse_weights_not_finite()
+        weights, problem = self.whole_weights(), ""
+        found: dict[str, float] = {}
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            if weights is not None:  # of shards: a whole copy
+                model = type(model)(model.config).to(self.args.device)
+                model.load_state_dict(weights)
+            try:
+                found = self.validation.run(model, self.state.global_step)
+            except ValueError as error:
+                problem = str(error)
+        found = self.agree(problem, found)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log({**metrics})  # which adds to it
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, the temperature and the true epoch."""

@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.training.data.annotations import Entry
-from svitt_ops.training.data.augment import Augmentation, to_pixel_values
+from svitt_ops.training.data.augment import to_pixel_values
 from svitt_ops.training.data.collate import Collator
-from svitt_ops.training.data.datasets import ClipSpec, PairDataset
+from svitt_ops.training.data.datasets import PairDataset
 from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.gate import check_batches
 from svitt_ops.training.engine.recipes import Recipe
+from svitt_ops.training.tasks.parts.training import clip_spec, collator
 
 HEAD = "pretraining"
 INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
@@ -29,32 +30,24 @@ def read_examples(recipe: Recipe) -> list[Entry]:
 
 def build_dataset(recipe: Recipe, examples: Sequence[Entry], config: VideoConfig) -> PairDataset:
     """The training pairs."""
-    data = recipe.data
-    spec = ClipSpec(
-        num_frames=config.num_frames,
-        mode=data.sampling,
-        official=data.official_sampling,
-        short_side=None if data.resize == "official" else data.short_side,
-        cache=data.cache,
+    return PairDataset(
+        examples, clip_spec(recipe, config), seed=recipe.seed, positives=recipe.data.positives
     )
-    return PairDataset(examples, spec, seed=recipe.seed, positives=data.positives)
 
 
 def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Collator:
     """The collator; it prepares masked texts only for a model that learns from them."""
-    data = recipe.data
-    low, high = data.crop_scale
     masked = config.weights.get("mlm", 0) > 0
-    return Collator(
-        tokenizer=tokenizer,
-        text_length=data.text_length,
-        pad_to=data.pad_to,
-        augmentation=Augmentation(crop_scale=(low, high), flip=data.flip),
-        mask_probability=recipe.optimizer.mask_probability if masked else 0.0,
-    )
+    share = recipe.optimizer.mask_probability if masked else 0.0
+    return collator(Collator, recipe, tokenizer, mask_probability=share)
 
 
-def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    recipe: Recipe,
+    config: VideoConfig,
+    batch: dict[str, Any],
+    inputs: Sequence[str] = INPUTS,
+) -> dict[str, Any]:
     """Pictures of the model's size, and texts."""
     pixels = to_pixel_values(
         batch["clips"],
@@ -63,4 +56,4 @@ def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> 
         batch["flips"],
         resize=recipe.data.resize,
     )
-    return {"pixel_values": pixels, **{name: batch[name] for name in INPUTS if name in batch}}
+    return {"pixel_values": pixels, **{name: batch[name] for name in inputs if name in batch}}

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.models.parts.clips import Merge, merge_clips
 from svitt_ops.training.data.annotations import Entry
-from svitt_ops.training.data.collate import count_cut
-from svitt_ops.training.data.sampling import ORDERS
+from svitt_ops.training.data.collate import Collator, count_cut
+from svitt_ops.training.engine import recipes
+from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.encoding import (
@@ -26,40 +26,50 @@ from svitt_ops.training.tasks.parts.encoding import (
     encode_gallery_texts,
     encode_gallery_videos,
 )
+from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
+from svitt_ops.training.tasks.parts.probing import probe_orders
 from svitt_ops.training.tasks.parts.ranks import recalls
-from svitt_ops.training.tasks.parts.table import format_rows
+from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
+from svitt_ops.training.tasks.parts.training import collator
+from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs, read_examples
 
+__all__ = ["build_dataset", "model_inputs", "read_examples"]  # and those that are written here
 log = logging.getLogger(__name__)
 HEAD = "retrieval"
 OPTIONS = {"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False}
-Merge = Literal["logsumexp", "mean", "max"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How to evaluate retrieval."""
+@dataclass
+class Recipe(recipes.Recipe):
+    """Fine-tuning for retrieval, by the contrastive and the matching loss."""
 
-    top_k: int = 128
-    """Candidates of the contrastive search that the match head ranks anew; 0: none."""
-    clips: int = 1
-    """Clips of each video."""
-    strided: bool = False
-    """Clips take every n-th frame instead of following each other."""
-    merge: Merge = "logsumexp"
-    """How match scores of the clips become one."""
-    batch_size: int = 32
-    """Clips that are encoded, and pairs that are matched, at a time."""
+    task: str = "retrieval"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """How `data.validation` is searched, and test videos by default."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("top_k", 0), ("clips", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"evaluation: {name} must be at least {least}, got {value}")
-        if self.merge not in get_args(Merge):
-            raise ValueError(
-                f"evaluation: merge must be one of {', '.join(get_args(Merge))}, got {self.merge!r}"
-            )
+
+def build_collator(
+    recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Collator:
+    """The collator; no text is masked."""
+    return collator(Collator, recipe, tokenizer)
+
+
+def read_validation(recipe: recipes.Recipe) -> Gallery:
+    """The videos and texts to find each other."""
+    return build_gallery(read_corpora(recipe.data.validation, recipe.data, "validation"))
+
+
+def validate(
+    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Gallery
+) -> dict[str, float]:
+    """Recalls; the score is the mean of all of them."""
+    settings, reading = recipe.evaluation, Reading.of_recipe(recipe)
+    found = _search(model, tokenizer, examples, settings, reading)
+    tables = {key: found[key] for key in ("text_to_video", "video_to_text")}
+    numbers = {f"{key}_{k}": x for key, table in tables.items() for k, x in table.items()}
+    return {"score": found["mean"], **numbers}
 
 
 def retrieval(
@@ -104,41 +114,34 @@ def retrieval(
     if rerank is None:
         rerank = model.config.weights.get("vtm", 0) > 0
     rerank = rerank and settings.top_k > 0
-    device = next(model.parameters()).device
-    context = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    was_training = model.training
-    model.eval()
-    try:
-        with context, torch.inference_mode():
-            videos, unusable, skipped = encode_gallery_videos(
-                model,
-                clips,
-                batch_size=settings.batch_size,
-                workers=workers,
-                keep_states=rerank,
-                progress=progress,
-                resize=resize,
+    with evaluating(model, bf16=bf16) as device:
+        videos, unusable, skipped = encode_gallery_videos(
+            model,
+            clips,
+            batch_size=settings.batch_size,
+            workers=workers,
+            keep_states=rerank,
+            progress=progress,
+            resize=resize,
+        )
+        gallery = clips.gallery.without(unusable)
+        if len(set(gallery.video_groups)) < 2:
+            log.warning(
+                "retrieval: all %d videos belong together, so that any model gets 100 %%",
+                len(gallery.videos),
             )
-            gallery = clips.gallery.without(unusable)
-            if len(set(gallery.video_groups)) < 2:
-                log.warning(
-                    "retrieval: all %d videos belong together, so that any model gets 100 %%",
-                    len(gallery.videos),
-                )
-            texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length)
-            with torch.autocast(device.type, enabled=False):
-                scores = texts.embeds @ videos.embeds.T
-            found: dict[str, Any] = {"contrastive": recalls(scores, gallery)}
-            if rerank:
-                ranked = [
-                    _rerank(model, scores, gallery, texts, videos, settings, by_video, progress)
-                    for by_video in (False, True)
-                ]
-                found |= recalls(ranked[0], gallery, ranked[1])
-            else:
-                found |= found["contrastive"]
-    finally:
-        model.train(was_training)
+        texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length)
+        with torch.autocast(device.type, enabled=False):
+            scores = texts.embeds @ videos.embeds.T
+        found: dict[str, Any] = {"contrastive": recalls(scores, gallery)}
+        if rerank:
+            ranked = [
+                _rerank(model, scores, gallery, texts, videos, settings, by_video, progress)
+                for by_video in (False, True)
+            ]
+            found |= recalls(ranked[0], gallery, ranked[1])
+        else:
+            found |= found["contrastive"]
     counts = {"videos": len(gallery.videos), "texts": len(gallery.texts)}
     cut = {"texts_cut": count_cut(tokenizer, gallery.texts, text_length)}
     return found | counts | cut | {"skipped": dict(skipped.reasons)}
@@ -160,13 +163,10 @@ def probe_retrieval(
     order alone; `skipped` of every order names it.
     """
     settings = settings or Evaluation()
-    found: dict[str, Any] = {}
-    skipped: dict[str, str] = {}
-    orders = list(ORDERS)
-    while orders:
-        order = orders.pop(0)
+
+    def run(order: str, without: Mapping[str, str]) -> dict[str, Any]:
         clips = GalleryClips(
-            gallery,
+            gallery.without([k for k, v in enumerate(gallery.videos) if v in without]),
             model.config.num_frames,
             num_clips=settings.clips,
             strided=settings.strided,
@@ -174,16 +174,9 @@ def probe_retrieval(
             order=order,
             seed=seed,
         )
-        result = retrieval(model, tokenizer, clips, settings=settings, **options)
-        if new := result["skipped"]:
-            skipped |= new
-            gallery = gallery.without([k for k, v in enumerate(gallery.videos) if v in new])
-            orders += found  # again, without these
-            found = {}
-        found[order] = result
-    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
-    found["delta"] = found["normal"]["mean"] - found["shuffled"]["mean"]
-    return found
+        return retrieval(model, tokenizer, clips, settings=settings, **options)
+
+    return probe_orders(run, "mean")
 
 
 def evaluate(
@@ -194,24 +187,23 @@ def evaluate(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What `retrieval`, or with `--probe` `probe_retrieval`, finds in a corpus."""
-    gallery = build_gallery(examples)
-    settings = Evaluation(
-        top_k=options.top_k,
-        clips=options.clips,
-        strided=options.strided,
-        merge=options.merge,
-        batch_size=options.batch_size,
+    gallery, settings = build_gallery(examples), Evaluation.of(options)
+    how = Reading.of(reading, options)
+    if not options.probe:
+        return _search(model, tokenizer, gallery, settings, how)
+    more = _options(how)
+    return probe_retrieval(
+        model, tokenizer, gallery, settings=settings, short_side=how.short_side, **more
     )
-    more: dict[str, Any] = {
-        "settings": settings,
-        "text_length": reading.text_length,
-        "resize": reading.resize,
-        "bf16": options.bf16,
-        "workers": options.workers,
-        "progress": lambda items, desc: tqdm(items, desc=desc, dynamic_ncols=True),
-    }
-    if options.probe:
-        return probe_retrieval(model, tokenizer, gallery, short_side=reading.short_side, **more)
+
+
+def _search(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    gallery: Gallery,
+    settings: Evaluation,
+    reading: Reading,
+) -> dict[str, Any]:
     clips = GalleryClips(
         gallery,
         model.config.num_frames,
@@ -219,7 +211,12 @@ def evaluate(
         strided=settings.strided,
         short_side=reading.short_side,
     )
-    return retrieval(model, tokenizer, clips, **more)
+    return retrieval(model, tokenizer, clips, settings=settings, **_options(reading))
+
+
+def _options(reading: Reading) -> dict[str, Any]:
+    names = ("text_length", "resize", "bf16", "workers", "progress")
+    return {name: getattr(reading, name) for name in names}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -242,10 +239,7 @@ def render(facts: dict[str, Any]) -> str:
         lines.append(f"normal - shuffled: {facts['delta']:.1f}")
     if cut := first.get("texts_cut"):
         lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
-    if count := len(first["skipped"]):
-        lines.append(f"{count} unusable video{'s' * (count > 1)} skipped:")
-        lines += [f"  {reason}" for reason in first["skipped"].values()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out_lines(first["skipped"])])
 
 
 def _rerank(
@@ -297,7 +291,5 @@ def _match(
     pairs = states[video.cpu()].flatten(0, 1).to(texts.states.device)
     rows = text.repeat_interleave(num_clips)
     logits = model.match_logits(texts.states[rows], texts.mask[rows], pairs)[:, 1]
-    logits = logits.float().unflatten(0, (-1, num_clips))  # their sums and means in fp32 too
-    if merge == "logsumexp":
-        return logits.logsumexp(1)
-    return logits.mean(1) if merge == "mean" else logits.amax(1)
+    # Their sums and means in fp32 too.
+    return merge_clips(logits.float().unflatten(0, (-1, num_clips)), merge, 1)

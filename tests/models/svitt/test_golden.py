@@ -1,205 +1,222 @@
-"""Models with the authors' weights compute the authors' numbers."""
+"""Pretraining and retrieval: models with the authors' weights compute the authors' numbers."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from golden_cases import OFFICIAL, Case, hand_over_negatives, inputs
 from torch import Tensor
 
-import svitt_ops as so
-from svitt_ops.models import SViTTConfig, SViTTForPreTraining, convert
+from svitt_ops.models import SViTTForMultipleChoice, SViTTForRetrieval
+from svitt_ops.models.parts.clips import merge_clips
 from svitt_ops.models.parts.expansion import resize_bias_table
 from svitt_ops.models.parts.resolution import resize_places
 
-FOLDER = Path(__file__).parents[2] / "golden"
+PAIRS = {
+    "pixel_values": "in/video",
+    "input_ids": "in/input_ids",
+    "attention_mask": "in/attention_mask",
+    "pair_ids": "in/ids",
+}
+MASKED = {"mlm_input_ids": "choice/mlm_input_ids", "mlm_labels": "choice/mlm_labels"}
+IMAGES = PAIRS | {"pixel_values": "in/image", "pair_ids": "in/idx"}
+NEGATIVES = "neg_video_of_text", "neg_text_of_video"
+MERGES = {"mean": "mean", "max": "max", "lse": "logsumexp"}
 
 
-class Case:
-    """Arrays as tensors, weights by the authors' names, and the description."""
-
-    def __init__(self, name: str) -> None:
-        with np.load(FOLDER / f"{name}.npz") as file:
-            self.arrays = {key: torch.from_numpy(file[key]) for key in file}
-        self.meta: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.arrays[key]
-
-    def state(self) -> dict[str, Tensor]:
-        flat, tensors = self.arrays["state"], {}
-        for name, (offset, shape) in self.meta["state"].items():
-            value = flat[offset : offset + int(np.prod(shape))].reshape(shape)
-            tensors[name] = value.long() if name in self.meta["state_int64"] else value
-        return tensors
-
-    def config(self, **changes: Any) -> SViTTConfig:
-        given = self.meta["config"]
-        vision, text, sparse = given["vision"], given["text"], given.get("sparse")
-        values = {
-            "image_size": given["image_size"],
-            "patch_size": given["patch_size"],
-            "num_frames": given["num_frames"],
-            "hidden_size": vision["width"],
-            "num_attention_heads": vision["heads"],
-            "num_hidden_layers": vision["layers"],
-            "intermediate_size": vision["intermediate"],
-            "drop_path_rate": 0.0,
-            "text_hidden_size": text["width"],
-            "text_num_attention_heads": text["heads"],
-            "text_num_hidden_layers": text["layers"],
-            "fusion_layer": text["fusion_layer"],
-            "text_intermediate_size": text["intermediate"],
-            "vocab_size": text["vocab"],
-            "max_position_embeddings": text["max_positions"],
-            "projection_dim": given["embed_dim"],
-            "multimodal_keep_rate": 1.0,
-            "multimodal_prune_layers": [],
-        }
-        if sparse:
-            values |= {name: sparse[name] for name in ("block_size", "num_local", "num_random")}
-            values |= {name: sparse[name] for name in ("keep_rate", "prune_layers")}
-        else:
-            values |= {"edge_sparsity": False, "keep_rate": 1.0, "prune_layers": []}
-        return SViTTConfig(**values, **changes)
-
-    def model(self, folder: Path, **changes: Any) -> SViTTForPreTraining:
-        """Loaded as the authors' file is."""
-        torch.save({"model": self.state(), "epoch": 9}, folder / "official.pth")
-        return convert.load_official(folder / "official.pth", self.config(**changes))
-
-    def close(self, found: Tensor, key: str, tolerance: float = 2e-5) -> None:
-        wanted = self[key].to(found.dtype)
-        assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max(), key
-
-
-def hand_over_patterns(model: SViTTForPreTraining, case: Case) -> None:
-    """Make the video tower take the case's blocks."""
-    tower, layer = model.video, [0]
-
-    def layout(count: int, device: Any, generator: Any) -> so.BlockLayout:
-        mask = case[f"choice/blocks/{layer[0] % len(tower.layers)}"].bool()
-        layer[0] += 1
-        size = model.config.block_size
-        whole = mask.shape[0] * size
-        tokens = whole if model.config.compat else count
-        return so.BlockLayout.from_mask(mask, num_tokens=tokens, block_size=size)
-
-    tower._layout = layout
-
-
-IGNORED = -100
-
-
-@pytest.mark.parametrize("compat", ["svitt-official", None])
-def test_svitt_pretraining(tmp_path: Path, compat: str | None) -> None:
-    case = Case("svitt/pretrain")
-    model = case.model(tmp_path, compat=compat)
-    hand_over_patterns(model, case)
-    prefix = "out/" if compat else "out/corrected/"
-    mask, ids = case["in/attention_mask"], case["in/input_ids"]
-    video, text = model.encode_video(case["in/video"]), model.encode_text(ids, mask)
-    for layer, found in zip((3, 6, 9), video.indices_per_stage, strict=True):
-        assert torch.equal(found.int(), case[f"{prefix}surviving/{layer}"])
-    case.close(video.states, f"{prefix}video_states")
-    case.close(video.embeds, f"{prefix}video_feat")
-    case.close(text.states, "out/text_states")
-    case.close(text.embeds, "out/text_feat")
-    clip, other = case["choice/neg_video_of_text"], case["choice/neg_text_of_video"]
-    logits = model.match_logits(
-        torch.cat([text.states, text.states, text.states[other]]),
-        torch.cat([mask, mask, mask[other]]),
-        torch.cat([video.states, video.states[clip], video.states]),
-    )
-    case.close(logits, f"{prefix}itm_logits")
-    matches = torch.arange(12) < 4
-    vtm = F.cross_entropy(logits, matches.long())
-    masked = model.encode_text(case["choice/mlm_input_ids"], mask)
-    fused = model.fuse(masked.states, mask, video.states)
-    words = model.token_head(fused.states, model.text.embeddings.word.weight)
-    labels = case["choice/mlm_labels"].flatten()
-    mlm = F.cross_entropy(words.flatten(0, 1), labels, ignore_index=IGNORED)
-    if compat:
-        case.close(words, "out/mlm_logits")
-    model.config.loss_weights = {"vtc": 1, "vtm": 0, "mlm": 0}
-    hand_over_patterns(model, case)
-    vtc = model(case["in/video"], ids, mask, pair_ids=case["in/ids"]).loss
-    for name, loss in (("vtc", vtc), ("vtm", vtm), ("mlm", mlm)):
-        case.close(loss.detach(), f"{prefix}loss_{name}")
-    (vtc + vtm + mlm).backward()
-    grads = {
-        "video.cls_token": "vision_encoder.embeddings.cls_token",
-        "video.layers.2.attention.key.weight": (
-            "vision_encoder.encoder.layer.2.attention.attention.key.weight"
-        ),
-        "video.layers.9.attention.bias.table": (
-            "vision_encoder.encoder.layer.9.attention.attention."
-            "relative_position_bias.relative_position_bias_table"
-        ),
-    }
-    if compat:
-        grads["temperature"] = "temp"
-        grads["fusion.layers.0.cross_attention.key.weight"] = (
-            "text_encoder.bert.encoder.layer.2.crossattention.self.key.weight"
-        )
-        grads["token_head.dense.bias"] = "text_encoder.cls.predictions.transform.dense.bias"
-    for ours, theirs in grads.items():
-        key = f"grad/{theirs}" if compat else f"grad/corrected/{theirs}"
-        grad = model.get_parameter(ours).grad
-        assert grad is not None
-        case.close(grad[0] if ours == "temperature" else grad, key, 1e-3)  # a scalar there
-
-
-@pytest.mark.parametrize("strided", [False, True])
-def test_svitt_match_scores_of_several_clips(
-    tmp_path: Path, strided: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    case = Case("svitt/retrieval")
-    model = case.model(tmp_path, compat="svitt-official")
-    # A retrieval checkpoint has no head for masked tokens.
-    assert model.config.loss_weights == {"vtc": 1, "vtm": 1, "mlm": 0}
-    assert "nothing for: token_head.bias" in caplog.text
-    assert "the head for masked tokens starts from random" in caplog.text
-    hand_over_patterns(model, case)
-    frames = case["in/eval/video"]
-    clips = [frames[:, k::2] if strided else frames[:, 4 * k : 4 * k + 4] for k in range(2)]
-    clips = torch.stack(clips, 1).flatten(0, 1)
-    mask = case["in/eval/attention_mask"]
-    where = "out/eval/strided/" if strided else "out/eval/contiguous/"
-    with torch.no_grad():
-        video, text = model.encode_video(clips), model.encode_text(case["in/eval/input_ids"], mask)
-        case.close(video.embeds.unflatten(0, (5, 2)), f"{where}video_feat")
-        similarity = video.embeds.unflatten(0, (5, 2)).mean(1) @ text.embeds.T
-        case.close(similarity, f"{where}sim_v2t")
-        every = [k for k in range(10) for _ in range(7)]
-        texts = list(range(7)) * 10
-        logits = model.match_logits(text.states[texts], mask[texts], video.states[every])[:, 1]
-    case.close(logits.view(5, 2, 7), f"{where}clip_match_logits")
-
-
-def test_singularity_pretraining(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of one frame: SViTT without sparsity, over a two-dimensional table."""
-    case = Case("singularity/pretrain")
-    model = case.model(tmp_path)
-    assert "no counterpart for: temporal_embeddings" in caplog.text  # not used there either
+@pytest.mark.parametrize(
+    ("name", "compat"),
+    [
+        ("pretrain", OFFICIAL),
+        ("pretrain", None),
+        ("pretrain_exact", OFFICIAL),
+        ("pretrain_exact", None),
+        ("retrieval", OFFICIAL),
+        ("retrieval", None),
+    ],
+)
+def test_svitt_losses(name: str, compat: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(f"svitt/{name}")
+    masks = name != "retrieval"
+    model = case.model("pretraining" if masks else "retrieval", compat=compat)
+    corrected = compat is None and name != "pretrain_exact"  # there both are the same
+    prefix = "out/corrected/" if corrected else "out/"
     mask = case["in/attention_mask"]
     with torch.no_grad():
-        video = model.encode_video(case["in/image"])
+        video = model.encode_video(case["in/video"])
         text = model.encode_text(case["in/input_ids"], mask)
-        clip, other = case["choice/neg_image_of_text"], case["choice/neg_text_of_image"]
+        clip, other = (case[f"choice/{which}"] for which in NEGATIVES)
         logits = model.match_logits(
             torch.cat([text.states, text.states, text.states[other]]),
             torch.cat([mask, mask, mask[other]]),
             torch.cat([video.states, video.states[clip], video.states]),
         )
-    case.close(video.states, "out/image_embeds")
-    case.close(video.embeds[:, None], "out/image_feat")
+        if masks and not corrected:
+            masked = model.encode_text(case["choice/mlm_input_ids"], mask)
+            fused = model.fuse(masked.states, mask, video.states)
+            words = model.token_head(fused.states, model.text.embeddings.word.weight)
+            case.close(words, "out/mlm_logits")
+    layers = model.config.prune_layers
+    for layer, found in zip(layers, video.indices_per_stage, strict=True):
+        if f"{prefix}surviving/{layer}" in case.arrays:
+            assert torch.equal(found.int(), case[f"{prefix}surviving/{layer}"])
+    case.close(video.states, f"{prefix}video_states")
+    case.close(video.embeds, f"{prefix}video_feat")
+    case.close(text.states, "out/text_states")
     case.close(text.embeds, "out/text_feat")
-    case.close(logits, "out/itm_logits")
+    case.close(logits, f"{prefix}itm_logits")
+    hand_over_negatives(monkeypatch, case, *NEGATIVES)
+    output = model(**inputs(case, PAIRS | MASKED if masks else PAIRS))
+    for loss in ("vtc", "vtm", "mlm") if masks else ("vtc", "vtm"):
+        case.close(output[f"loss_{loss}"].detach(), f"{prefix}loss_{loss}")
+    output.loss.backward()
+    if corrected:
+        assert case.gradients_close(model, "grad/corrected/") >= 2
+    else:
+        case.close(output.loss.detach(), "out/loss_total")
+        assert case.gradients_close(model) >= 10
+        without_ids = model.config.weights | {"vtm": 0, "mlm": 0}
+        model.config.loss_weights = without_ids
+        plain = {k: v for k, v in PAIRS.items() if k != "pair_ids"}
+        case.close(model(**inputs(case, plain)).loss.detach(), "out/no_ids/loss_vtc")
+
+
+@pytest.mark.parametrize("how", ["cls", "avg"])
+def test_svitt_multimodal_pruning(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the authors' fusion layers prune where a configuration reaches them."""
+    case = Case("svitt/pretrain_exact")
+    given = case.meta["fusion_pruning"][how]
+    first = case.meta["config"]["text"]["fusion_layer"]
+    model = case.model(
+        multimodal_keep_rate=given["token_keep_rate"],
+        multimodal_prune_layers=[layer - first for layer in given["token_drop_loc"]],
+        multimodal_prune_by={"cls": "cls", "avg": "mean"}[how],
+    )
+    mask, where = case["in/attention_mask"], f"out/fusion_pruning/{how}/"
+    with torch.no_grad():
+        video = model.encode_video(case["in/video"])
+        text = model.encode_text(case["in/input_ids"], mask)
+        fused = model.fuse(text.states, mask, video.states)
+        case.close(fused.states, f"{where}fusion_states")
+        kept = case[f"{where}kept_0"]
+        if how == "avg":  # places among those that the first pruning left
+            kept = kept.gather(1, case[f"{where}kept_1"].long())
+        assert torch.equal(fused.video_indices.int(), kept)
+        hand_over_negatives(monkeypatch, case, *NEGATIVES)
+        output = model(**inputs(case, PAIRS | MASKED))
+    case.close(output.loss_vtm, f"{where}loss_vtm")
+    case.close(output.loss_mlm, f"{where}loss_mlm")
+    case.close(output.loss_vtc, "out/loss_vtc")
+
+
+@pytest.mark.parametrize("how", ["contiguous", "strided"])
+def test_svitt_match_scores_of_several_clips(how: str) -> None:
+    case = Case("svitt/retrieval")
+    model = case.model("multiple_choice", compat=OFFICIAL)
+    assert isinstance(model, SViTTForMultipleChoice)
+    frames = case["in/eval/video"]
+    clips = [frames[:, k::2] if how == "strided" else frames[:, 4 * k : 4 * k + 4] for k in (0, 1)]
+    clips = torch.stack(clips, 1).flatten(0, 1)
+    ids, mask = case["in/eval/input_ids"], case["in/eval/attention_mask"]
+    where = f"out/eval/{how}/"
+    with torch.no_grad():
+        video, text = model.encode_video(clips), model.encode_text(ids, mask)
+        states = video.states.unflatten(0, (5, 2))
+        embeds = video.embeds.unflatten(0, (5, 2))
+        logits = [
+            model.choose(states[:, [k]], ids.expand(5, -1, -1), mask.expand(5, -1, -1)).scores
+            for k in (0, 1)
+        ]
+        chosen = {
+            name: model.choose(states, ids.expand(5, -1, -1), mask.expand(5, -1, -1), merge=merge)
+            for name, merge in MERGES.items()
+        }
+    similarity = embeds.mean(1) @ text.embeds.T
+    case.close(embeds, f"{where}video_feat")
+    case.close(similarity, f"{where}sim_v2t")
+    case.close(torch.stack(logits, 1), f"{where}clip_match_logits")
+    if how == "contiguous":
+        case.close(states[:2], "out/eval/video_states")
+        for layer, found in zip((3, 6, 9), video.indices_per_stage, strict=True):
+            assert torch.equal(found.int(), case[f"out/eval/surviving/{layer}"])
+    for name, found in chosen.items():
+        assert torch.equal(found.choices, found.scores.argmax(1))
+        _same_best(case, similarity, found.scores, f"{where}{name}/score_v2t")
+        _same_best(case, similarity.T, found.scores.T, f"{where}{name}/score_t2v")
+
+
+def _same_best(case: Case, similarity: Tensor, scores: Tensor, key: str) -> None:
+    """The authors re-rank the best by similarity; the others have -100."""
+    best = similarity.topk(int(case["in/eval/k_test"]), 1).indices
+    ranked = torch.full_like(scores, -100).scatter(1, best, scores.gather(1, best))
+    wanted, scored = case[key], case[key] != -100
+    assert torch.equal(ranked != -100, scored)
+    assert (ranked - wanted).abs().max() <= 2e-5 * wanted[scored].abs().max()
+
+
+@pytest.mark.parametrize("task", ["pretraining", "retrieval"])
+def test_a_retrieval_checkpoint(task: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It has no head for masked tokens."""
+    model = Case("svitt/retrieval").model(task)
+    if task == "retrieval":
+        assert type(model) is SViTTForRetrieval and caplog.text == ""
+        assert model.config.weights == dict.fromkeys(("vtc", "vtm", "mlm"), 1)
+        return
+    assert model.config.loss_weights == {"vtc": 1, "vtm": 1, "mlm": 0}
+    assert "nothing for: token_head.bias" in caplog.text
+    assert "the head for masked tokens starts from random" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["pretrain", "retrieval"])
+def test_singularity_losses(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one frame: SViTT without sparsity, over a two-dimensional table."""
+    case = Case(f"singularity/{name}")
+    masks = name == "pretrain"
+    model = case.model("pretraining" if masks else "retrieval")
+    assert "no counterpart for: temporal_embeddings" in caplog.text  # not used there either
+    hand_over_negatives(monkeypatch, case, "neg_image_of_text", "neg_text_of_image")
+    output = model(**inputs(case, IMAGES | MASKED if masks else IMAGES))
+    with torch.no_grad():
+        case.close(model.encode_video(case["in/image"]).states, "out/image_embeds")
+    case.close(output.video_embeds[:, None].detach(), "out/image_feat")
+    case.close(output.text_embeds.detach(), "out/text_feat")
+    for ours, theirs in {"vtc": "itc", "vtm": "itm", **({"mlm": "mlm"} if masks else {})}.items():
+        case.close(output[f"loss_{ours}"].detach(), f"out/loss_{theirs}")
+    case.close(output.loss.detach(), "out/loss_total")
+    output.loss.backward()
+    assert case.gradients_close(model) >= 9
+
+
+def test_singularity_scores_of_several_frames() -> None:
+    """Each frame is a clip of its own; "concat" fuses the states of all behind each other."""
+    case = Case("singularity/retrieval")
+    model = case.model("multiple_choice")
+    ids, mask = (
+        case[f"in/eval/{name}"].expand(5, -1, -1) for name in ("input_ids", "attention_mask")
+    )
+    with torch.no_grad():
+        video = model.encode_video(case["in/eval/video"].flatten(0, 1)[:, None])
+        text = model.encode_text(ids[0], mask[0])
+        states = video.states.unflatten(0, (5, 3))
+        similarity = video.embeds.unflatten(0, (5, 3)).mean(1) @ text.embeds.T
+        case.close(similarity, "out/eval/sim_i2t")
+        whole = model.choose(states.flatten(1, 2), ids, mask).scores
+        case.close(whole, "out/eval/x_only/score_i2t")
+        scores = {"concat": whole}
+        for name, merge in MERGES.items():
+            scores[name] = model.choose(states, ids, mask, merge=merge).scores
+    for name, found in scores.items():
+        _same_best(case, similarity, found, f"out/eval/{name}/score_i2t")
+        _same_best(case, similarity.T, found.T, f"out/eval/{name}/score_t2i")
+
+
+def test_merges() -> None:
+    scores = torch.tensor([[1.0, 3.0], [2.0, 5.0]])
+    assert merge_clips(scores, "mean", 0).tolist() == [1.5, 4]
+    assert merge_clips(scores, "max", 1).tolist() == [3, 5]
+    torch.testing.assert_close(merge_clips(scores, "logsumexp", 1), scores.exp().sum(1).log())
+    with pytest.raises(ValueError, match="merge must be one of logsumexp, mean, max, got 'sum'"):
+        merge_clips(scores, "sum", 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

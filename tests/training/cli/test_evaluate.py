@@ -1,5 +1,6 @@
 """`svitt evaluate retrieval` and `svitt visualize`: what training chose, said and refused."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import svitt_ops
 from svitt_ops.training import cli
 from svitt_ops.training.data.text import save_tokenizer
 from svitt_ops.training.engine.settings import RunSettings, run_settings
@@ -38,7 +40,8 @@ def test_training_chose_the_text_length(
     target = tmp_path / "found.json"
     assert evaluate(run, corpus / "test.json", "--json", str(target)) == 0
     facts = json.loads(target.read_text())
-    assert facts["settings"] == {
+    stored = {
+        "task": "retrieval",
         "model": str(run / "final"),
         "annotations": [str(corpus / "test.json")],
         "root": None,
@@ -54,7 +57,19 @@ def test_training_chose_the_text_length(
         "top_k": 128,
         "probe": False,
         "bf16": False,
+        "protocol": None,
+        "overridden": {},
+        "entries": 8,
+        "version": svitt_ops.__version__,
     }
+    assert facts["settings"].items() >= stored.items()
+    content = (corpus / "test.json").read_bytes()
+    found = {str(corpus / "test.json"): hashlib.sha256(content).hexdigest()}
+    assert facts["settings"]["files"] == found
+    weights = facts["settings"]["weights"]["model.safetensors"]
+    content = (run / "final" / "model.safetensors").read_bytes()
+    assert weights == hashlib.sha256(content).hexdigest()
+    assert facts["left_out"] == []
     assert facts["texts_cut"] == 8  # [CLS] a red circle then a blue square [SEP]
     words = "8 of 8 texts are longer than the text length, and cut"
     assert capsys.readouterr().out.count(words) == 1

@@ -118,9 +118,14 @@ def test_their_values_are_checked() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("task=retrieval", "recipe: task must be one of pretrain, got 'retrieval'"),
-        ("task=none", "recipe: task must be one of pretrain, got 'none'"),
-        ("task=parts", "recipe: task must be one of pretrain, got 'parts'"),
+        (
+            "task=none",
+            "recipe: task must be one of multiple_choice, pretrain, qa, retrieval, got 'none'",
+        ),
+        (
+            "task=parts",
+            "recipe: task must be one of multiple_choice, pretrain, qa, retrieval, got 'parts'",
+        ),
         ("system=parts", "recipe: system must be one of frozen, svitt, got 'parts'"),
     ],
 )

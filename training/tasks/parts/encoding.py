@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +79,64 @@ def encode_gallery_videos(
     Raises:
         ValueError: no video can be read, or embeddings are not finite.
     """
-    if not len(clips):
-        raise ValueError("retrieval: the gallery has no videos")
-    device = next(model.parameters()).device
     skipped = SkipLog()
     usable: list[int] = []
-    unusable: list[int] = []
     embeds, states = [], []
+    for numbers, output in encode_clips(
+        model,
+        clips,
+        skipped,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+        resize=resize,
+    ):
+        usable += numbers
+        per_video = (len(numbers), -1)
+        embeds.append(output.embeds.float().unflatten(0, per_video).mean(1))
+        if keep_states:
+            states.append(output.states.unflatten(0, per_video).cpu())
+    videos, readable = clips.gallery.videos, set(usable)
+    found = torch.cat(embeds)
+    what = "retrieval: embeddings of videos"
+    check_finite(found, what, lambda k: f"video {usable[k]} ({videos[usable[k]]})")
+    kept = torch.cat(states) if keep_states else None
+    unusable = [k for k in range(len(videos)) if k not in readable]
+    return EncodedVideos(embeds=found, states=kept), unusable, skipped
+
+
+@torch.inference_mode()
+def encode_clips(
+    model: Any,
+    clips: GalleryClips,
+    skipped: SkipLog,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: Progress | None = None,
+    resize: str = "antialias",
+) -> Iterator[tuple[list[int], Any]]:
+    """What a model makes of a gallery's clips, some videos at a time.
+
+    Args:
+        model: has `encode_video`.
+        clips: of the gallery.
+        skipped: gets the videos that cannot be read.
+        batch_size: clips at a time.
+        workers: processes that decode.
+        progress: wraps the loop, such as tqdm.
+        resize: as in `to_pixel_values`.
+
+    Yields:
+        The numbers of the videos, and the output for their clips, video by video.
+
+    Raises:
+        ValueError: no video can be read.
+    """
+    if not len(clips):
+        raise ValueError(f"{clips.task}: the gallery has no videos")
+    device = next(model.parameters()).device
+    readable = False
     loader = DataLoader(
         clips,
         batch_size=max(1, batch_size // clips.num_clips),
@@ -96,27 +147,17 @@ def encode_gallery_videos(
     videos = clips.gallery.videos
     for batch in loader if progress is None else progress(loader, desc="encode videos"):
         for number, reason in batch["unusable"]:
-            unusable.append(number)
             skipped.add([(videos[number], reason)])
             log.warning("skipped: %s", reason)
         if not batch["numbers"]:
             continue
-        usable += batch["numbers"]
+        readable = True
         frames = batch["frames"]
         on_device = (
             frames.to(device) if isinstance(frames, Tensor) else [f.to(device) for f in frames]
         )
         with torch.autocast(device.type, enabled=False):  # pictures as in training
             pixels = to_pixel_values(on_device, model.config.image_size, resize=resize)
-        output = model.encode_video(pixels)
-        per_video = (len(batch["numbers"]), -1)
-        embeds.append(output.embeds.float().unflatten(0, per_video).mean(1))
-        if keep_states:
-            states.append(output.states.unflatten(0, per_video).cpu())
-    if not embeds:
-        raise ValueError(f"retrieval: no video could be read; the first: {skipped.first()}")
-    found = torch.cat(embeds)
-    what = "retrieval: embeddings of videos"
-    check_finite(found, what, lambda k: f"video {usable[k]} ({videos[usable[k]]})")
-    kept = torch.cat(states) if keep_states else None
-    return EncodedVideos(embeds=found, states=kept), unusable, skipped
+        yield batch["numbers"], model.encode_video(pixels)
+    if not readable:
+        raise ValueError(f"{clips.task}: no video could be read; the first: {skipped.first()}")

@@ -72,6 +72,26 @@ def build_gallery(entries: Sequence[Entry]) -> Gallery:
     return gallery
 
 
+def distinct_videos(entries: Sequence[Entry]) -> tuple[Gallery, list[int]]:
+    """Every file once, however it is spelled, without texts; and the number of each entry's first.
+
+    Each is a group of its own.
+    """
+    gallery = Gallery()
+    number_of: dict[str, int] = {}
+    name_of = FileNames()
+    numbers = []
+    for entry in entries:
+        path = entry.media[0]
+        number = number_of.setdefault(name_of(path), len(number_of))
+        numbers.append(number)
+        if number == len(gallery.videos):
+            gallery.videos.append(path)
+            gallery.kinds.append(entry.kind)
+            gallery.video_groups.append(number)
+    return gallery, numbers
+
+
 @dataclass
 class GalleryClip:
     """The clips of one video, or why there are none."""
@@ -94,6 +114,7 @@ class GalleryClips(Dataset[GalleryClip]):
         short_side: int | None = None,
         order: FrameOrder = "normal",
         seed: int = 0,
+        task: str = "retrieval",
     ) -> None:
         """Args:
         gallery: which videos.
@@ -103,6 +124,7 @@ class GalleryClips(Dataset[GalleryClip]):
         short_side: as in `ClipSpec`.
         order: of the frames of each clip, see `sampling.reorder`.
         seed: of shuffled orders.
+        task: what for, in messages.
         """
         self.gallery = gallery
         self.num_frames = num_frames
@@ -110,6 +132,7 @@ class GalleryClips(Dataset[GalleryClip]):
         self.strided = strided
         self.order = order
         self.seed = seed
+        self.task = task
         self.reader = FrameReader(
             ClipSpec(num_frames=num_frames, mode="middle", short_side=short_side)
         )

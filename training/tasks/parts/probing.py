@@ -1,15 +1,45 @@
-"""Does a model use time? Minimal pairs, with the frames in any order."""
+"""Does a model use time? Numbers with the frames in any order, and minimal pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.training.data.sampling import ORDERS
 from svitt_ops.training.tasks.parts.encoding import encode_gallery_texts, encode_gallery_videos
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips
+
+
+def probe_orders(
+    evaluate: Callable[[str, Mapping[str, str]], dict[str, Any]], score: str
+) -> dict[str, Any]:
+    """Numbers under every frame order, and what shuffling costs (normal - shuffled).
+
+    A video that cannot be read in one order is left out of all, so that the numbers differ by the
+    order alone; `skipped` of every order names it.
+
+    Args:
+        evaluate: the numbers of a frame order, without some videos, and what was `skipped`.
+        score: the number that `delta` is of.
+    """
+    found: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    orders = list(ORDERS)
+    while orders:
+        order = orders.pop(0)
+        result = evaluate(order, skipped)
+        if new := result["skipped"]:
+            skipped |= new
+            orders += found  # again, without these
+            found = {}
+        found[order] = result
+    found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
+    found["delta"] = found["normal"][score] - found["shuffled"][score]
+    return found
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -18,3 +18,12 @@ def format_rows(rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def left_out_lines(skipped: Mapping[str, str]) -> list[str]:
+    """How many videos were skipped, and why."""
+    if not skipped:
+        return []
+    count = len(skipped)
+    reasons = [f"  {reason}" for reason in skipped.values()]
+    return [f"{count} unusable video{'s' * (count > 1)} skipped:", *reasons]

@@ -1,0 +1,261 @@
+"""Answers to questions: their loss, and the ranking of a closed list of them.
+
+Source: ALBEF (NeurIPS 2021), section 4.4; SViTT (CVPR 2023) for several clips.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.configuration import OFFICIAL
+from svitt_ops.models.parts.decoder import AnswerDecoder
+from svitt_ops.models.parts.heads import MaskedTokenHead
+from svitt_ops.models.parts.layers import in_fp32
+from svitt_ops.models.parts.losses import IGNORED
+from svitt_ops.models.parts.outputs import AnswerRanking
+from svitt_ops.models.parts.two_towers import TwoTowers
+
+log = logging.getLogger(__name__)
+STARTS = {"decoder.embeddings.": "text.embeddings.", "decoder.layers.": "fusion.layers."}
+"""Parts of the decoder, and what they start from."""
+
+
+class AnswersQuestions(TwoTowers):
+    """What models for question answering have beside their towers: a decoder and its head.
+
+    The head is named as that for masked tokens, whose weights it starts from.
+    """
+
+    projects = False
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.decoder = AnswerDecoder(config)
+        self.token_head = MaskedTokenHead(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def start_missing(self, missing: Sequence[str]) -> list[str]:
+        """Start a decoder without weights from the text's embeddings and the fusion layers.
+
+        Layer j starts from fusion layer j. A tensor that has no counterpart of its shape with
+        weights stays as it is.
+        """
+        tensors, lacking = self.state_dict(), set(missing)
+        wanted = {name for name in tensors if name.startswith("decoder.")}
+        if not wanted <= lacking:  # a decoder with weights, if not with all of them
+            return list(missing)
+        started = set()
+        for part, start in STARTS.items():
+            for name in (name for name in wanted if name.startswith(part)):
+                source = name.replace(part, start, 1)
+                fits = source in tensors and tensors[source].shape == tensors[name].shape
+                if fits and source not in lacking:
+                    tensors[name].copy_(tensors[source])
+                    started.add(name)
+        if started:
+            log.warning(
+                "the answer decoder starts from the fusion layers and the embeddings of texts: "
+                "%d of its %d tensors",
+                len(started),
+                len(wanted),
+            )
+        return [name for name in missing if name not in started]
+
+    def answer_losses(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of every answer, summed over its tokens: ``(answers,)``.
+
+        Args:
+            question_states: ``(batch, tokens, text_hidden_size)``.
+            question_mask: ``(batch, tokens)``, 0 at padding.
+            answer_ids: ``(answers, answer tokens)``: [CLS], the answer, [SEP], padding; those to
+                the first question come first.
+            answer_mask: ``(answers, answer tokens)``, 0 at padding.
+            answers_per_question: int64 ``(batch,)``, answers to each; by default one.
+        """
+        batch, count = question_states.shape[0], len(answer_ids)
+        self._check_answers(answer_ids, answer_mask)
+        self._check_counts(answers_per_question, batch, count)
+        ignored = question_mask == 0
+        if answers_per_question is not None:
+            rows = torch.arange(batch, device=question_states.device)
+            rows = rows.repeat_interleave(answers_per_question, output_size=count)
+            question_states, ignored = question_states[rows], ignored[rows]
+        decoded = self.decoder(answer_ids[:, :-1], question_states, ignored)
+        logits = self.token_head(decoded, self.decoder.embeddings.word.weight).float()
+        labels = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, IGNORED)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view(labels.shape).sum(1)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        *,
+        k: int = 128,
+        merge: Merge | Literal["concat"] = "logsumexp",
+        rows: int = 512,
+    ) -> AnswerRanking:
+        """The best answers of a closed list, by likelihood.
+
+        The k answers whose first tokens are likeliest are decoded whole: ``log p(a) = sum_t
+        log p(a_t | a_<t, question)``, in fp32 whatever the layers compute in. Of answers with equal
+        scores the first in the list is the better one. Under ``compat="svitt-official"``
+        the first token counts twice; unless ``merge`` is "concat", also for one clip, its
+        probability then is a softmax of the merged probabilities of all tokens, which is nearly
+        flat, as the authors' recipes have it.
+
+        Args:
+            question_states: ``(batch, tokens, text_hidden_size)``, or
+                ``(batch, clips, tokens, text_hidden_size)`` for several clips of each video.
+            question_mask: ``(batch, tokens)``, 0 at padding.
+            answer_ids: ``(answers, answer tokens)``, the same list for all questions, tokenized
+                once: [CLS], the answer, [SEP], padding.
+            answer_mask: ``(answers, answer tokens)``, 0 at padding.
+            k: answers that are decoded whole; at most all of the list are.
+            merge: how log probabilities of the clips become one; "concat": there is one clip,
+                maybe of the states of several behind each other.
+            rows: answers that are decoded at a time, which bounds the memory: their logits take
+                ``4 * vocab_size`` bytes a token.
+
+        Returns:
+            `AnswerRanking`, best first, ``(batch, min(k, answers))``.
+
+        Raises:
+            ValueError: the list is empty, has an answer without a token, or a shape does not fit.
+
+        Complexity:
+            The decoder's layers over ``batch * clips * (1 + k * answer tokens)`` tokens. Keys and
+            values of a question are computed once, whatever k.
+        """
+        clips = question_states if question_states.dim() == 4 else question_states[:, None]
+        self._check_questions(clips, question_mask)
+        self._check_answers(answer_ids, answer_mask)
+        self._check_list(answer_mask)
+        for name, value in (("k", k), ("rows", rows)):
+            if value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
+        if merge == "concat" and clips.shape[1] != 1:
+            raise ValueError(
+                f"{type(self).__name__}: merge='concat' must have 1 clip, got {clips.shape[1]}"
+            )
+        ignored, official = question_mask == 0, self.config.compat == OFFICIAL
+        how: Merge = "mean" if merge == "concat" else merge  # of one clip
+        start = answer_ids[:1, :1].expand(len(clips), 1)
+        vocabulary = torch.stack(
+            [
+                self._logits(self.decoder(start, states, ignored)[:, 0]).log_softmax(-1)
+                for states in clips.unbind(1)
+            ],
+            1,
+        )  # (batch, clips, vocab_size)
+        of_clips = vocabulary[:, :, answer_ids[:, 1]]
+        first = merge_clips(of_clips, how, 1)
+        if official and merge != "concat":
+            merged = merge_clips(vocabulary.exp(), how, 1).log_softmax(-1)
+            first = merged[:, answer_ids[:, 1]]
+        best = first.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        rest = torch.stack(
+            [
+                self._rest(states, ignored, answer_ids[best], answer_mask[best], rows)
+                for states in clips.unbind(1)
+            ],
+            1,
+        )
+        scores = of_clips.gather(2, best[:, None].expand_as(rest)) + rest
+        if official:
+            scores = scores + first.gather(1, best)[:, None]
+        scores, order = merge_clips(scores, how, 1).sort(dim=1, descending=True, stable=True)
+        return AnswerRanking(answers=best.gather(1, order), scores=scores)
+
+    def _rest(
+        self, question: Tensor, ignored: Tensor, ids: Tensor, mask: Tensor, rows: int
+    ) -> Tensor:
+        """Log-likelihoods of answers ``(batch, k, tokens)`` from their second tokens on."""
+        found = []
+        step = max(1, rows // len(question))
+        for part, real in zip(ids.split(step, 1), (mask[..., 2:] != 0).split(step, 1), strict=True):
+            decoded = self.decoder(part[..., :-1].flatten(0, 1), question, ignored)
+            states = decoded.unflatten(0, part.shape[:2])[:, :, 1:]
+            # Most of a list is short: padding takes no part in the product with all words.
+            losses = F.cross_entropy(
+                self._logits(states[real]), part[..., 2:][real], reduction="none"
+            )
+            sums = losses.new_zeros(real.shape).masked_scatter(real, -losses)
+            found.append(sums.sum(-1))
+        return torch.cat(found, 1)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return in_fp32(self.token_head, states, self.decoder.embeddings.word.weight).float()
+
+    def _check_answers(self, answer_ids: Tensor, answer_mask: Tensor) -> None:
+        who, longest = type(self).__name__, self.config.max_position_embeddings
+        if answer_ids.dim() != 2 or not 2 <= answer_ids.shape[1] <= longest:
+            raise ValueError(
+                f"{who}: answer_ids must have shape (answers, 2 to {longest} tokens), "
+                f"got {tuple(answer_ids.shape)}"
+            )
+        if answer_mask.shape != answer_ids.shape:
+            raise ValueError(
+                f"{who}: answer_mask must have shape {tuple(answer_ids.shape)}, "
+                f"got {tuple(answer_mask.shape)}"
+            )
+
+    def _check_counts(self, counts: Tensor | None, batch: int, answers: int) -> None:
+        who = type(self).__name__
+        if counts is None:
+            if answers != batch:
+                raise ValueError(
+                    f"{who}: answers_per_question must be given for {answers} answers to {batch} "
+                    "questions, got None"
+                )
+            return
+        if counts.shape != (batch,):
+            raise ValueError(
+                f"{who}: answers_per_question must have shape ({batch},), got {tuple(counts.shape)}"
+            )
+        if torch.compiler.is_compiling() or counts.is_meta:
+            return
+        if int(counts.sum()) != answers:
+            raise ValueError(
+                f"{who}: answers_per_question must add up to the {answers} rows of answer_ids, "
+                f"got {int(counts.sum())}"
+            )
+
+    def _check_questions(self, clips: Tensor, question_mask: Tensor) -> None:
+        if clips.dim() != 4 or question_mask.shape != (clips.shape[0], clips.shape[2]):
+            raise ValueError(
+                f"{type(self).__name__}: question_states must have shape (batch, tokens, dim) or "
+                f"(batch, clips, tokens, dim) for a question_mask of shape "
+                f"{tuple(question_mask.shape)}, got {tuple(clips.shape)} with clips"
+            )
+
+    def _check_list(self, answer_mask: Tensor) -> None:
+        who = type(self).__name__
+        if not len(answer_mask):
+            raise ValueError(f"{who}: answer_ids must hold at least one answer, got 0")
+        empty = (answer_mask[:, :2] == 0).any(1).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"{who}: answer_mask must be 1 at the first two tokens of every answer, "
+                f"got 0 in row {int(empty[0])}"
+            )

@@ -1,0 +1,52 @@
+"""SViTT that chooses among texts: the retrieval model, whose match head scores every option."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.outputs import MultipleChoiceOutput
+from svitt_ops.models.svitt.configuration import SViTTConfig
+from svitt_ops.models.svitt.model import SViTTForRetrieval
+
+
+class SViTTForMultipleChoice(SViTTForRetrieval):
+    """The retrieval model with `choose`; it is trained as that is, on pairs."""
+
+    def __init__(self, config: SViTTConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    def choose(
+        self,
+        video_states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        merge: Merge = "logsumexp",
+    ) -> MultipleChoiceOutput:
+        """The option that matches its video best.
+
+        Args:
+            video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`, or
+                ``(batch, clips, 1 + n, hidden_size)`` for several clips of each video.
+            input_ids: ``(batch, options, tokens)``.
+            attention_mask: ``(batch, options, tokens)``, 0 at padding.
+            merge: how the match logits of several clips become one score.
+        """
+        if input_ids.dim() != 3 or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{type(self).__name__}: input_ids and attention_mask must have one shape (batch, "
+                f"options, tokens), got {tuple(input_ids.shape)}, {tuple(attention_mask.shape)}"
+            )
+        clips = video_states if video_states.dim() == 4 else video_states[:, None]
+        options, count = input_ids.shape[1], clips.shape[1]
+        mask = attention_mask.flatten(0, 1)
+        text = self.encode_text(input_ids.flatten(0, 1), mask).states
+        logits = self.match_logits(
+            text.repeat_interleave(count, 0),
+            mask.repeat_interleave(count, 0),
+            clips[:, None].expand(-1, options, -1, -1, -1).flatten(0, 2),
+        )[:, 1]
+        scores = merge_clips(logits.float().view(-1, options, count), merge, 2)
+        return MultipleChoiceOutput(choices=scores.argmax(1), scores=scores)

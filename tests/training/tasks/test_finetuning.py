@@ -1,0 +1,150 @@
+"""Every task is trained from a pretrained model, evaluated, killed, resumed, shared among ranks."""
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import ENOUGH, losses, run, torchrun, write
+
+from svitt_ops.training import cli
+from svitt_ops.training.engine.checkpoints import checkpoints
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.recipes import load_recipe
+from svitt_ops.training.engine.run import pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILES = {"retrieval": "", "qa": "_qa", "multiple_choice": "_multiple_choice"}
+MODELS = {"retrieval": "Retrieval", "qa": "QuestionAnswering", "multiple_choice": "MultipleChoice"}
+NUMBERS = {"retrieval": "mean", "qa": "accuracy", "multiple_choice": "accuracy"}
+
+
+@pytest.fixture(scope="module")
+def pretrained(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("pretrained")
+    return pretrain(make_recipe(folder, "optimizer.steps=2")).folder
+
+
+@pytest.fixture
+def make(make_recipe: Any, corpus: Path, pretrained: Path) -> Any:
+    """Recipes of a task that start from the pretrained model."""
+
+    def recipe(task: str, output: Path, *overrides: str, **model: Any) -> Any:
+        files = {split: corpus / f"{split}{FILES[task]}.json" for split in ("train", "test")}
+        found = make_recipe(
+            output,
+            f"task={task}",
+            f"init.checkpoint={pretrained}",
+            "tokenizer.train_vocab_size=null",
+            f"data.train=[{{annotations: {files['train']}}}]",
+            f"data.validation=[{{annotations: {files['test']}}}]",
+            *([f"data.answers={corpus / 'answers.json'}"] if task == "qa" else []),
+            *overrides,
+        )
+        found.model = model
+        return found
+
+    return recipe
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_from_a_pretrained_model_to_numbers(
+    task: str, make: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(task, tmp_path / "run", "evaluation.clips=2", num_frames=2)
+    path = write(recipe, tmp_path / "recipe.yaml")
+    assert cli.main(["finetune", "--config", str(path)]) == 0
+    output = capsys.readouterr()
+    assert f"model: {tmp_path / 'run' / 'final'}\nbest:  {tmp_path / 'run' / 'best'}" in output.out
+    assert f"{task}: step 6: score" in output.err
+    model, _, _ = load_trained(tmp_path / "run")
+    assert type(model).__name__ == f"SViTTFor{MODELS[task]}"
+    assert model.config.num_frames == 2
+    best = json.loads((tmp_path / "run" / "best" / "validation.json").read_text())
+
+    target = tmp_path / "found.json"
+    words = ["evaluate", task.replace("_", "-"), str(tmp_path / "run" / "best"), "--annotations"]
+    words += [str(corpus / f"test{FILES[task]}.json"), "--cpu", "--workers", "0"]
+    assert cli.main([*words, "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found[NUMBERS[task]] == best["score"]
+    settings = found["settings"]
+    assert (settings["clips"], settings["frames"], settings["text_length"]) == (2, 2, 12)
+    assert settings["sources"]["clips"] == settings["sources"]["frames"] == "run"
+    assert settings["sources"]["strided"] == "run"
+    assert cli.main([*words, "--json", str(target), "--probe", "--clips", "1"]) == 0
+    found = json.loads(target.read_text())
+    assert {"normal", "shuffled", "reversed", "frozen", "delta"} < set(found)
+    assert found["settings"]["sources"]["clips"] == "option"
+    assert "normal - shuffled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_killed_and_resumed(task: str, make: Any, tmp_path: Path) -> None:
+    options = ("optimizer.steps=9", "run.save_steps=2", "run.evaluate_steps=3")
+    random = {"text_dropout": 0.1}
+    whole = losses(pretrain(make(task, tmp_path / "whole", *options, **random)))
+    recipe = make(task, tmp_path / "killed", *options, **random)
+    path = write(recipe, tmp_path / "killed.yaml")
+    dying = """
+import os, signal, sys, torch
+real = torch.save
+def save(content, path, *arguments, **options):
+    real(content, path, *arguments, **options)
+    if "checkpoint-6" in str(path) and "optimizer" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+from svitt_ops.training.cli import main
+main(["finetune", "--config", sys.argv[1]])
+"""
+    process = run(sys.executable, "-c", dying, str(path))
+    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    assert [step for step, _ in checkpoints(tmp_path / "killed")] == [2, 4]
+    resumed = pretrain(recipe)
+    assert resumed.began_at == 4
+    assert losses(resumed) == {step: parts for step, parts in whole.items() if step > 4}
+    stored = [tmp_path / name / "best" / "validation.json" for name in ("whole", "killed")]
+    assert stored[0].read_text() == stored[1].read_text()
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_two_ranks_equal_one_process(task: str, make: Any, tmp_path: Path) -> None:
+    # Matching draws its negatives from the pairs of a process.
+    model = {} if task == "qa" else {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
+    options = ["optimizer.steps=3", "run.save_steps=3"]
+    if task == "multiple_choice":  # by a match head
+        options.append("data.validation=[]")
+    recipe = make(task, tmp_path / "two", *options, **model)
+    path = write(recipe, tmp_path / "two.yaml")
+    process = torchrun("-m", "svitt_ops.training", "finetune", "--config", str(path))
+    one = pretrain(make(task, tmp_path / "one", *options, **model))
+    assert process.wait(timeout=ENOUGH) == 0
+    state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())
+    two = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    wanted = {step: parts[0] for step, parts in losses(one).items()}
+    assert all(map(math.isfinite, wanted.values()))
+    assert two == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_is_not_pretrained(make: Any, tmp_path: Path, capsys: Any) -> None:
+    recipe = make("qa", tmp_path / "run", "init.checkpoint=null")
+    path = write(recipe, tmp_path / "recipe.yaml")
+    assert cli.main(["finetune", "--config", str(path)]) == 2
+    assert "init.checkpoint must be the folder of a pretrained model" in capsys.readouterr().err
+    assert cli.main(["finetune", "--config", str(path), "--show"]) == 0
+    assert load_recipe(path).task == "qa"
+
+
+def test_a_model_that_was_not_trained_for_it(
+    pretrained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "qa", str(pretrained), "--cpu", "--workers", "0"]
+    words += ["--annotations", str(corpus / "test_qa.json"), "--answers"]
+    assert cli.main([*words, str(corpus / "answers.json")]) == 2
+    message = "model: must be trained for question_answering, "
+    assert message in capsys.readouterr().err

@@ -1,0 +1,367 @@
+"""Questions about videos, whose answers a decoder writes, and ranks in evaluation."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from svitt_ops.models.parts.configuration import VideoConfig
+from svitt_ops.training.data.collate import Collator, count_cut, encode_texts
+from svitt_ops.training.data.columns import Strings
+from svitt_ops.training.data.datasets import Clip, PairDataset
+from svitt_ops.training.data.transport import Batch
+from svitt_ops.training.engine import recipes
+from svitt_ops.training.engine.build import read_corpora, report_left_out
+from svitt_ops.training.engine.gate import check_batches
+from svitt_ops.training.engine.settings import RunSettings
+from svitt_ops.training.tasks import pretrain
+from svitt_ops.training.tasks.parts.asking import Asking, those_without
+from svitt_ops.training.tasks.parts.checks import check_finite
+from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
+from svitt_ops.training.tasks.parts.probing import probe_orders
+from svitt_ops.training.tasks.parts.questions import (
+    QUESTIONS,
+    Question,
+    encode_answers,
+    read_answers,
+)
+from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
+from svitt_ops.training.tasks.parts.training import clip_spec, collator
+
+HEAD = "question_answering"
+FORM = QUESTIONS
+OPTIONS = {
+    **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
+    **{"answers": None, "answer_length": 5},
+}
+INPUTS = (
+    *("input_ids", "attention_mask", "answer_ids", "answer_mask"),
+    *("answers_per_question", "answer_weights"),
+)
+SHORTEST_ANSWER = 2  # [CLS], one piece
+
+
+@dataclass
+class Data(recipes.Data):
+    """What is read; `text_length` is that of the questions."""
+
+    answers: str | None = field(default=None, metadata=recipes.PATH)
+    """The closed list that answers are ranked in: a JSON list, or one a line; not for training."""
+    text_length: int = 25
+    answer_length: int = 5
+    """Tokens of the longest answer, [CLS] and [SEP] among them; longer ones are cut."""
+
+
+@dataclass
+class Recipe(recipes.Recipe):
+    """Fine-tuning for questions."""
+
+    task: str = "qa"
+    data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """How the questions of `data.validation` are answered, and those of a test by default."""
+
+
+@dataclass
+class QuestionClip(Clip):
+    """A question with its clip and its answers."""
+
+    answers: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.caption, *self.answers)
+
+
+class QuestionDataset(PairDataset):
+    """Questions to train on."""
+
+    def __init__(self, questions: Sequence[Question], *given: Any, **more: Any) -> None:
+        super().__init__(questions, *given, **more)
+        counts = [len(question.answers) for question in questions]
+        self._first: NDArray[np.int64] = np.cumsum([0, *counts])
+        self._answers = Strings(text for question in questions for text in question.answers)
+        weights = [weight for question in questions for weight in question.weights]
+        self._weights = np.array(weights, dtype=np.float32)
+
+    def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> QuestionClip:
+        clip = super().read(number, seed, skipped)
+        mine = slice(*self._first[number : number + 2].tolist())
+        weights = tuple(self._weights[mine].tolist())
+        return QuestionClip(**vars(clip), answers=self._answers[mine], weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionCollator(Collator):
+    """Makes a batch of questions."""
+
+    answer_length: int = 5
+    """Longest answer, in tokens."""
+
+    def __call__(self, clips: Sequence[Any]) -> Batch:
+        batch = super().__call__(clips)
+        answers = [answer for clip in clips for answer in clip.answers]
+        ids, mask = encode_answers(self.tokenizer, answers, self.answer_length)
+        return batch | {
+            "answer_ids": ids,
+            "answer_mask": mask,
+            "answers_per_question": torch.tensor([len(clip.answers) for clip in clips]),
+            "answer_weights": torch.tensor([w for clip in clips for w in clip.weights]),
+        }
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse answers without room for a word, and validation without a list of answers."""
+    data = recipe.data
+    if data.answer_length < SHORTEST_ANSWER:
+        raise ValueError(
+            f"recipe: data.answer_length must be at least {SHORTEST_ANSWER},"
+            f" got {data.answer_length}"
+        )
+    if data.validation and data.answers is None:
+        raise ValueError(
+            "recipe: data.answers must be a file of the answers that data.validation is asked for,"
+            " got null"
+        )
+
+
+def read_examples(recipe: Recipe) -> list[Question]:
+    """The questions of all training corpora."""
+    questions = read_corpora(recipe.data.train, recipe.data, "train", QUESTIONS)
+    check_batches(questions, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
+    return questions
+
+
+def build_dataset(
+    recipe: Recipe, examples: Sequence[Question], config: VideoConfig
+) -> QuestionDataset:
+    """The training questions."""
+    return QuestionDataset(examples, clip_spec(recipe, config), seed=recipe.seed)
+
+
+def build_collator(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> QuestionCollator:
+    """The collator."""
+    return collator(QuestionCollator, recipe, tokenizer, answer_length=recipe.data.answer_length)
+
+
+def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> dict[str, Any]:
+    """Pictures of the model's size, questions and answers."""
+    return pretrain.model_inputs(recipe, config, batch, INPUTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Questions that can be answered from a closed list."""
+
+    questions: list[Question]
+    answers: list[str]
+    left_out: list[str]
+    """Why the others cannot."""
+
+    @classmethod
+    def of(cls, questions: Sequence[Question], answers: list[str]) -> Asked:
+        """Those of the questions whose answer is in the list."""
+        known = set(answers)
+        kept = [question for question in questions if known & set(question.answers)]
+        left_out = [
+            f"{question.place}: answer {question.answers[0]!r} is not in the list of answers"
+            for question in questions
+            if not known & set(question.answers)
+        ]
+        report_left_out(left_out, len(questions), "qa")
+        if not kept:
+            raise ValueError(f"qa: no question has an answer in the list; the first: {left_out[0]}")
+        return cls(questions=kept, answers=answers, left_out=left_out)
+
+
+def read_validation(recipe: Recipe) -> Asked:
+    """The questions, and the answers to choose from."""
+    data = recipe.data
+    assert data.answers is not None
+    questions = read_corpora(data.validation, data, "validation", QUESTIONS)
+    return Asked.of(questions, read_answers(data.answers, "recipe: data.answers"))
+
+
+def validate(
+    recipe: Recipe, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Asked
+) -> dict[str, float]:
+    """Accuracies; the score is that of all questions."""
+    found = answer_questions(
+        model,
+        tokenizer,
+        examples,
+        settings=recipe.evaluation,
+        reading=Reading.of_recipe(recipe),
+        answer_length=recipe.data.answer_length,
+    )
+    of_types = {f"accuracy_{name}": row["accuracy"] for name, row in found["by_type"].items()}
+    return {"score": found["accuracy"], "accuracy": found["accuracy"], **of_types}
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
+    *,
+    settings: Evaluation | None = None,
+    reading: Reading | None = None,
+    answer_length: int = 5,
+    order: str = "normal",
+    without: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Answer questions from a closed list: the share of right first answers.
+
+    Args:
+        model: in whatever mode; evaluated in eval mode.
+        tokenizer: the model's.
+        asked: questions and answers.
+        settings: clips, their merging, and `top_k`, the answers that are decoded whole; 0: all.
+        reading: of clips and questions.
+        answer_length: longest answer, in tokens.
+        order: of the frames, see `sampling.reorder`.
+        without: files to leave out.
+
+    Returns:
+        `accuracy` in percent, also counting questions whose answer is not in the list as wrong
+        (`accuracy_all`); `by_type`, with the number of `questions`; `chance`, of the best constant
+        answer; numbers of `questions`, `videos`, `answers`; `skipped` and `left_out`, with reasons;
+        `texts_cut` and `answers_cut`, those longer than may be.
+
+    Raises:
+        ValueError: no video can be read; scores are not finite.
+    """
+    settings, reading = settings or Evaluation(), reading or Reading()
+    questions = those_without(asked.questions, without or {})
+    asking = Asking("qa", questions, settings, reading)
+    chosen = torch.full((len(questions),), -1)
+    with evaluating(model, bf16=reading.bf16) as device:
+        ids, mask = encode_answers(tokenizer, asked.answers, answer_length)
+        answers = (ids.to(device), mask.to(device))
+        for numbers, states in asking(model, order):
+            texts = [questions[k].captions[0] for k in numbers]
+            found = _rank(model, tokenizer, texts, states, answers, settings, reading)
+            chosen[numbers] = found.cpu()
+    texts = [question.captions[0] for question in questions]
+    return {
+        **_facts(questions, chosen, asked),
+        **asking.facts(),
+        "texts_cut": count_cut(tokenizer, texts, reading.text_length),
+        "answers_cut": int((_full_lengths(tokenizer, asked.answers) > answer_length).sum()),
+        "left_out": asked.left_out,
+    }
+
+
+def _rank(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    states: Tensor,
+    answers: tuple[Tensor, Tensor],
+    settings: Evaluation,
+    reading: Reading,
+) -> Tensor:
+    """The number of the best answer to each question."""
+    inputs = encode_texts(tokenizer, questions, reading.text_length, "longest")
+    ids, attended = (t.to(states.device) for t in inputs.values())
+    read = model.encode_questions(ids, attended, states)
+    ranking = model.rank_answers(
+        read,
+        attended,
+        *answers,
+        k=settings.top_k or len(answers[0]),
+        merge=settings.merge,
+    )
+    check_finite(ranking.scores, "qa: scores of answers", lambda k: f"those of {questions[k]!r}")
+    best: Tensor = ranking.answers[:, 0]
+    return best
+
+
+def _full_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> Tensor:
+    """Tokens of answers, [CLS] and [SEP] among them."""
+    return encode_answers(tokenizer, answers, 10**6)[1].sum(1)
+
+
+def _facts(questions: Sequence[Question], chosen: Tensor, asked: Asked) -> dict[str, Any]:
+    """Accuracies of the questions that were answered."""
+    answered = [k for k, number in enumerate(chosen.tolist()) if number >= 0]
+    right = {k: asked.answers[int(chosen[k])] in questions[k].answers for k in answered}
+    types: dict[str, list[bool]] = {}
+    given: Counter[str] = Counter()
+    for k in answered:
+        types.setdefault(questions[k].type, []).append(right[k])
+        given.update(questions[k].answers)
+    total = sum(right.values())
+    return {
+        "accuracy": 100 * total / len(answered),
+        "accuracy_all": 100 * total / (len(answered) + len(asked.left_out)),
+        "by_type": {
+            name: {"accuracy": 100 * sum(found) / len(found), "questions": len(found)}
+            for name, found in sorted(types.items())
+        },
+        "chance": 100 * max(given.values()) / len(answered),
+        "questions": len(answered),
+        "answers": len(asked.answers),
+    }
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Question],
+    reading: RunSettings,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What `answer_questions` finds, under `--probe` in every frame order."""
+    if options.answers is None:
+        raise ValueError("--answers: must be a file of the answers to choose from, got none")
+    asked = Asked.of(examples, read_answers(options.answers, "--answers"))
+
+    def run(order: str, without: Mapping[str, str]) -> dict[str, Any]:
+        return answer_questions(
+            model,
+            tokenizer,
+            asked,
+            settings=Evaluation.of(options),
+            reading=Reading.of(reading, options),
+            answer_length=options.answer_length,
+            order=order,
+            without=without,
+        )
+
+    return probe_orders(run, "accuracy") if options.probe else run("normal", {})
+
+
+def render(facts: dict[str, Any]) -> str:
+    """Accuracies by type and of all, or of all in every frame order."""
+    orders = {k: v for k, v in facts.items() if isinstance(v, dict) and "accuracy" in v}
+    first = orders["normal"] if orders else facts
+    lines = [f"{first['questions']} questions about {first['videos']} videos"]
+    lines[0] += f", {first['answers']} answers to choose from"
+    rows: list[tuple[str, ...]] = [("", "accuracy", "questions")]
+    for name, row in first["by_type"].items() if not orders else ():
+        rows.append((name, f"{row['accuracy']:.1f}", str(row["questions"])))
+    for name, found in orders.items() if orders else [("all", facts)]:
+        rows.append((name, f"{found['accuracy']:.1f}", str(found["questions"])))
+    rows.append(("always the commonest answer", f"{first['chance']:.1f}", ""))
+    lines += format_rows(rows)
+    if "delta" in facts:
+        lines.append(f"normal - shuffled: {facts['delta']:.1f}")
+    if first["left_out"]:
+        missing = f"{len(first['left_out'])} more have an answer that is not in the list"
+        lines.append(f"{missing}; {first['accuracy_all']:.1f} if they count as wrong")
+    for key, what in (("texts_cut", "questions"), ("answers_cut", "answers")):
+        if first[key]:
+            lines.append(f"{first[key]} of {first[what]} {what} are too long, and cut")
+    return "\n".join([*lines, *left_out_lines(first["skipped"])])
