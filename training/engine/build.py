@@ -53,7 +53,7 @@ def read_corpora(
             root=corpus.root,
             kind="image" if corpus.kind == "image" else "video",
             captions="join" if corpus.captions == "join" else "each",
-            keep_together=data.keep_together,
+            keep_together=data.keep_together if name == "train" else None,
             max_words=data.max_words,
             form=form,
         )

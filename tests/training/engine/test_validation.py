@@ -20,6 +20,7 @@ from svitt_ops.training.engine.recipes import load_recipe
 from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.settings import RunSettings, run_settings
 from svitt_ops.training.engine.validation import Validation, best_score
+from svitt_ops.training.tasks.retrieval import read_validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = {"loss_weights": {"vtc": 1, "vtm": 1, "mlm": 0}, "text_dropout": 0.1}
@@ -180,6 +181,15 @@ def test_a_full_disk_leaves_the_best_as_it_was(
     with pytest.raises(ValueError, match=r"best: cannot be written: No space .* last checkpoint"):
         pretrain(make(tmp_path / "run", "optimizer.steps=4"))
     assert {path.name: path.read_bytes() for path in best.iterdir()} == before
+
+
+def test_held_out_entries_need_not_stay_together(make: Any, corpus: Path, tmp_path: Path) -> None:
+    entries = json.loads((corpus / "test.json").read_text())
+    alone = [{"video": str(corpus / e["video"]), "caption": e["caption"]} for e in entries]
+    (tmp_path / "test.json").write_text(json.dumps(alone))
+    recipe = make(tmp_path, f"data.validation=[{{annotations: {tmp_path / 'test.json'}}}]")
+    assert recipe.data.keep_together == "scene"
+    assert len(read_validation(recipe).videos) == 8
 
 
 def test_what_cannot_be(make: Any, make_recipe: Any, corpus: Path, tmp_path: Path) -> None:

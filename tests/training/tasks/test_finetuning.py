@@ -77,10 +77,15 @@ def test_from_a_pretrained_model_to_numbers(
     assert (settings["clips"], settings["frames"], settings["text_length"]) == (2, 2, 12)
     assert settings["sources"]["clips"] == settings["sources"]["frames"] == "run"
     assert settings["sources"]["strided"] == "run"
-    assert cli.main([*words, "--json", str(target), "--probe", "--clips", "1"]) == 0
+    words += ["--probe", "--clips", "1", "--frames", "4", "--text-length", "9"]
+    assert cli.main([*words, "--json", str(target)]) == 0
     found = json.loads(target.read_text())
     assert {"normal", "shuffled", "reversed", "frozen", "delta"} < set(found)
-    assert found["settings"]["sources"]["clips"] == "option"
+    settings = found["settings"]
+    assert (settings["clips"], settings["frames"], settings["text_length"]) == (1, 4, 9)
+    assert [settings["sources"][k] for k in ("clips", "frames", "merge")] == ["option"] * 2 + [
+        "run"
+    ]
     assert "normal - shuffled" in capsys.readouterr().out
 
 
