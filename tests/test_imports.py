@@ -43,6 +43,10 @@ FLOORS: dict[str, dict[str, set[str]]] = {
     },
 }
 """What the folders of a layer may import of it besides themselves; its own files, anything."""
+SHARED = (["parts"], ["systems"])
+"""Of models, what data, engine and tasks may import."""
+PARENTS: dict[str, set[str]] = {}
+"""Systems that derive from another, which they may import."""
 SEARCHED = ("svitt_ops.training.tasks", "svitt_ops.training.tasks.")
 """Where modules are found by name, so that no file has to know one: it is named, they are not."""
 
@@ -69,10 +73,18 @@ def floor_of(name: str, layer: str) -> str:
 def is_below(name: str, folder: str) -> bool:
     """Whether a file in a folder of a layer may import this name of the same layer."""
     layer, *own = folder.split("/")
-    if layer not in FLOORS or not own or name in SEARCHED:
+    if layer not in FLOORS or not own or (name in SEARCHED and own[0] == "engine"):
         return True
     floors, floor = FLOORS[layer], floor_of(name, layer)
-    return floor == own[0] or floor in floors.get(own[0], floors.get(EVERY_OTHER, ()))
+    allowed = floors.get(own[0], floors.get(EVERY_OTHER, set())) | PARENTS.get(own[0], set())
+    return floor == own[0] or floor in allowed
+
+
+def names_a_system(name: str, folder: str) -> bool:
+    """Whether data or the engine, which serve every system, import one."""
+    serves_all = folder in ("training/data", "training/engine", "training/tasks")
+    named = name.split(".")
+    return serves_all and named[:2] == ["svitt_ops", "models"] and named[2:3] not in SHARED
 
 
 def imports(node: ast.AST, package: str, in_function: bool = False) -> Iterator[tuple[str, bool]]:
@@ -117,6 +129,7 @@ def objections(source: str, folder: str) -> list[str]:
             private = any(part.startswith("_") for part in name.split("."))
             lazy = in_function and layer in rule.layers_in_functions
             allowed = (layer in rule.layers or lazy) and not private
+            allowed = allowed and not names_a_system(name, folder)
         elif rule.packages is None:
             allowed = bool(name) and top not in FOLDERS
         else:
@@ -182,6 +195,10 @@ def test_imports_go_down_only(layer: str) -> None:
         ("training/engine", "importlib.import_module('svitt_ops.training.tasks.qa')"),
         ("training/tasks", "if TYPE_CHECKING:\n    from svitt_ops.training.cli import demo"),
         ("training/corpora", "from svitt_ops.training.engine import run"),
+        ("training/data", "from svitt_ops.training import tasks"),
+        ("training/engine", "from svitt_ops.models.svitt.model import SViTTModel"),
+        ("training/engine", "from svitt_ops.models import SViTTForPreTraining"),
+        ("training/tasks", "def f():\n    import_module('svitt_ops.models.svitt')"),
     ],
 )
 def test_a_wrong_import_is_objected_to(folder: str, source: str) -> None:

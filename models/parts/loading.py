@@ -49,7 +49,8 @@ PARTS = (
     ("temperature", "the temperature starts"),
     ("fusion.", "the fusion layers start"),
     ("text.", "the text tower starts"),
-    ("", "the video tower starts"),
+    ("video", "the video tower starts"),
+    ("", "what they are of starts"),
 )
 """Beginnings of the model's names, and what starts untrained without them."""
 DECODES = "ForQuestionAnswering"
@@ -63,7 +64,7 @@ def fixed_fields(stored: TwoTowersConfig, wanted: TwoTowersConfig) -> list[str]:
     scaled = stored.layer_scale_init_value and wanted.layer_scale_init_value
     decodes = any(name.endswith(DECODES) for name in stored.architectures or ())
     return [
-        *FIXED,
+        *(name for name in FIXED if hasattr(stored, name)),
         *([] if scaled else ["layer_scale_init_value"]),  # 0 leaves the scales out
         *(["decoder_layers"] if decodes else []),
     ]

@@ -7,7 +7,7 @@ from svitt_ops.models.systems import load_system, system_names, system_of
 
 
 def test_all_are_found() -> None:
-    assert system_names() == ["frozen", "svitt"]
+    assert {"frozen", "svitt"} <= set(system_names()) and "parts" not in system_names()
 
 
 @pytest.mark.parametrize("name", system_names())
@@ -31,6 +31,6 @@ def test_sources_of_the_paper() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="system must be one of frozen, svitt, got 'parts'"):
+    with pytest.raises(ValueError, match=r"system must be one of frozen, .*svitt.*, got 'parts'"):
         load_system("parts")
     assert system_of("bert") is None

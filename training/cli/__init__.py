@@ -11,6 +11,7 @@ from importlib import import_module
 from svitt_cli import main
 
 __all__ = ["main", "run"]
+MODEL = "model: must be the folder of a model or of a run"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,5 +34,4 @@ def check_model(path: str, *kinds: str) -> None:
     from svitt_ops.training.engine.checkpoints import model_folder
     from svitt_ops.training.engine.folders import check_folder
 
-    must = "model: must be the folder of a model or of a run"
-    check_folder("model", model_folder(path, must), kinds)
+    check_folder("model", model_folder(path, MODEL), kinds)

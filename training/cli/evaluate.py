@@ -12,18 +12,15 @@ from typing import Any
 import torch
 
 import svitt_ops
-from svitt_ops.models.systems import load_system, system_names
-from svitt_ops.training.cli import at_least, check_model
+from svitt_ops.training.cli import MODEL, at_least, check_model
 from svitt_ops.training.data.annotations import CAPTIONED
 from svitt_ops.training.data.paths import input_file, input_folder, output_file, write_text
-from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.checkpoints import model_folder
-from svitt_ops.training.engine.loading import load_for_use
 from svitt_ops.training.engine.protocols import Protocol, load_protocol
 from svitt_ops.training.engine.provenance import commit, hashes, weight_files
 from svitt_ops.training.engine.recipes import Corpus, Data
 from svitt_ops.training.engine.settings import run_values
-from svitt_ops.training.engine.task import Evaluable, load_task
+from svitt_ops.training.engine.task import Evaluable, load_task, task_names
 
 log = logging.getLogger(__name__)
 SETTINGS = ("annotations", "root", "kind", "paragraph", "bf16")
@@ -73,27 +70,35 @@ def choose(
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, write the numbers; the exit status."""
     name = arguments.task.replace("-", "_")
-    task = load_task(name, Evaluable)
+    if name not in task_names():
+        known = ", ".join(task_names()).replace("_", "-")
+        raise ValueError(f"TASK must be one of {known}, got {arguments.task!r}")
     at_least(arguments, frames=1, text_length=1, clips=1, top_k=0, batch_size=1, workers=0)
     at_least(arguments, answer_length=2)
-    for option in OF_SOME_TASKS & vars(arguments).keys() - task.OPTIONS.keys():
-        raise ValueError(f"--{option.replace('_', '-')}: is no option of {arguments.task}")
     if arguments.kind == "image":
         for option, one in (("probe", False), ("clips", 1)):
             if getattr(arguments, option, one) != one:
                 raise ValueError(f"--{option}: needs videos, got --kind image")
+    source = model_folder(arguments.model, MODEL)
+
+    from svitt_ops.models.systems import load_system, system_names
+    from svitt_ops.training.engine.build import read_corpora
+    from svitt_ops.training.engine.loading import load_for_use
+
+    task = load_task(name, Evaluable)
+    for option in sorted(OF_SOME_TASKS & vars(arguments).keys() - task.OPTIONS.keys()):
+        raise ValueError(f"--{option.replace('_', '-')}: is no option of {arguments.task}")
     protocol = load_protocol(arguments.protocol) if arguments.protocol else None
     if protocol is not None and protocol.task != name:
         raise ValueError(f"--protocol: {protocol.name} is of {protocol.task}, got {arguments.task}")
-    # Every path, before the first file is opened.
-    systems = [load_system(name) for name in system_names()]
+    systems = [load_system(system) for system in system_names()]
     kinds = [system.config.model_type for system in systems if task.HEAD in system.models]
     check_model(arguments.model, *kinds)
     named = {path: input_file(path, "--annotations") for path in arguments.annotations}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")
-    found = run_values(model_folder(arguments.model), task.OPTIONS)
+    found = run_values(source, task.OPTIONS)
     chosen = choose({**OF_ALL_TASKS, **task.OPTIONS}, vars(arguments), protocol, found)
     if arguments.kind == "image" and "clips" in task.OPTIONS:  # which have one, whatever is said
         chosen.values["clips"], chosen.sources["clips"] = 1, "default"

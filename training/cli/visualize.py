@@ -13,7 +13,6 @@ from svitt_ops.training.data.paths import input_file, saving
 from svitt_ops.training.data.sampling import sample_positions
 from svitt_ops.training.data.text import clean_caption
 from svitt_ops.training.data.video import read_frames
-from svitt_ops.training.engine.loading import load_for_use
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_model(arguments.model, "svitt")
     videos = [input_file(path, "video") for path in arguments.video]
     picture = figure_file(arguments.output, "--output")
+    from svitt_ops.training.engine.loading import load_for_use
+
     model, tokenizer, reading, _ = load_for_use(
         arguments.model,
         frames=arguments.frames,

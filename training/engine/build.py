@@ -109,7 +109,7 @@ def build_model(
     Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
     interpolated.
     """
-    from svitt_ops.models import expand_frames
+    from svitt_ops.models.parts.expansion import expand_frames
 
     system, changes = load_system(recipe.system), dict(recipe.model)
     check_model_keys(recipe)
@@ -125,8 +125,7 @@ def build_model(
     if Path(start).is_file():
         config: Any = system.config(**changes, **text)
         with _named("init.checkpoint"):
-            if system.load_official is None:
-                raise ValueError(f"must be a folder, {recipe.system} has no official files")
+            assert system.load_official is not None  # `gate.check_run`
             model = system.load_official(start, config, task=head)
         # A head that is missing there starts from random weights, to be trained.
         model.config.loss_weights = config.loss_weights

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class ProgressBar(TrainerCallback):
     """One bar over all clips of the run, with clips/s and the parts of the loss."""
 
-    def __init__(self, batch_size: int, label: str = "pretrain") -> None:
+    def __init__(self, batch_size: int, label: str) -> None:
         self.batch_size = batch_size
         self.label = label
         self.bar: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -10,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import yaml  # a dependency of omegaconf
+from omegaconf import OmegaConf
+
 from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.paths import expand, input_file, input_folder
 from svitt_ops.training.data.text import load_tokenizer
-from svitt_ops.training.engine.checkpoints import last_checkpoint, model_folder
+from svitt_ops.training.engine.checkpoints import RECIPE, last_checkpoint, model_folder
 from svitt_ops.training.engine.folders import check_folder
 from svitt_ops.training.engine.recipe_checks import check_config, check_values
 from svitt_ops.training.engine.recipes import CORPORA, PATH, Corpus, Recipe, map_paths
@@ -34,6 +38,8 @@ def check_run(recipe: Recipe) -> Recipe:
     check_values(recipe)
     map_paths(recipe, _whole)
     last = last_checkpoint(Path(recipe.output))
+    if last:
+        _check_output(recipe, last[1])
     if last and recipe.optimizer.steps and last[0] >= recipe.optimizer.steps:
         return recipe  # it is complete, and needs nothing any more
     _check_data(recipe)
@@ -41,6 +47,19 @@ def check_run(recipe: Recipe) -> Recipe:
     if last is None:  # or the tokenizer is that of the checkpoint
         _check_tokenizer(recipe)
     return recipe
+
+
+def _check_output(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse to go on with the run of another system or task."""
+    stored = OmegaConf.create({"system": Recipe.system, "task": Recipe.task})
+    with contextlib.suppress(yaml.YAMLError, ValueError, OSError):  # `report_changes` says it
+        stored.merge_with(OmegaConf.load(checkpoint / RECIPE))
+    for key in ("system", "task"):
+        if stored[key] != getattr(recipe, key):
+            raise ValueError(
+                f"recipe: {key} must be {stored[key]!r}, as that of the run in {recipe.output},"
+                f" got {getattr(recipe, key)!r}; another output begins another run"
+            )
 
 
 def check_media(entries: Sequence[Entry], name: str) -> None:
@@ -114,7 +133,7 @@ def _check_init(recipe: Recipe) -> None:
             log.warning("init.beit and init.bert are not read: init.checkpoint has all weights")
         return
     sources = load_system(recipe.system).sources
-    for kind, folder in (("beit", init.beit), ("bert", init.bert)):
+    for kind, folder in vars(init).items():
         if folder is None:
             continue
         if kind not in sources:
@@ -127,11 +146,17 @@ def _check_init(recipe: Recipe) -> None:
 
 
 def _check_checkpoint(recipe: Recipe, start: Path) -> None:
+    key = "recipe: init.checkpoint"
+    system = load_system(recipe.system)
+    if start.is_file() and system.load_official is None:
+        raise ValueError(
+            f"{key}: must be the folder of a model or of a run, {recipe.system} has no official"
+            f" files, got {str(start)!r}"
+        )
     if start.is_file():
         return
-    key = "recipe: init.checkpoint"
     folder = model_folder(start, f"{key}: must be the folder of a model or of a run, or a file")
-    config = load_system(recipe.system).config
+    config = system.config
     check_folder(key, folder, (config.model_type,))
     check_config(recipe, config.from_pretrained(folder))
 

@@ -32,10 +32,10 @@ def load_trained(path: str | Path, head: str | None = None) -> tuple[Any, Any, P
     name = system_of(stored)
     models = load_system(name).models if name else {}
     if (head or "pretraining") not in models:
+        head = head or "pretraining"
         have = [name for name in system_names() if head in load_system(name).models]
         raise ValueError(
-            f"model: must be for {head or 'pretraining'}, of a system of {', '.join(have)},"
-            f" got a {stored} model"
+            f"model: must be for {head}, of a system of {', '.join(have)}, got a {stored} model"
         )
     kinds = {kind.__name__: kind for kind in models.values()}
     (own, *_) = config.get("architectures") or [""]
@@ -51,7 +51,7 @@ def load_trained(path: str | Path, head: str | None = None) -> tuple[Any, Any, P
 
 
 def quiet_transformers() -> None:
-    """Without its bars for loading, and its warning that it knows no `svitt` models."""
+    """Without its bars for loading, and what it says of them."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -73,7 +73,7 @@ def load_for_use(
         text_length: tokens; default: what training chose.
         resize: of frames, as in `to_pixel_values`; default: what training chose.
     """
-    from svitt_ops.models import expand_frames
+    from svitt_ops.models.parts.expansion import expand_frames
     from svitt_ops.training.data.collate import check_text_length
 
     model, tokenizer, folder = load_trained(path, head)

@@ -10,7 +10,7 @@ from functools import reduce
 from math import inf
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from svitt_ops.models.systems import load_system
+from svitt_ops.models.systems import load_system, system_names
 from svitt_ops.training.data import RESIZES
 from svitt_ops.training.data.paths import expand
 from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
@@ -109,6 +109,12 @@ def check_form(kind: Any, value: Any, where: str, key: str = "") -> None:
 def check_values(recipe: Recipe) -> None:
     """Raise a ValueError that names the first key whose value cannot be."""
     system, task = _named(load_system, recipe.system), _named(load_task, recipe.task, Trainable)
+    if task.HEAD not in system.models:
+        known = [name for name in system_names() if task.HEAD in load_system(name).models]
+        raise ValueError(
+            f"recipe: system must be one of {', '.join(known)}, which have a model for"
+            f" {task.HEAD}, got {recipe.system!r}"
+        )
     for key, rule in RULES.items():
         _check(key, reduce(getattr, key.split("."), recipe), rule)
     for key in CORPORA:

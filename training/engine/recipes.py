@@ -214,20 +214,16 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     return recipe
 
 
-def map_paths(recipe: Recipe, change: Callable[[str, str], str]) -> None:
+def map_paths(section: Any, change: Callable[[str, str], str], prefix: str = "") -> None:
     """Replace every path of a recipe by what `change(key, path)` makes of it."""
-    _map_paths(recipe, "", change)
-
-
-def _map_paths(section: Any, prefix: str, change: Callable[[str, str], str]) -> None:
     for key in fields(section):
         name, value = prefix + key.name, getattr(section, key.name)
         if key.metadata == PATH and value is not None:
             setattr(section, key.name, change(name, value))
-        inner = {f"{name}.{k}.": x for k, x in enumerate(value)} if isinstance(value, list) else {}
-        for place, element in (inner or {f"{name}.": value}).items():
-            if is_dataclass(element):
-                _map_paths(element, place, change)
+        listed = isinstance(value, list)
+        for number, inner in enumerate(value if listed else [value]):
+            if is_dataclass(inner):
+                map_paths(inner, change, f"{name}.{number}." if listed else f"{name}.")
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -261,7 +257,7 @@ def _class_of(task: object) -> type[Recipe]:
     from svitt_ops.training.engine.task import Trainable, load_task
 
     try:
-        return getattr(load_task(str(task), Trainable), "Recipe", Recipe)
+        return getattr(load_task(str(task).strip("'\""), Trainable), "Recipe", Recipe)
     except ValueError:
         return Recipe
 
@@ -296,9 +292,8 @@ def _override(merged: Any, key: str, value: str, kind: type[Recipe]) -> Any:
             raise ValueError(
                 f"override: {whole} must be given as a whole, {whole}=[A,B], got {key}"
             )
-    if re.sub(r"\.\d+\b", ".0", key) in _path_keys(
-        kind
-    ):  # as it is: it may hold a colon, brackets, or look like a number
+    if (re.sub(r"\.\d+\b", ".0", key), True) in _keys(kind):
+        # As it is: it may hold a colon, brackets, or look like a number.
         OmegaConf.update(merged, key, None if value == "null" else value)
         return merged
     import yaml
@@ -336,17 +331,16 @@ def _append(elements: Any, key: str, number: int) -> None:
         elements.append(OmegaConf.structured(Corpus))
 
 
-def _path_keys(kind: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all keys that hold a path; numbers of elements are 0."""
+def _keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The dotted names of all keys, numbers of elements 0, and whether they hold a path."""
     kinds = get_type_hints(kind)
     for key in fields(kind):
         name, inner = prefix + key.name, kinds[key.name]
-        if key.metadata == PATH:
-            yield name
+        yield name, key.metadata == PATH
         if get_origin(inner) is list:
             name, inner = f"{name}.0", get_args(inner)[0]
         if is_dataclass(inner):
-            yield from _path_keys(inner, f"{name}.")
+            yield from _keys(inner, f"{name}.")
 
 
 def _elsewhere(error: Exception, kind: type[Recipe]) -> str:
@@ -354,16 +348,7 @@ def _elsewhere(error: Exception, kind: type[Recipe]) -> str:
     key = str(getattr(error, "key", None) or "")
     if " not in " not in str(error) or "Did you mean" in str(error):
         return ""
-    known = [name for name in _keys(kind) if name.rpartition(".")[2] == key]
-    near = known or difflib.get_close_matches(key, _keys(kind), n=1)
+    names = [name for name, _ in _keys(kind)]
+    known = [name for name in names if name.rpartition(".")[2] == key]
+    near = known or difflib.get_close_matches(key, names, n=1)
     return f". Did you mean: {near[0]!r}?" if near else ""
-
-
-def _keys(section: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all keys."""
-    names = []
-    for key, value in vars(section()).items():
-        names.append(prefix + key)
-        if is_dataclass(value):
-            names += _keys(type(value), f"{prefix}{key}.")
-    return names

@@ -245,7 +245,7 @@ def test_every_path_is_looked_at_first(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was begun")
 
-    work = ("engine.build.read_annotations", "cli.evaluate.load_for_use", "cli.demo.build_corpus")
+    work = ("engine.build.read_annotations", "engine.loading.load_for_use", "cli.demo.build_corpus")
     for name in work:
         monkeypatch.setattr(f"svitt_ops.training.{name}", refuse)
     (home / "bad.yaml").write_text("a: [")
