@@ -23,7 +23,8 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-constexpr TileConfig kTileConfig;  // in memory of its own: gcc reads but 8 bytes of what it loads
+// Not on the stack: gcc takes the load to read 8 bytes, and would drop the stores of the others.
+constexpr TileConfig kTileConfig;
 
 /// While it lives, the tile registers can be used.
 class TileRegisters {
