@@ -244,5 +244,7 @@ def test_what_the_command_refuses(
     words = ["evaluate", "qa", "none", "--annotations", "x", "--answer-length", "1"]
     assert cli.main(words) == 2
     assert "--answer-length: must be at least 2, got 1" in capsys.readouterr().err
-    assert cli.main(["evaluate", "retrieval", "x", "--annotations", "x", "--answers", "y"]) == 2
+    (tmp_path / "config.json").write_text("{}")
+    words = ["evaluate", "retrieval", str(tmp_path), "--annotations", "x", "--answers", "y"]
+    assert cli.main(words) == 2
     assert "--answers: is no option of retrieval" in capsys.readouterr().err
