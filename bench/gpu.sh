@@ -3,7 +3,7 @@
 #   bench/gpu.sh [FOLDER]     results go to $OUT, else to FOLDER, else to build/gpu
 #   STEPS="build tests" LIMIT=600 bench/gpu.sh; STEPS=bench BENCH_OPS=info_nce bench/gpu.sh
 # Steps: build, info, tests, bench; LIMIT: seconds for all of them, to be less than the machine lends.
-# PYTHON and BENCH_ARGS can be set.
+# WORKERS of the tests, PYTHON, TEST_ARGS and BENCH_ARGS can be set.
 #
 # Some machines bring back few files, and end a command without notice: so there are three files,
 # written anew after each step, and each op is measured by a process of its own, since a fault on a
@@ -17,6 +17,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-${1:-build/gpu}}
 STEPS=${STEPS:-build info tests bench}
 LIMIT=${LIMIT:-3600}
+WORKERS=${WORKERS:-$(($(nproc) * 3 / 4 + 1))}
 mkdir -p "$OUT"
 work=$(mktemp -d)
 mkdir "$work/logs" "$work/results"
@@ -70,8 +71,10 @@ for name in $STEPS; do
   case $name in
     build) step build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e . ;;
     info) step info "$PYTHON" -m svitt_ops info ;;
-    tests)
-      step tests "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --junitxml="$work/logs/tests.xml"
+    tests) # compiling is most of the time: by several processes where pytest-xdist is there
+      # shellcheck disable=SC2086
+      step tests "$PYTHON" -m pytest -m gpu -v -p no:cacheprovider --junitxml="$work/logs/tests.xml" \
+        $("$PYTHON" -c 'import xdist' 2> /dev/null && printf -- '-n %s' "$WORKERS") ${TEST_ARGS:-}
       ;;
     bench)
       ops=${BENCH_OPS:-$("$PYTHON" -c 'from bench.cases import names; print(*names())')}

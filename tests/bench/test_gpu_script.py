@@ -17,7 +17,8 @@ PYTHON = """\
 case "$*" in
   *pip*) echo built ;;
   *"svitt_ops info"*) echo a GPU ;;
-  *pytest*) echo "tests/test_some.py::test_one PASSED"; echo "=== 3 passed in 1.00s ===" ;;
+  *"-m pytest"*" -n 3"*) echo "tests/test_some.py::test_one PASSED"; echo "=== 3 passed in 1.00s ===" ;;
+  "-c import xdist") ;;
   -c*) echo fast slow last ;;
   *"--op fault"*) echo an illegal memory access; exit 9 ;;
   *)
@@ -34,7 +35,7 @@ def start(folder: Path, **settings: str) -> "subprocess.Popen[bytes]":
     python = folder / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    given = {"PYTHON": str(python), "OUT": str(folder / "out"), **settings}
+    given = {"PYTHON": str(python), "OUT": str(folder / "out"), "WORKERS": "3", **settings}
     return subprocess.Popen([SCRIPT], env=os.environ | given, stdout=subprocess.DEVNULL)
 
 
