@@ -141,6 +141,6 @@ with warnings.catch_warnings(record=True) as caught:
         (found,) = torch.autograd.grad(out.square().sum(), q)
 assert [str(w.message).startswith("svitt_ops: the compiled CPU") for w in caught] == [True], caught
 (expected,) = torch.autograd.grad(so.reference.cross_attention(q, k, k).square().sum(), q)
-torch.testing.assert_close(found, expected)
+torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
