@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A fault on a GPU fails all that follows in its process: a worker leaves its tests to others."""
+    """A fault on a GPU fails what follows in its process: a worker leaves its tests to others."""
     if HAS_GPU and report.failed and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             torch.cuda.synchronize()

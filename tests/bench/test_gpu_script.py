@@ -17,7 +17,7 @@ PYTHON = """\
 case "$*" in
   *pip*) echo built ;;
   *"svitt_ops info"*) echo a GPU ;;
-  *"-m pytest"*" -n 3"*) echo "tests/test_some.py::test_one PASSED"; echo "=== 3 passed in 1.00s ===" ;;
+  *"-m pytest"*" -n 3"*) echo "test_some.py::test_one PASSED"; echo "=== 3 passed in 1.00s ===" ;;
   "-c import xdist") ;;
   -c*) echo fast slow last ;;
   *"--op fault"*) echo an illegal memory access; exit 9 ;;
