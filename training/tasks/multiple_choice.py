@@ -21,7 +21,7 @@ from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.asking import Asking, those_without
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import ClipEvaluation, Reading, evaluating
-from svitt_ops.training.tasks.parts.probing import probe_orders
+from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, under_options
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs
 from svitt_ops.training.tasks.retrieval import build_collator
@@ -229,20 +229,17 @@ def evaluate(
             without=without,
         )
 
-    return probe_orders(run, "accuracy") if options.probe else run("normal", {})
+    return under_options(run, options)
 
 
 def render(facts: dict[str, Any]) -> str:
     """The accuracy, under `--probe` of every frame order."""
-    orders = {k: v for k, v in facts.items() if isinstance(v, dict) and "accuracy" in v}
-    first = orders["normal"] if orders else facts
-    rows = [("", "accuracy")]
-    rows += [(k, f"{v['accuracy']:.1f}") for k, v in (orders or {"all": facts}).items()]
+    orders = by_order(facts)
+    first = next(iter(orders.values()))
+    rows = [("", "accuracy"), *((k, f"{v['accuracy']:.1f}") for k, v in orders.items())]
     rows.append(("chance", f"{first['chance']:.1f}"))
     counts = f"{first['questions']} choices among {first['options']} texts"
-    lines = [f"{counts}, {first['videos']} videos", *format_rows(rows)]
-    if "delta" in facts:
-        lines.append(f"normal - shuffled: {facts['delta']:.1f}")
+    lines = [f"{counts}, {first['videos']} videos", *format_rows(rows), *delta_lines(facts)]
     if cut := first["texts_cut"]:
         lines.append(f"{cut} texts are longer than the text length, and cut")
     return "\n".join([*lines, *left_out_lines(first["skipped"])])

@@ -27,7 +27,7 @@ from svitt_ops.training.tasks import pretrain
 from svitt_ops.training.tasks.parts.asking import Asking, those_without
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
-from svitt_ops.training.tasks.parts.probing import probe_orders
+from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, under_options
 from svitt_ops.training.tasks.parts.questions import (
     QUESTIONS,
     Question,
@@ -340,24 +340,21 @@ def evaluate(
             without=without,
         )
 
-    return probe_orders(run, "accuracy") if options.probe else run("normal", {})
+    return under_options(run, options)
 
 
 def render(facts: dict[str, Any]) -> str:
     """Accuracies by type and of all, or of all in every frame order."""
-    orders = {k: v for k, v in facts.items() if isinstance(v, dict) and "accuracy" in v}
-    first = orders["normal"] if orders else facts
+    orders = by_order(facts)
+    first = next(iter(orders.values()))
     lines = [f"{first['questions']} questions about {first['videos']} videos"]
     lines[0] += f", {first['answers']} answers to choose from"
     rows: list[tuple[str, ...]] = [("", "accuracy", "questions")]
-    for name, row in first["by_type"].items() if not orders else ():
+    types = first["by_type"] if first is facts else {}
+    for name, row in (*types.items(), *orders.items()):
         rows.append((name, f"{row['accuracy']:.1f}", str(row["questions"])))
-    for name, found in orders.items() if orders else [("all", facts)]:
-        rows.append((name, f"{found['accuracy']:.1f}", str(found["questions"])))
     rows.append(("always the commonest answer", f"{first['chance']:.1f}", ""))
-    lines += format_rows(rows)
-    if "delta" in facts:
-        lines.append(f"normal - shuffled: {facts['delta']:.1f}")
+    lines += [*format_rows(rows), *delta_lines(facts)]
     if first["left_out"]:
         missing = f"{len(first['left_out'])} more have an answer that is not in the list"
         lines.append(f"{missing}; {first['accuracy_all']:.1f} if they count as wrong")

@@ -28,7 +28,7 @@ from svitt_ops.training.tasks.parts.encoding import (
 )
 from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
-from svitt_ops.training.tasks.parts.probing import probe_orders
+from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, probe_orders
 from svitt_ops.training.tasks.parts.ranks import recalls
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import collator
@@ -221,22 +221,19 @@ def _options(reading: Reading) -> dict[str, Any]:
 
 def render(facts: dict[str, Any]) -> str:
     """Recalls of `retrieval`, or of every frame order of `probe_retrieval`, and what was lost."""
-    orders = {"": facts} if "text_to_video" in facts else facts
+    orders = by_order(facts)
     rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10", "mean")]
     for order, found in orders.items():
-        if not isinstance(found, dict) or "text_to_video" not in found:
-            continue
         for name, key in (("text to video", "text_to_video"), ("video to text", "video_to_text")):
-            label = f"{order}, {name}" if order else name
+            label = name if found is facts else f"{order}, {name}"
             rows.append((label, *(f"{found[key][k]:.1f}" for k in ("R1", "R5", "R10", "mean"))))
-            if not order and found["contrastive"][key] != found[key]:
+            if found is facts and found["contrastive"][key] != found[key]:
                 plain = found["contrastive"][key]
                 row = (f"{plain[k]:.1f}" for k in ("R1", "R5", "R10", "mean"))
                 rows.append(("  before re-ranking", *row))
     first = next(iter(orders.values()))
     lines = [f"{first['texts']} texts, {first['videos']} videos", *format_rows(rows)]
-    if "delta" in facts:
-        lines.append(f"normal - shuffled: {facts['delta']:.1f}")
+    lines += delta_lines(facts)
     if cut := first.get("texts_cut"):
         lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
     return "\n".join([*lines, *left_out_lines(first["skipped"])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,25 @@ def probe_orders(
     found = {order: found[order] | {"skipped": skipped} for order in ORDERS}
     found["delta"] = found["normal"][score] - found["shuffled"][score]
     return found
+
+
+def under_options(
+    evaluate: Callable[[str, Mapping[str, str]], dict[str, Any]],
+    options: argparse.Namespace,
+    score: str = "accuracy",
+) -> dict[str, Any]:
+    """What `evaluate` finds, under `--probe` in every frame order."""
+    return probe_orders(evaluate, score) if options.probe else evaluate("normal", {})
+
+
+def by_order(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The numbers of every frame order of `probe_orders`; under "all" where it was one."""
+    return {order: facts[order] for order in ORDERS if order in facts} or {"all": facts}
+
+
+def delta_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What shuffling costs, where that was asked."""
+    return [f"normal - shuffled: {facts['delta']:.1f}"] if "delta" in facts else []
 
 
 @torch.inference_mode()
