@@ -11,8 +11,8 @@ from svitt_ops.models.parts.configuration import TwoTowersConfig
 class FrozenConfig(TwoTowersConfig):
     """SViTT on Frozen: two towers without fusion, contrastive loss only.
 
-    The video tower is a ViT with absolute positions over (frame, patch) and joint space-time
-    attention, the text tower a DistilBERT. The temperature stays what it is.
+    The video tower is a ViT with absolute positions over (frame, patch), the text tower a
+    DistilBERT. The temperature stays what it is.
 
     Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
     """
@@ -21,6 +21,12 @@ class FrozenConfig(TwoTowersConfig):
     position: ClassVar[str] = "absolute"
     key_bias: ClassVar[bool] = True
 
+    attention: str = "joint"
+    """Of the patches: "joint" over space and time, as SViTT's; "divided", the original's attention
+    over time and then over space, which is dense."""
+    zero_init_time: bool = True
+    """Whether divided attention over time starts at zero, as the original's; its queries and keys
+    then stay there. False: like any other weights."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the video tower's layer norms."""
     layer_scale_init_value: float = 0.0
@@ -45,6 +51,14 @@ class FrozenConfig(TwoTowersConfig):
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
         super().check()
+        self._check_one_of("attention", ("joint", "divided"))
+        self._check_one_of("zero_init_time", (True, False))
+        if self.attention == "divided":
+            for name, dense in (("edge_sparsity", False), ("keep_rate", 1)):
+                if getattr(self, name) != dense:
+                    self._refuse(name, f"{dense} with attention='divided'", getattr(self, name))
+            if self.token_order != "standard":
+                self._refuse("token_order", "'standard' with attention='divided'", self.token_order)
         if self.num_fusion_layers:
             self._refuse("fusion_layer", f"{self.text_num_hidden_layers}", self.fusion_layer)
         if self.weights["vtm"] or self.weights["mlm"]:

@@ -1,18 +1,21 @@
-"""SViTT on Frozen: two towers that meet in the contrastive loss only.
+"""SViTT on Frozen, and Frozen itself: two towers that meet in the contrastive loss only.
 
 Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svitt_ops as so
 from svitt_ops.models.frozen.configuration import FrozenConfig
+from svitt_ops.models.frozen.divided import DividedLayer
 from svitt_ops.models.parts.layers import embed
 from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
 from svitt_ops.models.parts.two_towers import TwoTowers
+from svitt_ops.models.parts.video import VideoTower
 
 
 class FrozenForRetrieval(TwoTowers):
@@ -23,8 +26,19 @@ class FrozenForRetrieval(TwoTowers):
 
     def __init__(self, config: FrozenConfig) -> None:
         super().__init__(config)
+        if config.attention == "divided":
+            for number, layer in enumerate(self.video.layers):
+                self.video.layers[number] = DividedLayer(config, layer.add_mlp.drop_rate)
         self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Not at a layer's turn: transformers passes over modules without tensors of their own.
+        for layer in module.layers if isinstance(module, VideoTower) else ():
+            if isinstance(layer, DividedLayer) and self.config.zero_init_time:
+                layer.start_time_at_zero()
 
     def encode_video(self, pixel_values: Tensor) -> VideoOutput:
         """Encode clips ``(batch, frames, 3, image_size, image_size)``."""

@@ -1,12 +1,14 @@
 """A system and a task that are files beside the others: trained, evaluated and refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import svitt_ops.models
+from svitt_ops.models import frozen
 from svitt_ops.training import cli, tasks
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.recipes import load_recipe, recipe_text
@@ -132,7 +134,9 @@ def test_a_system_without_a_model_for_the_task() -> None:
         load_recipe(None, ["system=frozen", "task=qa"])
 
 
-def test_frozen_is_trained_by_the_same_engine(make_recipe: Any, tmp_path: Path) -> None:
+def test_frozen_is_trained_by_the_same_engine(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"fusion_layer": 3, "multimodal_prune_layers": []}
     recipe = make_recipe(tmp_path, "system=frozen", "optimizer.steps=2", **options)
     trained = pretrain(recipe)
@@ -143,6 +147,7 @@ def test_frozen_is_trained_by_the_same_engine(make_recipe: Any, tmp_path: Path) 
     official = tmp_path / "official.pth"
     official.write_bytes(b"")
     start = make_recipe(tmp_path / "o", "system=frozen", f"init.checkpoint={official}", **options)
+    monkeypatch.setattr(frozen, "SYSTEM", replace(frozen.SYSTEM, load_official=None))
     with pytest.raises(ValueError, match=r"init\.checkpoint: must be .*has no official files, got"):
         pretrain(start)
     for more in ((), ("optimizer.steps=9",)):  # complete, and to be gone on with
