@@ -68,6 +68,23 @@ def assert_within_budget(
     )
 
 
+def contrast_terms(temperature: float, rows: int) -> dict[str, float]:
+    """`terms` of a contrastive loss of unit rows and of its gradients, by name.
+
+    Subtracted are the logits of the loss and the weighted rows of the gradients. A weight p moves
+    by p (1 - p) times what its logit is off.
+    """
+    scale = 1 / temperature
+    moved = max(1.0, scale / 4)
+    of_rows = moved * scale / rows
+    return {
+        "loss": scale,
+        "grad_query": of_rows,
+        "grad_key": of_rows,
+        "grad_temperature": moved * scale * scale,
+    }
+
+
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Check for equal bits; on a GPU for fp32 rounding, where other strides are other machine code
     and sums of another order.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import svitt_ops as so
-from svitt_ops.testing import assert_same, assert_within_budget, poisoned
+from svitt_ops.testing import assert_same, assert_within_budget, contrast_terms, poisoned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +104,6 @@ def results(
     return {"loss": loss.detach(), **found}
 
 
-def terms(case: Case) -> dict[str, float]:
-    """What is subtracted from what: logits of the loss, weighted rows of the gradients. A weight
-    p moves by p (1 - p) times what its logit is off.
-    """
-    scale = 1 / case.temperature
-    moved = max(1.0, scale / 4)
-    return {
-        "loss": scale,
-        "grad_query": moved * scale / case.rows,
-        "grad_key": moved * scale / case.rows,
-        "grad_temperature": moved * scale * scale,
-    }
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -132,9 +118,10 @@ def test_against_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
     plain = results(case, *problem, compute=dtype)
     with poisoned():
         actual = results(case, *problem)
+    terms = contrast_terms(case.temperature, case.rows)
     for name, value in actual.items():
         assert value.dtype == (dtype if name in ("grad_query", "grad_key") else torch.float32)
-        assert_within_budget(value, plain[name], oracle[name], name, terms=terms(case)[name])
+        assert_within_budget(value, plain[name], oracle[name], name, terms=terms[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import svitt_ops as so
-from svitt_ops.testing import assert_same, assert_within_budget, poisoned
+from svitt_ops.testing import assert_same, assert_within_budget, contrast_terms, poisoned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,7 @@ def test_against_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
     plain = results(case, problem, compute=dtype)
     with poisoned():
         actual = results(case, problem)
-    scale = 1 / case.temperature
-    terms = {
-        "loss": scale,
-        "grad_query": scale / case.rows,
-        "grad_temperature": scale * scale,
-    }
+    terms = contrast_terms(case.temperature, case.rows)
     for name, value in actual.items():
         assert value.dtype == (dtype if name == "grad_query" else torch.float32)
         assert_within_budget(value, plain[name], oracle[name], name, terms=terms[name])
