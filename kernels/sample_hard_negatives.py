@@ -91,7 +91,7 @@ def sample_hard_negatives(
     found = query.new_empty(count, dtype=torch.int64)
     if count == 0:
         return found
-    tile = contrast_tile("forward", dim, count, query.dtype, device_arch(query.device))
+    tile = contrast_tile("sample", dim, count, query.dtype, device_arch(query.device))
     with on_device(query):
         _sample_kernel[(cdiv(count, tile.rows),)](
             query, key, temperature, query_ids, uniform, found,
