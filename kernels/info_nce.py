@@ -404,7 +404,9 @@ def info_nce(
     row_splits, row_each = tile.splits(blocks * sides, keys)
     column_splits, column_each = tile.splits(blocks * sides, queries)
     row_parts = query.new_empty(row_splits, PARTS.value, queries, dtype=torch.float32)
-    column_parts = query.new_empty(column_splits, PARTS.value, columns.shape[1], dtype=torch.float32)
+    column_parts = query.new_empty(
+        column_splits, PARTS.value, columns.shape[1], dtype=torch.float32
+    )
     splits = max(row_splits, column_splits) if symmetric else row_splits
     together = min(128, next_pow2(max(queries, keys)))
     programs = cdiv(max(queries, columns.shape[1]), together)

@@ -194,7 +194,7 @@ class ContrastTile:
         return cdiv(steps, each), each
 
 
-ContrastPass = Literal["forward", "backward", "ranks", "sample", "queue", "combine"]
+ContrastPass = Literal["forward", "backward", "ranks", "sample", "queue", "taught_queue", "combine"]
 
 
 def contrast_tile(
@@ -222,10 +222,12 @@ def contrast_tile(
             num_warps=8 if large else 4, num_stages=1, programs=264,
         )  # fmt: skip
     aligned = dim % 8 == 0
-    if which == "queue":
+    if which in ("queue", "taught_queue"):
         # As many dims as registers hold: the candidates are read once for each slice.
+        whole = aligned and arch >= 90 and width <= 256 and which == "queue"
         return ContrastTile(
-            rows=64 if aligned else 16, columns=32, chunk=min(width, 64 if aligned else 32),
+            rows=64 if aligned else 16, columns=32,
+            chunk=width if whole else min(width, 64 if aligned else 32),
             slice=min(width, 256 if aligned and arch >= 90 else 128),
             num_warps=8 if aligned else 4, num_stages=2,
         )  # fmt: skip
