@@ -255,7 +255,7 @@ def toys() -> list[Candidate]:
 
 
 def import_kernels() -> None:
-    """`svitt_ops.kernels`, also where the package was not installed: the folder is not inside it."""
+    """`svitt_ops.kernels`, also where the package is not installed: its folder is another."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     importlib.import_module("svitt_ops")
@@ -470,7 +470,7 @@ def _tuples(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class Process:
-    """A child and what it has said so far; it is started again after a crash, without the culprit."""
+    """A child and what it has said; it is started again after a crash, without the culprit."""
 
     def __init__(
         self,

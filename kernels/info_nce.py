@@ -27,7 +27,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+from .tiles import (
+    ContrastPass,
+    cdiv,
+    contrast_tile,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
 STATISTICS = 5
 PARTS = tl.constexpr(7)
@@ -99,11 +107,7 @@ def _join(most, total, logits):
 def _rows(ptr, i, count, step, d, dim, EVEN: tl.constexpr):
     """Dims d of rows i; the last row again where there are none, 0 for dims that do not exist."""
     at = ptr + tl.minimum(i, count - 1).to(tl.int64)[:, None] * step + d[None, :]
-    if EVEN:
-        found = tl.load(at)
-    else:
-        found = tl.load(at, mask=(d < dim)[None, :], other=0.0)
-    return found
+    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -398,7 +402,8 @@ def info_nce(
     rows = query.new_empty(STATISTICS, queries, dtype=torch.float64)
     columns = query.new_empty(STATISTICS, keys if symmetric else 0, dtype=torch.float64)
     loss = query.new_empty((), dtype=torch.float32)
-    tile = contrast_tile("forward", dim, max(queries, keys), query.dtype, device_arch(query.device))
+    which: ContrastPass = "forward" if query_ids is None else "forward_ids"
+    tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
     sides = 2 if symmetric else 1
     blocks = cdiv(max(queries, keys) if symmetric else queries, tile.rows)
     row_splits, row_each = tile.splits(blocks * sides, keys)

@@ -9,7 +9,6 @@ import triton.language as tl
 from .info_nce import _SIZES, CENTRE_ROWS, LOG2_E, _log1p, _products, _rows, _same, _special
 from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
 
-
 SIDES = tl.constexpr(7)
 """Of each row: log-sum-exp as a similarity and the rest of it as a power of 2, the same of the
 positives, share of the positives, log share of the negatives, number of positives."""
@@ -66,7 +65,7 @@ def _softmax(x, high, rest, rate):
 
 @triton.jit
 def _kept(x, side_ptr, i, count, rate, label_smoothing, COLUMN: tl.constexpr, ONE: tl.constexpr):
-    """Weights of positives: softmax less target, from the negatives' share; ONE: of a row's only."""
+    """Weights of positives: softmax less target, from the negatives' share; ONE: of a row's one."""
     if ONE:
         kept = tl.expand_dims(label_smoothing - tl.load(side_ptr + 5 * count + i), COLUMN)
     else:

@@ -480,9 +480,9 @@ def queue_info_nce(
                 **launch_options(),
             )  # fmt: skip
         _combine_kernel[(cdiv(rows, combine.rows), parts)](
-            *inputs, all_sums, all_stats, grad, losses, moments, alpha, rows, queue.shape[0], *steps,
-            GRADIENTS=gradients, ROWS=combine.rows, COLUMNS=combine.columns, CHUNK=combine.chunk,
-            SLICE=combine.slice, **combine.options,
+            *inputs, all_sums, all_stats, grad, losses, moments, alpha, rows, queue.shape[0],
+            *steps, GRADIENTS=gradients, ROWS=combine.rows, COLUMNS=combine.columns,
+            CHUNK=combine.chunk, SLICE=combine.slice, **combine.options,
         )  # fmt: skip
         _mean_kernel[(1,)](
             losses, moments, temperature, loss, grad_temperature, rows,

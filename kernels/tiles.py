@@ -194,7 +194,9 @@ class ContrastTile:
         return cdiv(steps, each), each
 
 
-ContrastPass = Literal["forward", "backward", "ranks", "sample", "queue", "taught_queue", "combine"]
+ContrastPass = Literal[
+    "forward", "forward_ids", "backward", "ranks", "sample", "queue", "taught_queue", "combine"
+]
 
 
 def contrast_tile(
@@ -216,10 +218,10 @@ def contrast_tile(
     if dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
         # Sixteen elements of a tile are four rows and four columns of a thread, read once each.
-        large = which in ("forward", "ranks")
+        large = which in ("forward", "forward_ids", "ranks")
         return ContrastTile(
             rows=64 if large else 16, columns=64 if large else 16, chunk=16, slice=min(width, 64),
-            num_warps=8 if large else 4, num_stages=1, programs=264,
+            num_warps=8 if large or which == "taught_queue" else 4, num_stages=1, programs=264,
         )  # fmt: skip
     aligned = dim % 8 == 0
     if which in ("queue", "taught_queue"):
@@ -250,7 +252,8 @@ def contrast_tile(
             rows=64, columns=64, chunk=chunk, slice=min(width, 256), num_warps=8, num_stages=2
         )  # fmt: skip
     return ContrastTile(
-        rows=128 if tall else 64, columns=64, chunk=chunk, slice=16, num_warps=8 if tall else 4,
+        rows=128 if tall else 64, columns=64 if whole or which != "forward_ids" else 32,
+        chunk=chunk, slice=16, num_warps=8 if tall else 4,
         num_stages=3,
     )  # fmt: skip
 
