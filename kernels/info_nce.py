@@ -49,58 +49,10 @@ LOGIT_LIMIT = tl.constexpr(1e9)  # as in the reference
 
 
 @triton.jit
-def _load(ptr, i, count, step, d, dim):
-    """Dims d of rows i; 0 where there are none."""
-    here = (i < count)[:, None] & (d < dim)[None, :]
-    return tl.load(ptr + i.to(tl.int64)[:, None] * step + d[None, :], mask=here, other=0.0)
-
-
-@triton.jit
-def _dots(
-    a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Dot products of rows a with rows b."""
-    x = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, dim, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        left = _load(a_ptr, a, a_count, a_step, d, dim)
-        right = tl.load(
-            b_ptr + b.to(tl.int64)[None, :] * b_step + d[:, None],
-            mask=(b < b_count)[None, :] & (d < dim)[:, None],
-            other=0.0,
-        )
-        x += tl.dot(left, right, input_precision="ieee")
-    return x
-
-
-@triton.jit
 def _limit(temperature):
     """Similarities of this size or more are no logits; at a temperature that is none, none are."""
     usable = (temperature > 0) & (temperature < float("inf"))
     return tl.where(usable, LOGIT_LIMIT * temperature, -1.0)
-
-
-@triton.jit
-def _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
-    """Which b are positives of which a: equal ids or, without ids, b = a + shift."""
-    exists = (a < a_count)[:, None] & (b < b_count)[None, :]
-    if a_ids_ptr is None:
-        same = (a + shift)[:, None] == b[None, :]
-    else:
-        a_ids = tl.load(a_ids_ptr + a, mask=a < a_count, other=0)
-        b_ids = tl.load(b_ids_ptr + b, mask=b < b_count, other=0)
-        same = a_ids[:, None] == b_ids[None, :]
-    return exists & same
-
-
-@triton.jit
-def _join(most, total, logits):
-    """An online log-sum-exp takes in the logits of a tile."""
-    now = tl.maximum(most, tl.max(logits, axis=1))
-    offset = tl.where(now == -float("inf"), 0.0, now)
-    total = total * tl.exp(most - offset)
-    return now, total + tl.sum(tl.exp(logits - offset[:, None]), axis=1)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOGIT_LIMIT, _dots, _load, _log1p, _products, _rows
+from .info_nce import LOGIT_LIMIT, _log1p, _products, _rows
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -47,8 +47,8 @@ def _own(
     x = tl.zeros([ROWS], tl.float32)
     for start in range(0, dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
-        left = _load(a_ptr, a, rows, a_step, d, dim)
-        right = _load(key_ptr, a, rows, key_step, d, dim)
+        left = _rows(a_ptr, a, rows, a_step, d, dim, False)
+        right = _rows(key_ptr, a, rows, key_step, d, dim, False)
         x += tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
     return x
 
@@ -316,9 +316,9 @@ def _combine_kernel(
             )
             same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
             if tl.max(same.to(tl.int32)) != 0:
-                x = _dots(
-                    query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
-                    ROWS, COLUMNS, CHUNK,
+                x = _products(
+                    a, b, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                    CHUNK, False, False,
                 )  # fmt: skip
                 x = _usable(x, scale)
                 other = (a[:, None] != b[None, :]) | queued
@@ -331,9 +331,9 @@ def _combine_kernel(
                     tl.where(same, logits, -infinity), similarity,
                 )  # fmt: skip
                 if teacher_ptr is not None:
-                    y = _dots(
-                        teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                        ROWS, COLUMNS, CHUNK,
+                    y = _products(
+                        a, b, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                        CHUNK, False, False,
                     )  # fmt: skip
                     y = _usable(y, scale)
                     logits = tl.where(other, (y - taught_centre[:, None]) * scale, 0.0)
@@ -373,7 +373,7 @@ def _combine_kernel(
             weight = -lost
             if teacher_ptr is not None:
                 weight += alpha * taught_lost
-            own = _load(key_ptr, a, rows, key_step, d, dim)
+            own = _rows(key_ptr, a, rows, key_step, d, dim, False)
             grad += weight[:, None] * own.to(tl.float32)
         else:
             for tile in range(0, tiles):
@@ -382,9 +382,9 @@ def _combine_kernel(
                 )
                 same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
                 if tl.max(same.to(tl.int32)) != 0:
-                    x = _dots(
-                        query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
-                        ROWS, COLUMNS, CHUNK,
+                    x = _products(
+                        a, b, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                        CHUNK, False, False,
                     )  # fmt: skip
                     other = (a[:, None] != b[None, :]) | queued
                     similarity = tl.where(other, x - centre[:, None], 0.0)
@@ -394,9 +394,9 @@ def _combine_kernel(
                     kept = among - (hard / tl.where(pairs == 0, 1.0, pairs))[:, None]
                     weight = -lost[:, None] * among
                     if teacher_ptr is not None:
-                        y = _dots(
-                            teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                            ROWS, COLUMNS, CHUNK,
+                        y = _products(
+                            a, b, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                            CHUNK, False, False,
                         )  # fmt: skip
                         logits = tl.where(other, (y - taught_centre[:, None]) * scale, 0.0)
                         among = _among(logits, taught_pos, one)
@@ -404,7 +404,7 @@ def _combine_kernel(
                         weight += alpha * taught_lost[:, None] * among
                     weight = tl.where(same, weight + tl.where(one, 0.0, kept), 0.0)
                     moment += tl.sum(weight * similarity, axis=1)
-                    values = _load(b_ptr, b, count, b_step, d, dim)
+                    values = _rows(b_ptr, b, count, b_step, d, dim, False)
                     grad += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         to = a.to(tl.int64)[:, None] * dim + d[None, :]
         tl.store(grad_ptr + to, grad * (scale / rows), mask=here)

@@ -218,9 +218,10 @@ def contrast_tile(
     if dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
         # Sixteen elements of a tile are four rows and four columns of a thread, read once each.
-        large = which in ("forward", "forward_ids", "ranks")
+        large = which in ("forward", "forward_ids", "backward", "ranks")
         return ContrastTile(
-            rows=64 if large else 16, columns=64 if large else 16, chunk=16, slice=min(width, 64),
+            rows=64 if large else 16, columns=64 if large and which != "backward" else 16, chunk=16,
+            slice=min(width, 128 if large else 64),
             num_warps=8 if large or which == "taught_queue" else 4, num_stages=1, programs=264,
         )  # fmt: skip
     aligned = dim % 8 == 0
@@ -238,11 +239,16 @@ def contrast_tile(
             rows=16, columns=32, chunk=min(width, 32), slice=min(width, 64), num_warps=8,
             num_stages=2,
         )  # fmt: skip
-    if which == "sample" or not aligned:
+    if not aligned:
         # Rows that are not aligned to 16 bytes take several times the pointers.
         return ContrastTile(
-            rows=16, columns=32, chunk=min(width, 64 if aligned else 32), slice=min(width, 128),
-            num_warps=4, num_stages=3 if aligned else 2, programs=264,
+            rows=16, columns=32, chunk=min(width, 32), slice=min(width, 128), num_warps=4,
+            num_stages=2, programs=264,
+        )  # fmt: skip
+    if which == "sample":
+        return ContrastTile(
+            rows=16, columns=64, chunk=width if width <= 256 else 64, slice=16, num_warps=4,
+            num_stages=2,
         )  # fmt: skip
     tall = arch >= 90 and rows >= 2048
     whole = arch >= 90 and width <= 256
