@@ -1,19 +1,21 @@
 """InfoNCE: log-sum-exp statistics and gradients of similarities that are never written.
 
-Tiling. A program owns `ROWS` queries and walks all keys in tiles of `COLUMNS`, or the other way
-round: the second axis of the grid is the direction, so one launch computes both, and what belongs
-to a row is summed by one program in a fixed order. The dot products of a tile are summed over the
-dims in chunks of `CHUNK`. The backward recomputes them and multiplies the weights with `SLICE` dims
-of the other side; where D is larger, the third axis of the grid is the slice, and each recomputes.
-Forward and backward are two launches each: the walk, and one program that reduces (the loss, the
-temperature's gradient).
+Tiling. A program owns `ROWS` queries and walks keys in tiles of `COLUMNS`, or the other way round:
+the second axis of the grid is the direction, so one launch computes both. Where that makes too few
+programs, the third axis splits the other side, and what the splits found is put together in their
+order. Up to `CHUNK` dims a program holds its rows whole and reads the other side's tiles once;
+beyond, dot products are summed chunk by chunk. The backward recomputes them and multiplies the
+weights with `SLICE` dims of the other side; where D is larger, each slice recomputes. What belongs
+to pairs alone (masks, positives) is computed in the tiles on the diagonal and at the edge; with ids
+in all. Forward: the walk, the losses, their mean. Backward: the statistics as fp32, the walk, a sum
+of the splits and of the temperature's parts.
 
 Work and traffic, U = 2 B B D: 2 U forward, 4 U backward for D of one slice (4 U in all would be the
 least that a matrix which is not kept allows). A tile of COLUMNS rows is read once per program, from
 L2 while both sides fit it: 2 B B D e / ROWS bytes a direction. Results are O(B D).
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32), 1 / temperature multiplies
-them in fp32 afterwards. Maxima are followed online, positives are summed apart from the negatives
+differences of them in fp32. Maxima are followed online, positives are summed apart from the negatives
 and get their weight from the negatives' share. Statistics are fp64, added up from fp32 parts:
 a rounded log-sum-exp would cost digits at low temperatures. No atomics: a rerun is bitwise
 identical.

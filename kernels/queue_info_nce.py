@@ -4,8 +4,8 @@ Tiling. A program owns `ROWS` queries and one of the splits of the candidates, w
 tiles of `COLUMNS`: the batch's, then the queue's. It follows the softmax sums of the negatives, of
 student and teacher, and with them the sums of the candidates that they weigh, `SLICE` dims of
 them; where D is larger, the third axis of the grid is the slice. A second kernel puts the splits
-together, adds the positives, of which there are few, and writes the gradient; a third, one program,
-the loss and the temperature's gradient. Three launches at every size.
+together, a program a row; a third adds the positives, of which there are few, and writes the
+gradient; a fourth, one program, the loss and the temperature's gradient.
 
 Work and traffic, U = 2 B (B + Q) D: 2 U, twice that with a teacher, for D of one slice. Candidates
 are read once per tile of queries, the queue of a small batch once; partial sums are written and

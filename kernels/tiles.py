@@ -221,7 +221,7 @@ def contrast_tile(
         large = which in ("forward", "forward_ids", "backward", "ranks")
         return ContrastTile(
             rows=64 if large else 16, columns=64 if large and which != "backward" else 16, chunk=16,
-            slice=min(width, 128 if large else 64),
+            slice=min(width, 128 if which == "backward" and dim % 128 == 0 else 64),
             num_warps=8 if large or which == "taught_queue" else 4, num_stages=1, programs=264,
         )  # fmt: skip
     aligned = dim % 8 == 0
@@ -258,7 +258,7 @@ def contrast_tile(
             rows=64, columns=64, chunk=chunk, slice=min(width, 256), num_warps=8, num_stages=2
         )  # fmt: skip
     return ContrastTile(
-        rows=128 if tall else 64, columns=64 if whole or which != "forward_ids" else 32,
+        rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,
         chunk=chunk, slice=16, num_warps=8 if tall else 4,
         num_stages=3,
     )  # fmt: skip
