@@ -15,9 +15,9 @@ least that a matrix which is not kept allows). A tile of COLUMNS rows is read on
 L2 while both sides fit it: 2 B B D e / ROWS bytes a direction. Results are O(B D).
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32), 1 / temperature multiplies
-differences of them in fp32. Maxima are followed online, positives are summed apart from the negatives
-and get their weight from the negatives' share. Statistics are fp64, added up from fp32 parts:
-a rounded log-sum-exp would cost digits at low temperatures. No atomics: a rerun is bitwise
+differences of them in fp32. Maxima are followed online, positives are summed apart from the
+negatives and get their weight from the negatives' share. Statistics are fp64, added up from fp32
+parts: a rounded log-sum-exp would cost digits at low temperatures. No atomics: a rerun is bitwise
 identical.
 
 Source: CLIP (Radford et al., 2021), figure 3; FlashAttention (Dao et al., 2022) for the sweep.
