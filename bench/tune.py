@@ -500,9 +500,11 @@ class Process:
         work.write_text(json.dumps(rows, default=dict))
         command = [sys.executable, "-m", "bench.tune", "--child", self.mode, str(work)]
         command += [str(self.report), *self.extra]
+        # Compilers take all cores: nothing else should make threads beside them.
+        given = {**os.environ, "OMP_NUM_THREADS": "1"} if self.mode == "warm" else None
         with (self.folder / f"{stem}.log").open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=given, stdout=log, stderr=log, start_new_session=True
             )
         self.read_to, self.current, self.heard = 0, None, time.monotonic()
 
