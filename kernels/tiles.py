@@ -255,7 +255,8 @@ def contrast_tile(
     chunk = width if whole else min(width, 64)
     if which == "backward":
         return ContrastTile(
-            rows=64, columns=64, chunk=chunk, slice=min(width, 256), num_warps=8, num_stages=2
+            rows=64, columns=64 if arch >= 90 else 32, chunk=chunk, slice=min(width, 256),
+            num_warps=8, num_stages=2,
         )  # fmt: skip
     return ContrastTile(
         rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,
