@@ -1,21 +1,23 @@
 """InfoNCE: log-sum-exp statistics and gradients of similarities that are never written.
 
-Tiling. A program owns `ROWS` queries and walks all keys in tiles of `COLUMNS`, or the other way
-round: the second axis of the grid is the direction, so one launch computes both, and what belongs
-to a row is summed by one program in a fixed order. The dot products of a tile are summed over the
-dims in chunks of `CHUNK`. The backward recomputes them and multiplies the weights with `SLICE` dims
-of the other side; where D is larger, the third axis of the grid is the slice, and each recomputes.
-Forward and backward are two launches each: the walk, and one program that reduces (the loss, the
-temperature's gradient).
+Tiling. A program owns `ROWS` queries and walks keys in tiles of `COLUMNS`, or the other way round:
+the second axis of the grid is the direction, so one launch computes both. Where that makes too few
+programs, the third axis splits the other side, and what the splits found is put together in their
+order. Up to `CHUNK` dims a program holds its rows whole and reads the other side's tiles once;
+beyond, dot products are summed chunk by chunk. The backward recomputes them and multiplies the
+weights with `SLICE` dims of the other side; where D is larger, each slice recomputes. What belongs
+to pairs alone (masks, positives) is computed in the tiles on the diagonal and at the edge; with ids
+in all. Forward: the walk, the losses, their mean. Backward: the statistics as fp32, the walk, a sum
+of the splits and of the temperature's parts.
 
 Work and traffic, U = 2 B B D: 2 U forward, 4 U backward for D of one slice (4 U in all would be the
 least that a matrix which is not kept allows). A tile of COLUMNS rows is read once per program, from
 L2 while both sides fit it: 2 B B D e / ROWS bytes a direction. Results are O(B D).
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32), 1 / temperature multiplies
-them in fp32 afterwards. Maxima are followed online, positives are summed apart from the negatives
-and get their weight from the negatives' share. Statistics are fp64, added up from fp32 parts:
-a rounded log-sum-exp would cost digits at low temperatures. No atomics: a rerun is bitwise
+differences of them in fp32. Maxima are followed online, positives are summed apart from the
+negatives and get their weight from the negatives' share. Statistics are fp64, added up from fp32
+parts: a rounded log-sum-exp would cost digits at low temperatures. No atomics: a rerun is bitwise
 identical.
 
 Source: CLIP (Radford et al., 2021), figure 3; FlashAttention (Dao et al., 2022) for the sweep.
@@ -27,39 +29,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+from .tiles import (
+    ContrastPass,
+    cdiv,
+    contrast_tile,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
 STATISTICS = 5
+PARTS = tl.constexpr(7)
+"""What a split knows of a row: the largest similarity of a negative and the sum of exponentials
+relative to it, the same of the positives, number and sum of the positives, sum of all."""
+LOG2_E = tl.constexpr(1.4426950408889634)
 CENTRE_ROWS = 128
 """Rows whose positives tell how large a similarity of a pair is."""
 _SIZES = ["a_count", "b_count"]
 LOGIT_LIMIT = tl.constexpr(1e9)  # as in the reference
-
-
-@triton.jit
-def _load(ptr, i, count, step, d, dim):
-    """Dims d of rows i; 0 where there are none."""
-    here = (i < count)[:, None] & (d < dim)[None, :]
-    return tl.load(ptr + i.to(tl.int64)[:, None] * step + d[None, :], mask=here, other=0.0)
-
-
-@triton.jit
-def _dots(
-    a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Dot products of rows a with rows b."""
-    x = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, dim, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        left = _load(a_ptr, a, a_count, a_step, d, dim)
-        right = tl.load(
-            b_ptr + b.to(tl.int64)[None, :] * b_step + d[:, None],
-            mask=(b < b_count)[None, :] & (d < dim)[:, None],
-            other=0.0,
-        )
-        x += tl.dot(left, right, input_precision="ieee")
-    return x
 
 
 @triton.jit
@@ -70,88 +58,157 @@ def _limit(temperature):
 
 
 @triton.jit
-def _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
-    """Which b are positives of which a: equal ids or, without ids, b = a + shift."""
-    exists = (a < a_count)[:, None] & (b < b_count)[None, :]
-    if a_ids_ptr is None:
-        same = (a + shift)[:, None] == b[None, :]
-    else:
-        a_ids = tl.load(a_ids_ptr + a, mask=a < a_count, other=0)
-        b_ids = tl.load(b_ids_ptr + b, mask=b < b_count, other=0)
-        same = a_ids[:, None] == b_ids[None, :]
-    return exists & same
+def _rows(ptr, i, count, step, d, dim, EVEN: tl.constexpr):
+    """Dims d of rows i; the last row again where there are none, 0 for dims that do not exist."""
+    at = ptr + tl.minimum(i, count - 1).to(tl.int64)[:, None] * step + d[None, :]
+    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
 
 
 @triton.jit
-def _join(most, total, logits):
-    """An online log-sum-exp takes in the logits of a tile."""
-    now = tl.maximum(most, tl.max(logits, axis=1))
+def _products(
+    left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Dot products of rows a with rows b; `left` and `right` are those rows where WHOLE."""
+    if WHOLE:
+        x = tl.dot(left, tl.trans(right), input_precision="ieee")
+    else:
+        x = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        for start in range(0, dim, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            part = _rows(a_ptr, a, a_count, a_step, d, dim, EVEN)
+            other = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
+            x = tl.dot(part, tl.trans(other), x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def _special(start, first, shift, b_count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether a tile holds columns that do not exist, or positives where there are no ids."""
+    ragged = start + COLUMNS > b_count
+    return ragged | ((start < first + shift + ROWS) & (first + shift < start + COLUMNS))
+
+
+@triton.jit
+def _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
+    """Which b that exist are positives of which a: equal ids or, without ids, b = a + shift."""
+    if a_ids_ptr is None:
+        same = (a + shift)[:, None] == b[None, :]
+    else:
+        a_ids = tl.load(a_ids_ptr + tl.minimum(a, a_count - 1))
+        b_ids = tl.load(b_ids_ptr + tl.minimum(b, b_count - 1))
+        same = a_ids[:, None] == b_ids[None, :]
+    return same & (b < b_count)[None, :]
+
+
+@triton.jit
+def _join2(most, total, x, rate):
+    """An online sum of 2^(rate x) takes in a tile, relative to the largest x."""
+    now = tl.maximum(most, tl.max(x, axis=1))
     offset = tl.where(now == -float("inf"), 0.0, now)
-    total = total * tl.exp(most - offset)
-    return now, total + tl.sum(tl.exp(logits - offset[:, None]), axis=1)
+    total = total * tl.exp2((most - offset) * rate)
+    return now, total + tl.sum(tl.exp2((x - offset[:, None]) * rate), axis=1)
 
 
 @triton.jit
 def _sweep(
-    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, out_ptr, scale, limit, shift,
-    a_count, b_count, a_step, b_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, parts_ptr, scale, limit, shift,
+    a_count, b_count, each, a_step, b_step, dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of some rows of a over all rows of b."""
-    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Sums of some rows of a over one split of the rows of b."""
+    first = tl.program_id(0) * ROWS
+    a = first + tl.arange(0, ROWS)
     infinity = float("inf")
+    rate = scale * LOG2_E
     most = tl.full([ROWS], -infinity, tl.float32)
-    positive_most = tl.full([ROWS], -infinity, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    positive_most = tl.full([ROWS], -infinity, tl.float32)
     positive_total = tl.zeros([ROWS], tl.float32)
     count = tl.zeros([ROWS], tl.float32)
     pairs = tl.zeros([ROWS], tl.float32)
     every = tl.zeros([ROWS], tl.float32)
-    for start in range(0, b_count, COLUMNS):
+    size = tl.zeros([ROWS], tl.float32)
+    d = tl.arange(0, CHUNK)
+    left = a
+    if WHOLE:
+        left = _rows(a_ptr, a, a_count, a_step, d, dim, EVEN)
+    begin = tl.program_id(2) * each * COLUMNS
+    for start in range(begin, tl.minimum(begin + each * COLUMNS, b_count), COLUMNS):
         b = start + tl.arange(0, COLUMNS)
-        x = _dots(a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim, ROWS, COLUMNS, CHUNK)
-        same = _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-        negative = (b < b_count)[None, :] & (same == 0)
-        most, total = _join(most, total, tl.where(negative, x * scale, -infinity))
-        positive_most, positive_total = _join(
-            positive_most, positive_total, tl.where(same, x * scale, -infinity)
-        )
-        count += tl.sum(same.to(tl.float32), axis=1)
-        pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
-        every += tl.sum(tl.where(tl.abs(x) < limit, x, float("nan")), axis=1)
+        right = b
+        if WHOLE:
+            right = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
+        x = _products(
+            left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
+        rivals = x
+        if a_ids_ptr is not None:
+            exists = (b < b_count)[None, :]
+            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
+            if tl.max(same.to(tl.int32)) != 0:
+                positive_most, positive_total = _join2(
+                    positive_most, positive_total, tl.where(same, x, -infinity), rate
+                )
+                count += tl.sum(same.to(tl.float32), axis=1)
+                pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
+            every += tl.sum(tl.where(exists, x, 0.0), axis=1)
+            rivals = tl.where(exists & (same == 0), x, -infinity)
+        elif _special(start, first, shift, b_count, ROWS, COLUMNS):
+            exists = (b < b_count)[None, :]
+            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
+            count += tl.sum(same.to(tl.float32), axis=1)
+            pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
+            every += tl.sum(tl.where(exists, x, 0.0), axis=1)
+            rivals = tl.where(exists & (same == 0), x, -infinity)
+        else:
+            every += tl.sum(x, axis=1)
+        most, total = _join2(most, total, rivals, rate)
+    every = tl.where(size < limit, every, float("nan"))
+    if a_ids_ptr is None:  # at most one positive
+        positive_most = tl.where(count > 0, pairs, -infinity)
+        positive_total = count
     exists = a < a_count
-    kind = out_ptr.dtype.element_ty
-    # A maximum of -inf stands for a row without such pairs.
-    lse = most.to(kind) + tl.log(tl.where(total == 0, 1.0, total)).to(kind)
-    total = tl.where(positive_total == 0, 1.0, positive_total)
-    positive_lse = positive_most.to(kind) + tl.log(total).to(kind)
-    stack = a_count.to(tl.int64)
-    tl.store(out_ptr + a, lse, mask=exists)
-    tl.store(out_ptr + stack + a, positive_lse, mask=exists)
-    tl.store(out_ptr + 2 * stack + a, count, mask=exists)
-    tl.store(out_ptr + 3 * stack + a, pairs, mask=exists)
-    tl.store(out_ptr + 4 * stack + a, every, mask=exists)
+    part = parts_ptr + PARTS * tl.program_id(2) * a_count.to(tl.int64) + a
+    tl.store(part, most, mask=exists)
+    tl.store(part + a_count, total, mask=exists)
+    tl.store(part + 2 * a_count, positive_most, mask=exists)
+    tl.store(part + 3 * a_count, positive_total, mask=exists)
+    tl.store(part + 4 * a_count, count, mask=exists)
+    tl.store(part + 5 * a_count, pairs, mask=exists)
+    tl.store(part + 6 * a_count, every, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first_row", *_SIZES])
+@triton.jit(do_not_specialize=["first_row", "row_each", "column_each", *_SIZES])
 def _statistics_kernel(
-    query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, rows_ptr, columns_ptr,
-    first_row, a_count, b_count, query_step, key_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, row_parts_ptr,
+    column_parts_ptr, first_row, a_count, b_count, row_each, column_each, query_step, key_step,
+    dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Queries over keys, or on the second axis of the grid keys over queries."""
     temperature = tl.load(temperature_ptr)
     scale, limit = 1.0 / temperature, _limit(temperature)
     if tl.program_id(1) == 0:
-        _sweep(
-            query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, rows_ptr, scale, limit, first_row,
-            a_count, b_count, query_step, key_step, dim, ROWS, COLUMNS, CHUNK,
-        )  # fmt: skip
+        here = tl.program_id(2) * row_each * COLUMNS < b_count
+        if (tl.program_id(0) * ROWS < a_count) & here:
+            _sweep(
+                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, row_parts_ptr, scale, limit,
+                first_row, a_count, b_count, row_each, query_step, key_step, dim,
+                ROWS, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
     else:
-        _sweep(
-            key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, columns_ptr, scale, limit, -first_row,
-            b_count, a_count, key_step, query_step, dim, ROWS, COLUMNS, CHUNK,
-        )  # fmt: skip
+        here = tl.program_id(2) * column_each * COLUMNS < a_count
+        if (tl.program_id(0) * ROWS < b_count) & here:
+            _sweep(
+                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, column_parts_ptr, scale, limit,
+                -first_row, b_count, a_count, column_each, key_step, query_step, dim,
+                ROWS, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -169,52 +226,119 @@ def _log1p(e):
 
 
 @triton.jit
-def _sum_losses(stats_ptr, count, choices, scale, label_smoothing, TILE: tl.constexpr):
-    """Sum of the rows' losses; the formula is `svitt_ops.info_nce.losses`."""
-    found = tl.zeros([TILE], tl.float32)
-    stack = count.to(tl.int64)
-    for start in range(0, count, TILE):
-        i = start + tl.arange(0, TILE)
-        here = i < count
-        negative = tl.load(stats_ptr + i, mask=here, other=-float("inf"))
-        positive = tl.load(stats_ptr + stack + i, mask=here, other=0.0)
-        pairs = tl.load(stats_ptr + 2 * stack + i, mask=here, other=1.0).to(tl.float32)
-        same = tl.load(stats_ptr + 3 * stack + i, mask=here, other=0.0).to(tl.float32) / pairs
-        every = tl.load(stats_ptr + 4 * stack + i, mask=here, other=0.0).to(tl.float32)
-        gap = (negative - positive).to(tl.float32)
-        found += tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap)))
-        spread = (positive - (same * scale).to(positive.dtype)).to(tl.float32)
-        found += tl.where(here & (pairs != 1.0), spread, 0.0)
-        smooth = label_smoothing * scale * (same - every / choices)
-        found += tl.where(here, smooth, 0.0)
-    return tl.sum(found, axis=0)
+def _merge(most, total, new_most, new_total, scale):
+    """Two sums of exponentials, relative to their largest terms, as one."""
+    now = tl.maximum(most, new_most)
+    offset = tl.where(now == -float("inf"), 0.0, now)
+    total = total * tl.exp((most - offset) * scale)
+    return now, total + new_total * tl.exp((new_most - offset) * scale)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "choices"])
+@triton.jit
+def _log_sum(most, total, scale):
+    """Log-sum-exp in fp64; -inf where nothing was summed."""
+    kind = tl.float64
+    product = tl.where(total == 0, -float("inf"), most.to(kind) * scale.to(kind))
+    return product + tl.log(tl.where(total == 0, 1.0, total)).to(kind)
+
+
+@triton.jit
+def _row_losses(
+    parts_ptr, stats_ptr, i, size, splits, choices, scale, label_smoothing, TILE: tl.constexpr
+):  # fmt: skip
+    """Statistics of some rows, put together from the splits; their summed losses, NaN if bad.
+
+    The formula is `svitt_ops.info_nce.losses`.
+    """
+    here = i < size
+    infinity = float("inf")
+    most = tl.full([TILE], -infinity, tl.float32)
+    positive_most = tl.full([TILE], -infinity, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    positive_total = tl.zeros([TILE], tl.float32)
+    count = tl.zeros([TILE], tl.float32)
+    pairs = tl.zeros([TILE], tl.float64)
+    every = tl.zeros([TILE], tl.float64)
+    for split in range(splits):
+        part = parts_ptr + PARTS * split * size.to(tl.int64) + i
+        new_most = tl.load(part, mask=here, other=0.0)
+        new_total = tl.load(part + size, mask=here, other=0.0)
+        most, total = _merge(most, total, new_most, new_total, scale)
+        new_most = tl.load(part + 2 * size, mask=here, other=0.0)
+        new_total = tl.load(part + 3 * size, mask=here, other=1.0)
+        positive_most, positive_total = _merge(
+            positive_most, positive_total, new_most, new_total, scale
+        )
+        count += tl.load(part + 4 * size, mask=here, other=1.0)
+        pairs += tl.load(part + 5 * size, mask=here, other=0.0).to(tl.float64)
+        every += tl.load(part + 6 * size, mask=here, other=0.0).to(tl.float64)
+    negative = _log_sum(most, total, scale)
+    positive = _log_sum(positive_most, positive_total, scale)
+    stack = size.to(tl.int64)
+    tl.store(stats_ptr + i, negative, mask=here)
+    tl.store(stats_ptr + stack + i, positive, mask=here)
+    tl.store(stats_ptr + 2 * stack + i, count.to(tl.float64), mask=here)
+    tl.store(stats_ptr + 3 * stack + i, pairs, mask=here)
+    tl.store(stats_ptr + 4 * stack + i, every, mask=here)
+    gap = (negative - positive).to(tl.float32)
+    found = tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap)))
+    same = pairs.to(tl.float32) / tl.maximum(count, 1.0)
+    spread = (positive - (same * scale).to(tl.float64)).to(tl.float32)
+    found += tl.where(count != 1.0, spread, 0.0)
+    found += label_smoothing * scale * (same - every.to(tl.float32) / choices)
+    bad = tl.sum(tl.where(here, every * 0.0, 0.0), axis=0)
+    return tl.sum(tl.where(here, found, 0.0), axis=0), bad
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "row_splits", "column_splits"])
 def _loss_kernel(
-    rows_ptr, columns_ptr, temperature_ptr, loss_ptr, num_rows, num_columns, choices,
-    label_smoothing, BOTH: tl.constexpr, TILE: tl.constexpr,
+    row_parts_ptr, column_parts_ptr, rows_ptr, columns_ptr, temperature_ptr, sums_ptr,
+    num_rows, num_columns, row_splits, column_splits, label_smoothing,
+    BOTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Statistics and summed losses of some rows and of some columns."""
+    scale = 1.0 / tl.load(temperature_ptr)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    of_rows, bad = _row_losses(
+        row_parts_ptr, rows_ptr, i, num_rows, row_splits, num_columns, scale, label_smoothing, TILE
+    )
+    to = sums_ptr + 3 * tl.program_id(0)
+    tl.store(to, of_rows)
+    tl.store(to + 2, bad.to(tl.float32))
+    if BOTH:
+        of_columns, _ = _row_losses(
+            column_parts_ptr, columns_ptr, i, num_columns, column_splits, num_columns, scale,
+            label_smoothing, TILE,
+        )  # fmt: skip
+        tl.store(to + 1, of_columns)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "count"])
+def _mean_kernel(
+    rows_ptr, columns_ptr, sums_ptr, loss_ptr, num_rows, num_columns, count,
+    BOTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The mean loss of both directions, by one program."""
-    scale = 1.0 / tl.load(temperature_ptr)
-    loss = _sum_losses(rows_ptr, num_rows, choices, scale, label_smoothing, TILE) / num_rows
-    if BOTH:
-        other = _sum_losses(columns_ptr, num_columns, choices, scale, label_smoothing, TILE)
-        loss = 0.5 * (loss + other / num_columns)
-    tl.store(loss_ptr, loss)
+    of_rows = tl.zeros([TILE], tl.float32)
+    of_columns = tl.zeros([TILE], tl.float32)
+    bad = tl.zeros([TILE], tl.float32)
+    for start in range(0, count, TILE):
+        i = start + tl.arange(0, TILE)
+        of_rows += tl.load(sums_ptr + 3 * i, mask=i < count, other=0.0)
+        if BOTH:
+            of_columns += tl.load(sums_ptr + 3 * i + 1, mask=i < count, other=0.0)
+        bad += tl.load(sums_ptr + 3 * i + 2, mask=i < count, other=0.0)
+    bad = tl.sum(bad, axis=0).to(tl.float64)
+    loss = tl.sum(of_rows, axis=0) / num_rows
     # A similarity that is no logit made a row's sum of all NaN, and nothing of the batch is left: a
     # NaN among the counts tells the backward, on all ranks.
-    bad = tl.zeros([TILE], tl.float64)
-    for start in range(0, num_rows, TILE):
-        i = start + tl.arange(0, TILE)
-        every = tl.load(rows_ptr + 4 * num_rows.to(tl.int64) + i, mask=i < num_rows, other=0.0)
-        bad += every * 0.0
-    bad = tl.sum(bad, axis=0)
     counts_ptr = rows_ptr + 2 * num_rows.to(tl.int64)
     tl.store(counts_ptr, tl.load(counts_ptr) + bad)
     if BOTH:
+        loss = 0.5 * (loss + tl.sum(of_columns, axis=0) / num_columns)
         counts_ptr = columns_ptr + 2 * num_columns.to(tl.int64)
         tl.store(counts_ptr, tl.load(counts_ptr) + bad)
+    tl.store(loss_ptr, loss)
 
 
 def info_nce(
@@ -232,17 +356,33 @@ def info_nce(
     rows = query.new_empty(STATISTICS, queries, dtype=torch.float64)
     columns = query.new_empty(STATISTICS, keys if symmetric else 0, dtype=torch.float64)
     loss = query.new_empty((), dtype=torch.float32)
-    tile = contrast_tile("forward", dim, max(queries, keys), query.dtype, device_arch(query.device))
-    grid = (cdiv(max(queries, keys) if symmetric else queries, tile.rows), 2 if symmetric else 1)
+    which: ContrastPass = "forward" if query_ids is None else "forward_ids"
+    tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
+    sides = 2 if symmetric else 1
+    blocks = cdiv(max(queries, keys) if symmetric else queries, tile.rows)
+    row_splits, row_each = tile.splits(blocks * sides, keys)
+    column_splits, column_each = tile.splits(blocks * sides, queries)
+    row_parts = query.new_empty(row_splits, PARTS.value, queries, dtype=torch.float32)
+    column_parts = query.new_empty(
+        column_splits, PARTS.value, columns.shape[1], dtype=torch.float32
+    )
+    splits = max(row_splits, column_splits) if symmetric else row_splits
+    together = min(128, next_pow2(max(queries, keys)))
+    programs = cdiv(max(queries, columns.shape[1]), together)
+    sums = query.new_empty(programs, 3, dtype=torch.float32)
     with on_device(query):
-        _statistics_kernel[grid](
-            query, key, temperature, query_ids, key_ids, rows, columns, first_row,
-            queries, keys, query.stride(0), key.stride(0), dim,
-            ROWS=tile.rows, COLUMNS=tile.columns, CHUNK=tile.chunk, **tile.options,
+        _statistics_kernel[(blocks, sides, splits)](
+            query, key, temperature, query_ids, key_ids, row_parts, column_parts, first_row,
+            queries, keys, row_each, column_each, query.stride(0), key.stride(0), dim,
+            ROWS=tile.rows, COLUMNS=tile.columns, **tile.dims(dim), **tile.options,
         )  # fmt: skip
-        _loss_kernel[(1,)](
-            rows, columns, temperature, loss, queries, keys, keys, label_smoothing,
-            BOTH=symmetric, TILE=min(256, next_pow2(max(queries, keys))), maxnreg=255,
-            **launch_options(),
+        _loss_kernel[(programs,)](
+            row_parts, column_parts, rows, columns, temperature, sums, queries, keys,
+            row_splits, column_splits, label_smoothing, BOTH=symmetric, TILE=together,
+            maxnreg=255, **launch_options(),
+        )  # fmt: skip
+        _mean_kernel[(1,)](
+            rows, columns, sums, loss, queries, keys, programs,
+            BOTH=symmetric, TILE=min(256, next_pow2(programs)), **launch_options(),
         )  # fmt: skip
     return loss, rows, columns

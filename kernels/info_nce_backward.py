@@ -6,15 +6,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _SIZES, CENTRE_ROWS, _dots, _load, _log1p, _positives
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, on_device
+from .info_nce import _SIZES, CENTRE_ROWS, LOG2_E, _log1p, _products, _rows, _same, _special
+from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+
+SIDES = tl.constexpr(7)
+"""Of each row: log-sum-exp as a similarity and the rest of it as a power of 2, the same of the
+positives, share of the positives, log share of the negatives, number of positives."""
 
 
 @triton.jit
-def _load_side(stats_ptr, i, count):
-    """Of some rows: log-sum-exp as two floats, positives' log-sum-exp less it, log share of the
-    negatives, number of positives.
-    """
+def _as_similarity(total, scale):
+    """A log-sum-exp as the similarity that has it for a logit, and what rounding left, in log2."""
+    # Differences from it are taken of similarities: close to it, where weights are large, exactly.
+    wide = scale.to(tl.float64)
+    high = (total / wide).to(tl.float32)
+    rest = tl.where(total == -float("inf"), 0.0, total - high.to(tl.float64) * wide)
+    return high, rest.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def _prepare(stats_ptr, side_ptr, i, count, scale):
     here = i < count
     stack = count.to(tl.int64)
     negative = tl.load(stats_ptr + i, mask=here, other=0.0)
@@ -22,80 +33,135 @@ def _load_side(stats_ptr, i, count):
     pairs = tl.load(stats_ptr + 2 * stack + i, mask=here, other=1.0).to(tl.float32)
     gap = (negative - positive).to(tl.float32)
     rest = _log1p(tl.exp(-tl.abs(gap)))
-    total = tl.maximum(negative, positive) + rest.to(negative.dtype)
-    high = total.to(tl.float32)
-    low = (total - high.to(total.dtype)).to(tl.float32)
-    share = tl.exp(-tl.maximum(gap, 0.0) - rest)  # of the positives
-    lost = tl.exp(tl.minimum(gap, 0.0) - rest)  # of the negatives
-    high_positive = positive.to(tl.float32)
-    low_positive = (positive - high_positive.to(positive.dtype)).to(tl.float32)
-    return high, low, share, lost, high_positive, low_positive, pairs
+    total, total_rest = _as_similarity(tl.maximum(negative, positive) + rest.to(tl.float64), scale)
+    high, high_rest = _as_similarity(positive, scale)
+    tl.store(side_ptr + i, total, mask=here)
+    tl.store(side_ptr + count + i, total_rest, mask=here)
+    tl.store(side_ptr + 2 * count + i, high, mask=here)
+    tl.store(side_ptr + 3 * count + i, high_rest, mask=here)
+    tl.store(side_ptr + 4 * count + i, tl.exp(-tl.maximum(gap, 0.0) - rest), mask=here)
+    tl.store(side_ptr + 5 * count + i, tl.exp(tl.minimum(gap, 0.0) - rest), mask=here)
+    tl.store(side_ptr + 6 * count + i, pairs, mask=here)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
+def _prepare_kernel(
+    rows_ptr, columns_ptr, temperature_ptr, row_side_ptr, column_side_ptr, num_rows, num_columns,
+    BOTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What the gradient needs of the statistics, in fp32."""
+    scale = 1.0 / tl.load(temperature_ptr)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    _prepare(rows_ptr, row_side_ptr, i, num_rows, scale)
+    if BOTH:
+        _prepare(columns_ptr, column_side_ptr, i, num_columns, scale)
 
 
 @triton.jit
-def _kept(logits, share, lost, high, low, pairs, label_smoothing):
-    """Weight of a positive: softmax less target, from the negatives' share."""
-    among = tl.exp(tl.minimum(logits - high - low, 0.0))
-    among = tl.where(pairs == 1.0, 1.0, among)
-    return share * (among - 1.0 / pairs) - (lost - label_smoothing) / pairs
+def _softmax(x, high, rest, rate):
+    """Share of similarities in the sum that was made a similarity."""
+    return tl.exp2(tl.minimum((x - high) * rate - rest, 0.0))
+
+
+@triton.jit
+def _kept(x, side_ptr, i, count, rate, label_smoothing, COLUMN: tl.constexpr, ONE: tl.constexpr):
+    """Weights of positives: softmax less target, from the negatives' share; ONE: of a row's one."""
+    if ONE:
+        kept = tl.expand_dims(label_smoothing - tl.load(side_ptr + 5 * count + i), COLUMN)
+    else:
+        high = tl.expand_dims(tl.load(side_ptr + 2 * count + i), COLUMN)
+        rest = tl.expand_dims(tl.load(side_ptr + 3 * count + i), COLUMN)
+        share = tl.expand_dims(tl.load(side_ptr + 4 * count + i), COLUMN)
+        lost = tl.expand_dims(tl.load(side_ptr + 5 * count + i), COLUMN)
+        pairs = tl.expand_dims(tl.load(side_ptr + 6 * count + i), COLUMN)
+        among = tl.where(pairs == 1.0, 1.0, _softmax(x, high, rest, rate))
+        # One product and one sum a pair: the rest is of the row.
+        kept = share * among - (share + lost - label_smoothing) / pairs
+    return kept
 
 
 @triton.jit
 def _sweep(
     a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, of_a_ptr, of_b_ptr, grad_ptr, scale, shift, factor,
-    label_smoothing, smoothing, centre, a_count, b_count, a_step, b_step, dim,
+    label_smoothing, smoothing, centre, a_count, b_count, each, a_step, b_step, dim,
     A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, SLICE: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """One slice of dims of the gradient of some rows of a; sum of weight times similarity."""
-    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    """One slice of dims of the gradient of some rows of a, from one split of the rows of b.
+
+    Returns the sum of weight times similarity.
+    """
+    first = tl.program_id(0) * ROWS
+    a = first + tl.arange(0, ROWS)
+    a_safe = tl.minimum(a, a_count - 1)
+    slices = tl.cdiv(dim, SLICE)
+    split = tl.program_id(2) // slices
+    d = tl.program_id(2) % slices * SLICE + tl.arange(0, SLICE)
+    chunk = tl.arange(0, CHUNK)
+    rate = scale * LOG2_E
     grad = tl.zeros([ROWS, SLICE], tl.float32)
     by_scale = tl.zeros([ROWS], tl.float32)
     if A:
-        high, low, share, lost, high_pos, low_pos, pairs = _load_side(of_a_ptr, a, a_count)
-    for start in range(0, b_count, COLUMNS):
+        high = tl.load(of_a_ptr + a_safe)
+        rest = tl.load(of_a_ptr + a_count + a_safe)
+    left = a
+    if WHOLE:
+        left = _rows(a_ptr, a, a_count, a_step, chunk, dim, EVEN)
+    begin = split * each * COLUMNS
+    for start in range(begin, tl.minimum(begin + each * COLUMNS, b_count), COLUMNS):
         b = start + tl.arange(0, COLUMNS)
-        x = _dots(a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim, ROWS, COLUMNS, CHUNK)
-        same = _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-        logits = x * scale
-        weight = tl.zeros([ROWS, COLUMNS], tl.float32)
-        kept = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if A:
-            weight += tl.exp(tl.minimum(logits - high[:, None] - low[:, None], 0.0))
-            kept += _kept(
-                logits, share[:, None], lost[:, None], high_pos[:, None], low_pos[:, None],
-                pairs[:, None], label_smoothing,
-            )  # fmt: skip
+        b_safe = tl.minimum(b, b_count - 1)
         if B:
-            b_high, b_low, b_share, b_lost, b_high_pos, b_low_pos, b_pairs = _load_side(
-                of_b_ptr, b, b_count
-            )
-            weight += tl.exp(tl.minimum(logits - b_high[None, :] - b_low[None, :], 0.0))
-            kept += _kept(
-                logits, b_share[None, :], b_lost[None, :], b_high_pos[None, :],
-                b_low_pos[None, :], b_pairs[None, :], label_smoothing,
-            )  # fmt: skip
-        exists = (a < a_count)[:, None] & (b < b_count)[None, :]
-        weight = tl.where(exists, tl.where(same, kept, weight) - smoothing, 0.0)
+            b_high = tl.load(of_b_ptr + b_safe)
+            b_rest = tl.load(of_b_ptr + b_count + b_safe)
+        right = b
+        if WHOLE:
+            right = _rows(b_ptr, b, b_count, b_step, chunk, dim, EVEN)
+        x = _products(
+            left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        if A and B:
+            weight = _softmax(x, high[:, None], rest[:, None], rate)
+            weight += _softmax(x, b_high[None, :], b_rest[None, :], rate)
+        elif A:
+            weight = _softmax(x, high[:, None], rest[:, None], rate)
+        else:
+            weight = _softmax(x, b_high[None, :], b_rest[None, :], rate)
+        special = _special(start, first, shift, b_count, ROWS, COLUMNS)
+        if a_ids_ptr is not None:
+            special = True
+        if special:
+            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
+            one: tl.constexpr = a_ids_ptr is None
+            kept = tl.zeros([ROWS, COLUMNS], tl.float32)
+            if A:
+                kept += _kept(x, of_a_ptr, a_safe, a_count, rate, label_smoothing, 1, one)
+            if B:
+                kept += _kept(x, of_b_ptr, b_safe, b_count, rate, label_smoothing, 0, one)
+            weight = tl.where(same, kept, weight)
+            weight = tl.where((b < b_count)[None, :], weight - smoothing, 0.0)
+        else:
+            weight -= smoothing
         by_scale += tl.sum(weight * (x - centre), axis=1)
-        right = _load(b_ptr, b, b_count, b_step, d, dim)
-        grad += tl.dot(weight.to(right.dtype), right, input_precision="ieee")
-    tl.store(
-        grad_ptr + a.to(tl.int64)[:, None] * dim + d[None, :],
-        (grad * factor * scale).to(grad_ptr.dtype.element_ty),
-        mask=(a < a_count)[:, None] & (d < dim)[None, :],
-    )
-    return tl.sum(by_scale, axis=0)
+        if WHOLE and CHUNK == SLICE:
+            values = right
+        else:
+            values = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
+        grad = tl.dot(weight.to(values.dtype), values, grad, input_precision="ieee")
+    to = grad_ptr + (split * a_count.to(tl.int64) + a)[:, None] * dim + d[None, :]
+    here = (a < a_count)[:, None] & (d < dim)[None, :]
+    tl.store(to, (grad * (factor * scale)).to(grad_ptr.dtype.element_ty), mask=here)
+    return tl.sum(tl.where(a < a_count, by_scale, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["first_row", *_SIZES])
+@triton.jit(do_not_specialize=["first_row", "row_each", "column_each", *_SIZES])
 def _gradient_kernel(
     grad_loss_ptr, query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, rows_ptr,
-    columns_ptr, grad_query_ptr, grad_key_ptr, parts_ptr, label_smoothing, first_row,
-    a_count, b_count, query_step, key_step, dim,
-    BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    SLICE: tl.constexpr, CENTRE: tl.constexpr,
+    columns_ptr, row_side_ptr, column_side_ptr, grad_query_ptr, grad_key_ptr, parts_ptr,
+    label_smoothing, first_row, a_count, b_count, row_each, column_each, query_step, key_step,
+    dim, BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries or, on the second axis of the grid, of keys."""
     scale = 1.0 / tl.load(temperature_ptr)
@@ -114,33 +180,54 @@ def _gradient_kernel(
     same = tl.load(stats_ptr + 3 * count.to(tl.int64) + i, mask=i < count, other=0.0)
     centre = (tl.sum(same, axis=0) / tl.sum(pairs, axis=0)).to(tl.float32)
     factor += centre * 0.0  # NaN where the forward found a similarity that is no logit
+    slices = tl.cdiv(dim, SLICE)
+    split = tl.program_id(2) // slices
     if tl.program_id(1) == 0:
-        if tl.program_id(0) * ROWS < a_count:
+        if (tl.program_id(0) * ROWS < a_count) & (split * row_each * COLUMNS < b_count):
             part = _sweep(
-                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, rows_ptr, columns_ptr,
+                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, row_side_ptr, column_side_ptr,
                 grad_query_ptr, scale, first_row, factor, label_smoothing, smoothing, centre,
-                a_count, b_count, query_step, key_step, dim,
-                True, BOTH, ROWS, COLUMNS, CHUNK, SLICE,
+                a_count, b_count, row_each, query_step, key_step, dim,
+                True, BOTH, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
             )  # fmt: skip
-            if tl.program_id(2) == 0:
-                tl.store(parts_ptr + tl.program_id(0), part * factor * scale * scale)
+            if tl.program_id(2) % slices == 0:
+                to = split * tl.cdiv(a_count, ROWS) + tl.program_id(0)
+                tl.store(parts_ptr + to, part * factor * scale * scale)
     else:
-        _sweep(
-            key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, columns_ptr, rows_ptr,
-            grad_key_ptr, scale, -first_row, factor, label_smoothing, smoothing, centre,
-            b_count, a_count, key_step, query_step, dim,
-            BOTH, True, ROWS, COLUMNS, CHUNK, SLICE,
-        )  # fmt: skip
+        if (tl.program_id(0) * ROWS < b_count) & (split * column_each * COLUMNS < a_count):
+            _sweep(
+                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, column_side_ptr, row_side_ptr,
+                grad_key_ptr, scale, -first_row, factor, label_smoothing, smoothing, centre,
+                b_count, a_count, column_each, key_step, query_step, dim,
+                BOTH, True, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
-def _sum_kernel(parts_ptr, out_ptr, count, TILE: tl.constexpr):
-    """Minus the sum of the parts, by one program."""
+@triton.jit
+def _add(parts_ptr, out_ptr, i, size, splits, TILE: tl.constexpr):
+    """Sum of the splits, in their order."""
     found = tl.zeros([TILE], tl.float32)
-    for start in range(0, count, TILE):
-        i = start + tl.arange(0, TILE)
-        found += tl.load(parts_ptr + i, mask=i < count, other=0.0)
-    tl.store(out_ptr, -tl.sum(found, axis=0))
+    for split in range(splits):
+        found += tl.load(parts_ptr + split * size + i, mask=i < size, other=0.0)
+    tl.store(out_ptr + i, found.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@triton.jit(do_not_specialize=["count", "row_splits", "column_splits"])
+def _sum_kernel(
+    parts_ptr, out_ptr, count, row_parts_ptr, column_parts_ptr, grad_query_ptr, grad_key_ptr,
+    row_size, column_size, row_splits, column_splits, SPLIT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Gradients from those of the splits; by the first program, the temperature's."""
+    if SPLIT:
+        at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        _add(row_parts_ptr, grad_query_ptr, at, row_size, row_splits, TILE)
+        _add(column_parts_ptr, grad_key_ptr, at, column_size, column_splits, TILE)
+    if tl.program_id(0) == 0:
+        found = tl.zeros([TILE], tl.float32)
+        for start in range(0, count, TILE):
+            i = start + tl.arange(0, TILE)
+            found += tl.load(parts_ptr + i, mask=i < count, other=0.0)
+        tl.store(out_ptr, -tl.sum(found, axis=0))
 
 
 def info_nce_backward(
@@ -165,17 +252,35 @@ def info_nce_backward(
     tile = contrast_tile(
         "backward", dim, max(queries, keys), query.dtype, device_arch(query.device)
     )
-    parts = query.new_empty(cdiv(queries, tile.rows), dtype=torch.float32)
-    grid = (cdiv(max(queries, keys), tile.rows), 2, cdiv(dim, tile.slice))
+    both, slices = columns.numel() > 0, cdiv(dim, tile.slice)
+    blocks = cdiv(max(queries, keys), tile.rows)
+    row_splits, row_each = tile.splits(2 * blocks * slices, keys)
+    column_splits, column_each = tile.splits(2 * blocks * slices, queries)
+    splits = max(row_splits, column_splits)
+    split_query, split_key = grad_query, grad_key
+    if splits > 1:
+        split_query = query.new_empty(row_splits, queries, dim, dtype=torch.float32)
+        split_key = query.new_empty(column_splits, keys, dim, dtype=torch.float32)
+    row_side = query.new_empty(SIDES.value, queries, dtype=torch.float32)
+    column_side = query.new_empty(SIDES.value, keys if both else 0, dtype=torch.float32)
+    parts = query.new_empty(row_splits * cdiv(queries, tile.rows), dtype=torch.float32)
+    together = min(128, next_pow2(max(queries, keys)))
+    adding = cdiv(max(queries, keys) * dim, 1024) if splits > 1 else 1
     with on_device(query):
-        _gradient_kernel[grid](
-            grad_loss, query, key, temperature, query_ids, key_ids, rows, columns,
-            grad_query, grad_key, parts, label_smoothing, first_row,
-            queries, keys, query.stride(0), key.stride(0), dim,
-            BOTH=columns.numel() > 0, ROWS=tile.rows, COLUMNS=tile.columns, CHUNK=tile.chunk,
-            SLICE=tile.slice, CENTRE=CENTRE_ROWS, **tile.options,
+        _prepare_kernel[(cdiv(max(queries, keys), together),)](
+            rows, columns, temperature, row_side, column_side, queries, keys,
+            BOTH=both, TILE=together, **launch_options(),
         )  # fmt: skip
-        _sum_kernel[(1,)](
-            parts, grad_temperature, parts.shape[0], TILE=256, **launch_options()
+        _gradient_kernel[(blocks, 2, splits * slices)](
+            grad_loss, query, key, temperature, query_ids, key_ids, rows, columns, row_side,
+            column_side, split_query, split_key, parts, label_smoothing, first_row,
+            queries, keys, row_each, column_each, query.stride(0), key.stride(0), dim,
+            BOTH=both, ROWS=tile.rows, COLUMNS=tile.columns, SLICE=tile.slice,
+            CENTRE=CENTRE_ROWS, **tile.dims(dim), **tile.options,
+        )  # fmt: skip
+        _sum_kernel[(adding,)](
+            parts, grad_temperature, parts.shape[0], split_query, split_key, grad_query, grad_key,
+            queries * dim, keys * dim, row_splits, column_splits,
+            SPLIT=splits > 1, TILE=1024, **launch_options(),
         )  # fmt: skip
     return grad_query, grad_key, grad_temperature

@@ -4,8 +4,8 @@ Tiling. A program owns `ROWS` queries and one of the splits of the candidates, w
 tiles of `COLUMNS`: the batch's, then the queue's. It follows the softmax sums of the negatives, of
 student and teacher, and with them the sums of the candidates that they weigh, `SLICE` dims of
 them; where D is larger, the third axis of the grid is the slice. A second kernel puts the splits
-together, adds the positives, of which there are few, and writes the gradient; a third, one program,
-the loss and the temperature's gradient. Three launches at every size.
+together, a program a row; a third adds the positives, of which there are few, and writes the
+gradient; a fourth, one program, the loss and the temperature's gradient.
 
 Work and traffic, U = 2 B (B + Q) D: 2 U, twice that with a teacher, for D of one slice. Candidates
 are read once per tile of queries, the queue of a small batch once; partial sums are written and
@@ -25,8 +25,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOGIT_LIMIT, _dots, _load, _log1p
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+from .info_nce import LOGIT_LIMIT, _log1p, _products, _rows
+from .tiles import (
+    ContrastPass,
+    cdiv,
+    contrast_tile,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
 _SIZES = ["rows", "queue_rows", "splits", "each"]
 
@@ -39,8 +47,8 @@ def _own(
     x = tl.zeros([ROWS], tl.float32)
     for start in range(0, dim, CHUNK):
         d = start + tl.arange(0, CHUNK)
-        left = _load(a_ptr, a, rows, a_step, d, dim)
-        right = _load(key_ptr, a, rows, key_step, d, dim)
+        left = _rows(a_ptr, a, rows, a_step, d, dim, False)
+        right = _rows(key_ptr, a, rows, key_step, d, dim, False)
         x += tl.sum(left.to(tl.float32) * right.to(tl.float32), axis=1)
     return x
 
@@ -78,15 +86,6 @@ def _candidates(
 
 
 @triton.jit
-def _logits(x, centre, scale):
-    """Logits less that of the own pair, taken as two floats: one is too few where it is large."""
-    own = centre.to(tl.float64) * scale.to(tl.float64)
-    high = own.to(tl.float32)
-    low = (own - high.to(tl.float64)).to(tl.float32)
-    return x * scale - high[:, None] - low[:, None]
-
-
-@triton.jit
 def _usable(x, scale):
     """Similarities, NaN where one is too large for a logit: it stays in every sum."""
     return tl.where(tl.abs(x) * scale < LOGIT_LIMIT, x, float("nan"))
@@ -110,27 +109,35 @@ def _sweep_kernel(
     queue_ids_ptr, sums_ptr, stats_ptr, rows, queue_rows, splits, each,
     query_step, key_step, queue_step, teacher_step, dim,
     GRADIENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    SLICE: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Softmax sums of some queries over the negatives of one split."""
-    a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    a = first + tl.arange(0, ROWS)
     split = tl.program_id(1)
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     temperature = tl.load(temperature_ptr)
     infinity = float("inf")
     usable = (temperature > 0) & (temperature < infinity)
     scale = tl.where(usable, 1.0 / temperature, float("nan"))
-    centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, CHUNK)
+    near: tl.constexpr = min(CHUNK, 64)
+    centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, near)
+    left = a
+    if WHOLE:
+        left = _rows(query_ptr, a, rows, query_step, tl.arange(0, CHUNK), dim, EVEN)
+    size = tl.abs(centre)
     most = tl.full([ROWS], -infinity, tl.float32)
-    total = _usable(centre, scale) * 0.0
+    total = centre * 0.0
     moment = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, SLICE], tl.float32)
     if teacher_ptr is not None:
-        taught_centre = _own(
-            teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, CHUNK
-        )
+        taught_centre = _own(teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, near)
+        taught = a
+        if WHOLE:
+            taught = _rows(teacher_ptr, a, rows, teacher_step, tl.arange(0, CHUNK), dim, EVEN)
+        taught_size = tl.abs(taught_centre)
         taught_most = tl.full([ROWS], -infinity, tl.float32)
-        taught_total = _usable(taught_centre, scale) * 0.0
+        taught_total = taught_centre * 0.0
         taught_moment = tl.zeros([ROWS], tl.float32)
         taught_sums = tl.zeros([ROWS, SLICE], tl.float32)
     tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
@@ -138,32 +145,43 @@ def _sweep_kernel(
         queued, b_ptr, b_step, b, count = _candidates(
             key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
         )
-        x = _dots(
-            query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim, ROWS, COLUMNS, CHUNK
-        )
-        x = _usable(x, scale)
+        right = b
+        if WHOLE:
+            right = _rows(b_ptr, b, count, b_step, tl.arange(0, CHUNK), dim, EVEN)
+        x = _products(
+            left, right, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
         same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
         negative = (b < count)[None, :] & (same == 0)
         similarity = tl.where(negative, x - centre[:, None], 0.0)
-        logits = tl.where(negative, _logits(x, centre, scale), -infinity)
+        logits = tl.where(negative, similarity * scale, -infinity)
         most, total, moment, weights, shrink = _weigh(most, total, moment, logits, similarity)
         if GRADIENTS:
-            values = _load(b_ptr, b, count, b_step, d, dim)
+            if WHOLE and CHUNK == SLICE:
+                values = right
+            else:
+                values = _rows(b_ptr, b, count, b_step, d, dim, EVEN)
             sums = sums * shrink[:, None]
-            sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
         if teacher_ptr is not None:
-            y = _dots(
-                teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                ROWS, COLUMNS, CHUNK,
+            y = _products(
+                taught, right, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                CHUNK, WHOLE, EVEN,
             )  # fmt: skip
-            y = _usable(y, scale)
-            logits = tl.where(negative, _logits(y, taught_centre, scale), -infinity)
+            taught_size = tl.maximum(taught_size, tl.max(tl.abs(y), axis=1))
+            logits = tl.where(negative, (y - taught_centre[:, None]) * scale, -infinity)
             taught_most, taught_total, taught_moment, weights, shrink = _weigh(
                 taught_most, taught_total, taught_moment, logits, similarity
             )
             if GRADIENTS:
                 taught_sums = taught_sums * shrink[:, None]
-                taught_sums += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+                taught_sums = tl.dot(
+                    weights.to(values.dtype), values, taught_sums, input_precision="ieee"
+                )
+    # Similarities that are no logits make all NaN.
+    total = tl.where(size * scale < LOGIT_LIMIT, total, float("nan"))
     exists = a < rows
     kinds: tl.constexpr = 1 if teacher_ptr is None else 2
     part = split * kinds * rows.to(tl.int64)
@@ -172,6 +190,7 @@ def _sweep_kernel(
         tl.store(stats_ptr + 3 * part + rows + a, total, mask=exists)
         tl.store(stats_ptr + 3 * part + 2 * rows + a, moment, mask=exists)
         if teacher_ptr is not None:
+            taught_total = tl.where(taught_size * scale < LOGIT_LIMIT, taught_total, float("nan"))
             other = 3 * (part + rows)
             tl.store(stats_ptr + other + a, taught_most, mask=exists)
             tl.store(stats_ptr + other + rows + a, taught_total, mask=exists)
@@ -184,21 +203,51 @@ def _sweep_kernel(
             tl.store(sums_ptr + to + rows.to(tl.int64) * dim, taught_sums, mask=here)
 
 
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _merge_kernel(
+    sums_ptr, stats_ptr, all_sums_ptr, all_stats_ptr, rows, splits, dim, GRADIENTS: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """One row's sums of all splits, and one slice of its dims: as if there had been one split."""
+    a, kind, kinds = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    split = tl.arange(0, SPLITS)
+    here = split < splits
+    part = stats_ptr + 3 * (split * kinds + kind) * rows.to(tl.int64) + a
+    own = tl.load(part, mask=here, other=-float("inf"))
+    most = tl.max(own, axis=0)
+    offset = tl.where(most == -float("inf"), 0.0, most)
+    weight = tl.exp(own - offset)
+    if tl.program_id(2) == 0:
+        to = all_stats_ptr + 3 * kind * rows.to(tl.int64) + a
+        total = tl.load(part + rows, mask=here, other=0.0)
+        moment = tl.load(part + 2 * rows, mask=here, other=0.0)
+        tl.store(to, most)
+        tl.store(to + rows, tl.sum(weight * total, axis=0))
+        tl.store(to + 2 * rows, tl.sum(weight * moment, axis=0))
+    if GRADIENTS:
+        d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+        found = tl.zeros([SLICE], tl.float32)
+        for start in range(0, splits, TILE):
+            some = start + tl.arange(0, TILE)
+            row = (some * kinds + kind) * rows.to(tl.int64)
+            large = tl.load(stats_ptr + 3 * row + a, mask=some < splits, other=-float("inf"))
+            values = tl.load(
+                sums_ptr + (row + a)[:, None] * dim + d[None, :],
+                mask=(some < splits)[:, None] & (d < dim)[None, :],
+                other=0.0,
+            )
+            found += tl.sum(tl.exp(large - offset)[:, None] * values, axis=0)
+        to = all_sums_ptr + (kind * rows.to(tl.int64) + a) * dim + d
+        tl.store(to, found, mask=d < dim)
+
+
 @triton.jit
-def _merge(stats_ptr, a, rows, splits, KIND: tl.constexpr, KINDS: tl.constexpr, ROWS: tl.constexpr):
-    """Maximum, sum and mean similarity of the negatives, from all splits."""
-    most = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    moment = tl.zeros([ROWS], tl.float32)
-    for split in range(0, splits):
-        part = stats_ptr + 3 * (split * KINDS + KIND) * rows.to(tl.int64) + a
-        here = tl.load(part, mask=a < rows, other=-float("inf"))
-        now = tl.maximum(most, here)
-        offset = tl.where(now == -float("inf"), 0.0, now)
-        before, after = tl.exp(most - offset), tl.exp(here - offset)
-        total = total * before + after * tl.load(part + rows, mask=a < rows, other=0.0)
-        moment = moment * before + after * tl.load(part + 2 * rows, mask=a < rows, other=0.0)
-        most = now
+def _sums(stats_ptr, a, rows, KIND: tl.constexpr):
+    """Maximum, sum and mean similarity of the negatives."""
+    part = stats_ptr + 3 * KIND * rows.to(tl.int64) + a
+    most = tl.load(part, mask=a < rows, other=-float("inf"))
+    total = tl.load(part + rows, mask=a < rows, other=0.0)
+    moment = tl.load(part + 2 * rows, mask=a < rows, other=0.0)
     return most, total, moment / tl.where(total == 0, 1.0, total)
 
 
@@ -225,11 +274,11 @@ def _among(logits, lse, one):
     return tl.where(one, 1.0, shares)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["rows", "queue_rows"])
 def _combine_kernel(
     query_ptr, key_ptr, queue_ptr, teacher_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr,
     queue_ids_ptr, sums_ptr, stats_ptr, grad_ptr, losses_ptr, moments_ptr, alpha,
-    rows, queue_rows, splits, each, query_step, key_step, queue_step, teacher_step, dim,
+    rows, queue_rows, query_step, key_step, queue_step, teacher_step, dim,
     GRADIENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +287,6 @@ def _combine_kernel(
     d = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     scale = 1.0 / tl.load(temperature_ptr)
     infinity = float("inf")
-    kinds: tl.constexpr = 1 if teacher_ptr is None else 2
     exists = a < rows
     tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
 
@@ -268,33 +316,33 @@ def _combine_kernel(
             )
             same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
             if tl.max(same.to(tl.int32)) != 0:
-                x = _dots(
-                    query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
-                    ROWS, COLUMNS, CHUNK,
+                x = _products(
+                    a, b, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                    CHUNK, False, False,
                 )  # fmt: skip
                 x = _usable(x, scale)
                 other = (a[:, None] != b[None, :]) | queued
                 similarity = tl.where(same & other, x - centre[:, None], 0.0)
                 pairs += tl.sum(same.to(tl.float32), axis=1)
                 same_sum += tl.sum(similarity, axis=1)
-                logits = tl.where(other, _logits(x, centre, scale), 0.0)
+                logits = tl.where(other, (x - centre[:, None]) * scale, 0.0)
                 positive_most, positive_total, positive_moment, _, _ = _weigh(
                     positive_most, positive_total, positive_moment,
                     tl.where(same, logits, -infinity), similarity,
                 )  # fmt: skip
                 if teacher_ptr is not None:
-                    y = _dots(
-                        teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                        ROWS, COLUMNS, CHUNK,
+                    y = _products(
+                        a, b, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                        CHUNK, False, False,
                     )  # fmt: skip
                     y = _usable(y, scale)
-                    logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
+                    logits = tl.where(other, (y - taught_centre[:, None]) * scale, 0.0)
                     taught_pos_most, taught_pos_total, taught_pos_moment, _, _ = _weigh(
                         taught_pos_most, taught_pos_total, taught_pos_moment,
                         tl.where(same, logits, -infinity), similarity,
                     )  # fmt: skip
 
-    most, total, mean = _merge(stats_ptr, a, rows, splits, 0, kinds, ROWS)
+    most, total, mean = _sums(stats_ptr, a, rows, 0)
     lse, lost, positive = _shares(most, total, positive_most, positive_total)
     hard = tl.where(pairs > 0, 1.0 - alpha, 0.0)
     every = hard + alpha
@@ -303,7 +351,7 @@ def _combine_kernel(
     loss = every.to(tl.float64) * lse - (hard * scale).to(tl.float64) * mean_same.to(tl.float64)
     moment = every * lost * mean
     if teacher_ptr is not None:
-        taught_most, taught_total, taught_mean = _merge(stats_ptr, a, rows, splits, 1, kinds, ROWS)
+        taught_most, taught_total, taught_mean = _sums(stats_ptr, a, rows, 1)
         _, taught_lost, taught_pos = _shares(
             taught_most, taught_total, taught_pos_most, taught_pos_total
         )
@@ -314,25 +362,18 @@ def _combine_kernel(
 
     if GRADIENTS:
         here = exists[:, None] & (d < dim)[None, :]
-        grad = tl.zeros([ROWS, SLICE], tl.float32)
-        size = rows.to(tl.int64)
-        for split in range(0, splits):
-            part = split * kinds * size
-            own = tl.load(stats_ptr + 3 * part + a, mask=exists, other=-infinity)
-            weight = every * lost * tl.exp(own - tl.where(most == -infinity, 0.0, most))
-            weight /= tl.where(total == 0, 1.0, total)
-            to = (part + a)[:, None] * dim + d[None, :]
-            grad += weight[:, None] * tl.load(sums_ptr + to, mask=here, other=0.0)
-            if teacher_ptr is not None:
-                own = tl.load(stats_ptr + 3 * (part + size) + a, mask=exists, other=-infinity)
-                weight = tl.exp(own - tl.where(taught_most == -infinity, 0.0, taught_most))
-                weight *= alpha * taught_lost / tl.where(taught_total == 0, 1.0, taught_total)
-                grad -= weight[:, None] * tl.load(sums_ptr + to + size * dim, mask=here, other=0.0)
+        to = a.to(tl.int64)[:, None] * dim + d[None, :]
+        share = every * lost / tl.where(total == 0, 1.0, total)
+        grad = share[:, None] * tl.load(sums_ptr + to, mask=here, other=0.0)
+        if teacher_ptr is not None:
+            share = alpha * taught_lost / tl.where(taught_total == 0, 1.0, taught_total)
+            to += rows.to(tl.int64) * dim
+            grad -= share[:, None] * tl.load(sums_ptr + to, mask=here, other=0.0)
         if query_ids_ptr is None:
             weight = -lost
             if teacher_ptr is not None:
                 weight += alpha * taught_lost
-            own = _load(key_ptr, a, rows, key_step, d, dim)
+            own = _rows(key_ptr, a, rows, key_step, d, dim, False)
             grad += weight[:, None] * own.to(tl.float32)
         else:
             for tile in range(0, tiles):
@@ -341,29 +382,29 @@ def _combine_kernel(
                 )
                 same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
                 if tl.max(same.to(tl.int32)) != 0:
-                    x = _dots(
-                        query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
-                        ROWS, COLUMNS, CHUNK,
+                    x = _products(
+                        a, b, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+                        CHUNK, False, False,
                     )  # fmt: skip
                     other = (a[:, None] != b[None, :]) | queued
                     similarity = tl.where(other, x - centre[:, None], 0.0)
                     one = (pairs == 1.0)[:, None]
-                    logits = tl.where(other, _logits(x, centre, scale), 0.0)
+                    logits = tl.where(other, (x - centre[:, None]) * scale, 0.0)
                     among = _among(logits, positive, one)
                     kept = among - (hard / tl.where(pairs == 0, 1.0, pairs))[:, None]
                     weight = -lost[:, None] * among
                     if teacher_ptr is not None:
-                        y = _dots(
-                            teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                            ROWS, COLUMNS, CHUNK,
+                        y = _products(
+                            a, b, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                            CHUNK, False, False,
                         )  # fmt: skip
-                        logits = tl.where(other, _logits(y, taught_centre, scale), 0.0)
+                        logits = tl.where(other, (y - taught_centre[:, None]) * scale, 0.0)
                         among = _among(logits, taught_pos, one)
                         kept -= alpha * among
                         weight += alpha * taught_lost[:, None] * among
                     weight = tl.where(same, weight + tl.where(one, 0.0, kept), 0.0)
                     moment += tl.sum(weight * similarity, axis=1)
-                    values = _load(b_ptr, b, count, b_step, d, dim)
+                    values = _rows(b_ptr, b, count, b_step, d, dim, False)
                     grad += tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         to = a.to(tl.int64)[:, None] * dim + d[None, :]
         tl.store(grad_ptr + to, grad * (scale / rows), mask=here)
@@ -403,13 +444,11 @@ def queue_info_nce(
     """Launch the three kernels; see the schema in `svitt_ops.queue_info_nce`."""
     rows, dim = query.shape
     arch = device_arch(query.device)
-    tile = contrast_tile("queue", dim, rows, query.dtype, arch)
+    which: ContrastPass = "queue" if teacher_query is None else "taught_queue"
+    tile = contrast_tile(which, dim, rows, query.dtype, arch)
     slices = cdiv(dim, tile.slice) if gradients else 1
     tiles = cdiv(rows, tile.columns) + cdiv(queue.shape[0], tile.columns)
-    # Two programs for each of an H100's multiprocessors.
-    wanted = 3 if arch == 0 else cdiv(264, cdiv(rows, tile.rows) * slices)
-    each = cdiv(tiles, min(wanted, tiles))
-    splits = cdiv(tiles, each)
+    splits, each = tile.splits(cdiv(rows, tile.rows) * slices, tiles * tile.columns)
     kinds = 1 if teacher_query is None else 2
     new = dict(dtype=torch.float32)
     stats = query.new_empty(splits, kinds, 3, rows, **new)
@@ -417,23 +456,33 @@ def queue_info_nce(
     losses, moments = query.new_empty(2, rows, **new)
     loss, grad_temperature = query.new_empty((), **new), query.new_empty((), **new)
     grad = query.new_empty(rows if gradients else 0, dim, **new)
-    inputs = (
-        query, key, queue, teacher_query, temperature, query_ids, key_ids, queue_ids, sums, stats
-    )  # fmt: skip
-    sizes = (
-        rows, queue.shape[0], splits, each, query.stride(0), key.stride(0), queue.stride(0),
+    all_stats, all_sums = stats, sums
+    if splits > 1:
+        all_stats, all_sums = torch.empty_like(stats[:1]), torch.empty_like(sums[:1])
+    inputs = (query, key, queue, teacher_query, temperature, query_ids, key_ids, queue_ids)
+    steps = (
+        query.stride(0), key.stride(0), queue.stride(0),
         0 if teacher_query is None else teacher_query.stride(0), dim,
     )  # fmt: skip
     combine = contrast_tile("combine", dim, rows, query.dtype, arch)
     parts = cdiv(dim, combine.slice) if gradients else 1
     with on_device(query):
         _sweep_kernel[(cdiv(rows, tile.rows), splits, slices)](
-            *inputs, *sizes, GRADIENTS=gradients, ROWS=tile.rows, COLUMNS=tile.columns,
-            CHUNK=tile.chunk, SLICE=tile.slice, **tile.options,
+            *inputs, sums, stats, rows, queue.shape[0], splits, each, *steps, GRADIENTS=gradients,
+            ROWS=tile.rows, COLUMNS=tile.columns, SLICE=tile.slice, **tile.dims(dim),
+            **tile.options,
         )  # fmt: skip
+        if splits > 1:
+            width = min(next_pow2(dim), 128)
+            _merge_kernel[(rows, kinds, cdiv(dim, width) if gradients else 1)](
+                sums, stats, all_sums, all_stats, rows, splits, dim, GRADIENTS=gradients,
+                SPLITS=next_pow2(splits), TILE=min(next_pow2(splits), 32), SLICE=width,
+                **launch_options(),
+            )  # fmt: skip
         _combine_kernel[(cdiv(rows, combine.rows), parts)](
-            *inputs, grad, losses, moments, alpha, *sizes, GRADIENTS=gradients, ROWS=combine.rows,
-            COLUMNS=combine.columns, CHUNK=combine.chunk, SLICE=combine.slice, **combine.options,
+            *inputs, all_sums, all_stats, grad, losses, moments, alpha, rows, queue.shape[0],
+            *steps, GRADIENTS=gradients, ROWS=combine.rows, COLUMNS=combine.columns,
+            CHUNK=combine.chunk, SLICE=combine.slice, **combine.options,
         )  # fmt: skip
         _mean_kernel[(1,)](
             losses, moments, temperature, loss, grad_temperature, rows,

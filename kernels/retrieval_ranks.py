@@ -1,12 +1,14 @@
 """Retrieval ranks: how many keys beat the best positive, without the similarity matrix.
 
-Tiling. A program owns `ROWS` queries and walks the keys twice in tiles of `COLUMNS`: for the best
-positive (without ids only the tiles that can hold it), then to count what is above. A tile's dot
-products come from the same instructions both times, so that a key equal to the positive ties with
-it exactly.
+Tiling. A program owns `ROWS` queries and one of the splits of the keys, which it walks in tiles of
+`COLUMNS`. Without ids each program finds the best positive by itself, in the one or two tiles that
+can hold it; with ids a launch before finds it, split by split. A sum over the splits follows.
+A tile's dot products come from the same instructions wherever they are computed, so that a key
+equal to the positive ties with it exactly.
 
 Work and traffic: 2 B N D FLOP, twice that with ids; keys are read once or twice per program, from
-L2 where they fit it. Numerics: dot products accumulate in fp32, fp32 inputs without TF32.
+L2 where they fit it. Numerics: dot products accumulate in fp32, fp32 inputs without TF32. No
+atomics.
 
 Source: the retrieval protocol of ALBEF (Li et al., 2021).
 """
@@ -17,46 +19,83 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _dots, _positives
+from .info_nce import _products, _rows, _same
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
-@triton.jit(do_not_specialize=["a_count", "b_count"])
-def _ranks_kernel(
-    query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, out_ptr,
-    a_count, b_count, query_step, key_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit
+def _best_of(
+    best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count, b_count,
+    query_step, key_step, dim, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Ranks of some queries."""
+    """The largest finite product with a positive of a tile, or what was found before."""
+    b = start + tl.arange(0, COLUMNS)
+    right = b
+    if WHOLE:
+        right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
+    x = _products(
+        left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
+        CHUNK, WHOLE, EVEN,
+    )  # fmt: skip
+    same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+    same = same & (tl.abs(x) < float("inf"))
+    return tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
+
+
+@triton.jit(do_not_specialize=["a_count", "b_count", "each", "splits"])
+def _ranks_kernel(
+    query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, best_ptr, out_ptr,
+    a_count, b_count, each, splits, query_step, key_step, dim,
+    SEARCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Of some queries and one split of the keys, how many beat the best positive.
+
+    SEARCH: the best positive among them instead, for ids.
+    """
     first = tl.program_id(0) * ROWS
     a = first + tl.arange(0, ROWS)
-    if query_ids_ptr is None:
-        start = first // COLUMNS * COLUMNS
-        end = tl.minimum(first + ROWS, b_count)
-    else:
-        start = first * 0
-        end = b_count
+    split = tl.program_id(1)
+    begin = split * each * COLUMNS
+    end = tl.minimum(begin + each * COLUMNS, b_count)
+    to = split * a_count.to(tl.int64) + a
+    left = a
+    if WHOLE:
+        left = _rows(query_ptr, a, a_count, query_step, tl.arange(0, CHUNK), dim, EVEN)
     best = tl.full([ROWS], -float("inf"), tl.float32)
-    for tile in range(start, end, COLUMNS):
-        b = tile + tl.arange(0, COLUMNS)
-        x = _dots(
-            query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
-            ROWS, COLUMNS, CHUNK,
-        )  # fmt: skip
-        same = _positives(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
-        same = same & (tl.abs(x) < float("inf"))
-        best = tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
-    beaten = tl.zeros([ROWS], tl.int32)
-    for tile in range(0, b_count, COLUMNS):
-        b = tile + tl.arange(0, COLUMNS)
-        x = _dots(
-            query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
-            ROWS, COLUMNS, CHUNK,
-        )  # fmt: skip
-        # What is no number counts against the query.
-        lower = (x <= best[:, None]) & (x > -float("inf")) & (b < b_count)[None, :]
-        beaten += tl.sum(lower.to(tl.int32), axis=1)
-    tl.store(out_ptr + a, (b_count - beaten).to(tl.int64), mask=a < a_count)
+    if query_ids_ptr is None:
+        for start in range(first // COLUMNS * COLUMNS, tl.minimum(first + ROWS, b_count), COLUMNS):
+            best = _best_of(
+                best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
+                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+    elif SEARCH:
+        for start in range(begin, end, COLUMNS):
+            best = _best_of(
+                best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
+                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+        tl.store(best_ptr + to, best, mask=a < a_count)
+    else:
+        for other in range(splits):
+            at = best_ptr + other * a_count.to(tl.int64) + a
+            best = tl.maximum(best, tl.load(at, mask=a < a_count, other=0.0))
+    if not SEARCH:
+        beaten = tl.zeros([ROWS], tl.int32)
+        for start in range(begin, end, COLUMNS):
+            b = start + tl.arange(0, COLUMNS)
+            right = b
+            if WHOLE:
+                right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
+            x = _products(
+                left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step,
+                dim, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+            # What is no number counts against the query.
+            lower = (x <= best[:, None]) & (x > -float("inf")) & (b < b_count)[None, :]
+            beaten += tl.sum(lower.to(tl.int32), axis=1)
+        tl.store(out_ptr + to, tl.maximum(end - begin, 0) - beaten, mask=a < a_count)
 
 
 def retrieval_ranks(
@@ -67,14 +106,20 @@ def retrieval_ranks(
 ) -> torch.Tensor:
     """Launch the ranks; see the schema in `svitt_ops.retrieval_ranks`."""
     (queries, dim), keys = query.shape, key.shape[0]
-    found = query.new_empty(queries, dtype=torch.int64)
-    if queries == 0:
-        return found
-    tile = contrast_tile("forward", dim, queries, query.dtype, device_arch(query.device))
+    if queries == 0 or keys == 0:
+        return query.new_zeros(queries, dtype=torch.int64)
+    tile = contrast_tile("ranks", dim, queries, query.dtype, device_arch(query.device))
+    blocks = cdiv(queries, tile.rows)
+    splits, each = tile.splits(blocks, keys)
+    above = query.new_empty(splits, queries, dtype=torch.int32)
+    best = None
+    if query_ids is not None:
+        best = query.new_empty(splits, queries, dtype=torch.float32)
     with on_device(query):
-        _ranks_kernel[(cdiv(queries, tile.rows),)](
-            query, key, query_ids, key_ids, found,
-            queries, keys, query.stride(0), key.stride(0), dim,
-            ROWS=tile.rows, COLUMNS=tile.columns, CHUNK=tile.chunk, **tile.options,
-        )  # fmt: skip
-    return found
+        for search in (False,) if best is None else (True, False):
+            _ranks_kernel[(blocks, splits)](
+                query, key, query_ids, key_ids, best, above, queries, keys, each, splits,
+                query.stride(0), key.stride(0), dim, SEARCH=search, ROWS=tile.rows,
+                COLUMNS=tile.columns, **tile.dims(dim), **tile.options,
+            )  # fmt: skip
+        return above.sum(0)

@@ -18,21 +18,34 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _dots, _join, _limit, _positives
+from .info_nce import _limit, _products, _rows, _same
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
 @triton.jit
+def _join(most, total, logits):
+    """An online log-sum-exp takes in the logits of a tile."""
+    now = tl.maximum(most, tl.max(logits, axis=1))
+    offset = tl.where(now == -float("inf"), 0.0, now)
+    total = total * tl.exp(most - offset)
+    return now, total + tl.sum(tl.exp(logits - offset[:, None]), axis=1)
+
+
+@triton.jit
 def _negatives(
-    query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    left, query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Keys of a tile; logits, -inf where one is a positive, does not exist or has no logit."""
     b = start + tl.arange(0, COLUMNS)
-    x = _dots(
-        query_ptr, key_ptr, a, b, count, count, query_step, key_step, dim, ROWS, COLUMNS, CHUNK
-    )
-    same = _positives(ids_ptr, ids_ptr, a, b, count, count, 0)
+    right = b
+    if WHOLE:
+        right = _rows(key_ptr, b, count, key_step, tl.arange(0, CHUNK), dim, EVEN)
+    x = _products(
+        left, right, query_ptr, key_ptr, a, b, count, count, query_step, key_step, dim,
+        CHUNK, WHOLE, EVEN,
+    )  # fmt: skip
+    same = _same(ids_ptr, ids_ptr, a, b, count, count, 0)
     choice = (b < count)[None, :] & (same == 0) & (tl.abs(x) < limit)
     return b, tl.where(choice, x * scale, -float("inf"))
 
@@ -41,18 +54,22 @@ def _negatives(
 def _sample_kernel(
     query_ptr, key_ptr, temperature_ptr, ids_ptr, uniform_ptr, out_ptr,
     count, query_step, key_step, dim,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Samples for some queries."""
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    left = a
+    if WHOLE:
+        left = _rows(query_ptr, a, count, query_step, tl.arange(0, CHUNK), dim, EVEN)
     temperature = tl.load(temperature_ptr)
     scale, limit = 1.0 / temperature, _limit(temperature)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, count, COLUMNS):
         _, logits = _negatives(
-            query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
-            ROWS, COLUMNS, CHUNK,
+            left, query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale,
+            limit, COLUMNS, CHUNK, WHOLE, EVEN,
         )  # fmt: skip
         most, total = _join(most, total, logits)
     offset = tl.where(most == -float("inf"), 0.0, most)
@@ -64,8 +81,8 @@ def _sample_kernel(
     last = tl.full([ROWS], -1, tl.int32)
     for start in range(0, count, COLUMNS):
         b, logits = _negatives(
-            query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale, limit,
-            ROWS, COLUMNS, CHUNK,
+            left, query_ptr, key_ptr, ids_ptr, a, start, count, query_step, key_step, dim, scale,
+            limit, COLUMNS, CHUNK, WHOLE, EVEN,
         )  # fmt: skip
         weights = tl.exp(logits - offset[:, None])
         reached = before[:, None] + tl.cumsum(weights, axis=1)
@@ -91,11 +108,11 @@ def sample_hard_negatives(
     found = query.new_empty(count, dtype=torch.int64)
     if count == 0:
         return found
-    tile = contrast_tile("forward", dim, count, query.dtype, device_arch(query.device))
+    tile = contrast_tile("sample", dim, count, query.dtype, device_arch(query.device))
     with on_device(query):
         _sample_kernel[(cdiv(count, tile.rows),)](
             query, key, temperature, query_ids, uniform, found,
             count, query.stride(0), key.stride(0), dim,
-            ROWS=tile.rows, COLUMNS=tile.columns, CHUNK=tile.chunk, **tile.options,
+            ROWS=tile.rows, COLUMNS=tile.columns, **tile.dims(dim), **tile.options,
         )  # fmt: skip
     return found

@@ -172,42 +172,65 @@ class ContrastTile:
     """Dims of the gradient that a program owns."""
     num_warps: int
     num_stages: int
+    programs: int = 132
+    """Programs that fill the machine: fewer are split over the other side."""
+    max_registers: int = 255
+    """Registers a thread at most; said aloud, it keeps ptxas from spilling for occupancy."""
 
     @property
     def options(self) -> dict[str, int]:
-        """Launch options; said aloud, the limit keeps ptxas from spilling for occupancy."""
-        return launch_options(self.num_warps, self.num_stages) | {"maxnreg": 255}
+        """Launch options."""
+        return launch_options(self.num_warps, self.num_stages) | {"maxnreg": self.max_registers}
+
+    def dims(self, dim: int) -> dict[str, int | bool]:
+        """Constants: dims of a dot product at a time, whether that is all, whether it divides."""
+        wide = max(self.chunk, self.slice)
+        return {"CHUNK": self.chunk, "WHOLE": self.chunk >= dim, "EVEN": dim % wide == 0}
+
+    def splits(self, blocks: int, length: int) -> tuple[int, int]:
+        """Into how many splits to divide `length` rows, beside `blocks`; steps of each."""
+        steps = max(cdiv(length, self.columns), 1)
+        each = cdiv(steps, max(self.programs // blocks, 1))
+        return cdiv(steps, each), each
+
+
+ContrastPass = Literal[
+    "forward", "forward_ids", "backward", "ranks", "sample", "queue", "taught_queue", "combine"
+]
 
 
 def contrast_tile(
-    which: Literal["forward", "backward", "queue", "combine"],
-    dim: int,
-    rows: int,
-    dtype: torch.dtype,
-    arch: int,
+    which: ContrastPass, dim: int, rows: int, dtype: torch.dtype, arch: int
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side.
 
-    Few rows make few programs, so their tiles are small; many make large tiles, which reread less.
+    On sm_90 a program holds all dims of its rows: the other side's are read once, by a pipeline
+    that does not drain between tiles. A warp owns whole rows of a tile of 16 rows a warp, so that
+    sums over a row take two shuffles and no barrier.
     """
     width = max(16, next_pow2(dim))
-    many = rows >= 1024
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
         return ContrastTile(
             rows=32, columns=64, chunk=min(width, 256), slice=min(width, 512),
-            num_warps=4, num_stages=1,
+            num_warps=4, num_stages=1, programs=16,
         )  # fmt: skip
     if dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
+        # Sixteen elements of a tile are four rows and four columns of a thread, read once each.
+        large = which in ("forward", "forward_ids", "backward", "ranks")
         return ContrastTile(
-            rows=16, columns=16, chunk=16, slice=min(width, 64), num_warps=4, num_stages=1
-        )
+            rows=64 if large else 16, columns=64 if large and which != "backward" else 16, chunk=16,
+            slice=min(width, 128 if which == "backward" and dim % 128 == 0 else 64),
+            num_warps=8 if large or which == "taught_queue" else 4, num_stages=1, programs=264,
+        )  # fmt: skip
     aligned = dim % 8 == 0
-    if which == "queue":
+    if which in ("queue", "taught_queue"):
         # As many dims as registers hold: the candidates are read once for each slice.
+        whole = aligned and arch >= 90 and width <= 256 and which == "queue"
         return ContrastTile(
-            rows=64 if aligned else 16, columns=32, chunk=min(width, 64 if aligned else 32),
+            rows=64 if aligned else 16, columns=32,
+            chunk=width if whole else min(width, 64 if aligned else 32),
             slice=min(width, 256 if aligned and arch >= 90 else 128),
             num_warps=8 if aligned else 4, num_stages=2,
         )  # fmt: skip
@@ -216,17 +239,29 @@ def contrast_tile(
             rows=16, columns=32, chunk=min(width, 32), slice=min(width, 64), num_warps=8,
             num_stages=2,
         )  # fmt: skip
-    # Eight warps where tiles are large: the logits' companions take several times their registers.
-    num_warps = 8 if many else 4
-    chunk = min(width, 64 if aligned else 32)
-    if which == "forward":
+    if not aligned:
+        # Rows that are not aligned to 16 bytes take several times the pointers.
         return ContrastTile(
-            rows=64 if many else 16, columns=64 if many and aligned else 32, chunk=chunk, slice=16,
-            num_warps=num_warps, num_stages=3 if aligned else 2,
+            rows=16, columns=32, chunk=min(width, 32), slice=min(width, 128), num_warps=4,
+            num_stages=2, programs=264,
+        )  # fmt: skip
+    if which == "sample":
+        return ContrastTile(
+            rows=16, columns=64, chunk=width if width <= 256 else 64, slice=16, num_warps=4,
+            num_stages=2,
+        )  # fmt: skip
+    tall = arch >= 90 and rows >= 2048
+    whole = arch >= 90 and width <= 256
+    chunk = width if whole else min(width, 64)
+    if which == "backward":
+        return ContrastTile(
+            rows=64, columns=64 if arch >= 90 else 32, chunk=chunk, slice=min(width, 256),
+            num_warps=8, num_stages=2,
         )  # fmt: skip
     return ContrastTile(
-        rows=64 if many and aligned else 16, columns=64 if many and aligned else 32, chunk=chunk,
-        slice=min(width, 256 if aligned else 128), num_warps=num_warps, num_stages=2,
+        rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,
+        chunk=chunk, slice=16, num_warps=8 if tall else 4,
+        num_stages=3,
     )  # fmt: skip
 
 
