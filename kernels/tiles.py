@@ -92,6 +92,8 @@ def attention_tile(
     rows = min(max(16, next_pow2(block_size)), 64)
     # Said aloud, the limit of the hardware keeps ptxas from spilling for the sake of occupancy.
     num_warps, num_stages, max_registers = 4, 3, 255
+    hopper = arch >= 90 and rows == 64
+    plain = block_size <= 64 and num_global <= 1  # no second tile of rows, one global
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
         columns = 64
@@ -106,18 +108,20 @@ def attention_tile(
         num_warps, num_stages = 4 if dim <= 64 else 8, 2
     elif dim <= 64 and biased:
         columns = 16
-        if arch >= 90 and rows == 64 and which == "grad_key":
+        if hopper and which == "grad_key":
             columns, num_stages = 32, 1  # half of the time of 16 columns by 8 warps in three stages
-        elif arch >= 90 and rows == 64:
-            num_stages, max_registers = (1, 128) if which == "forward" else (2, 168)
+        elif hopper:
+            num_stages = 1 if which == "forward" else 2
+            max_registers = 128 if which == "forward" and plain else 168
         elif which != "forward":
             num_warps = 8 if rows == 64 else 4
     elif dim <= 64:
         columns = 32 if which == "forward" or arch >= 90 else 16
-        if rows == 64 and arch >= 90 and block_size <= 64 and num_global <= 1:
+        if hopper and plain:
             # Programs beside each other hide what a pipeline would, for fewer instructions: on an
-            # H200 a tenth less time than with three stages.
-            num_stages, max_registers = 1, 168 if which == "grad_key" else 128
+            # H200 a tenth less time than with three stages. Of grad_query it would spill.
+            num_stages = 3 if which == "grad_query" else 1
+            max_registers = 168 if which == "grad_key" else 128
     else:
         columns = 16 if dim > 128 or (biased and which == "grad_key") else 32
         if dim > 128 and which == "grad_key":
