@@ -5,6 +5,8 @@ Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,10 +23,9 @@ class FrozenForRetrieval(TwoTowers):
     config_class = FrozenConfig
     config: FrozenConfig
 
-    def __init__(self, config: FrozenConfig) -> None:
-        super().__init__(config)
+    def build(self, config: Any) -> None:
+        super().build(config)
         self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.post_init()
 
     def encode_video(self, pixel_values: Tensor) -> VideoOutput:
         """Encode clips ``(batch, frames, 3, image_size, image_size)``."""

@@ -5,9 +5,13 @@ from svitt_ops.models.parts.system import Source, System
 from svitt_ops.models.svitt import old_weights
 from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.convert import load_official
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTForRetrieval, SViTTModel
-from svitt_ops.models.svitt.multiple_choice import SViTTForMultipleChoice
-from svitt_ops.models.svitt.question_answering import SViTTForQuestionAnswering
+from svitt_ops.models.svitt.model import (
+    SViTTForMultipleChoice,
+    SViTTForPreTraining,
+    SViTTForQuestionAnswering,
+    SViTTForRetrieval,
+    SViTTModel,
+)
 
 old_weights.register()
 

@@ -13,8 +13,9 @@ from torch import Tensor
 import svitt_ops as so
 from svitt_ops.models import SViTTConfig
 from svitt_ops.models.parts.key_maps import placed, rename
-from svitt_ops.models.svitt import load_official, model
-from svitt_ops.models.svitt.convert import OFFICIAL_CHECKPOINT
+from svitt_ops.models.parts import pairs
+from svitt_ops.models.svitt import load_official
+from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
 
 FOLDER = Path(__file__).parents[1] / "golden"
 OFFICIAL = "svitt-official"
@@ -111,7 +112,7 @@ def hand_over_patterns(found: Any, case: Case) -> None:
 def hand_over_negatives(patch: pytest.MonkeyPatch, case: Case, *names: str) -> None:
     """Make the matching loss take the case's wrong clips and texts."""
     wrong = tuple(case[f"choice/{name}"] for name in names)
-    patch.setattr(model, "draw_negatives", lambda *_, **__: wrong)
+    patch.setattr(pairs, "draw_negatives", lambda *_, **__: wrong)
 
 
 def inputs(case: Case, names: Mapping[str, str]) -> dict[str, Tensor]:

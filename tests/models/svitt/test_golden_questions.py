@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svitt_ops.models import SViTTConfig, SViTTForQuestionAnswering, convert
 from svitt_ops.models.parts.key_maps import placed, rename
-from svitt_ops.models.svitt.convert import OFFICIAL_CHECKPOINT
+from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
 
 ANSWERS = {
     "answer_ids": "in/answer_ids",

@@ -1,4 +1,4 @@
-"""SViTT that chooses among texts: the retrieval model, whose match head scores every option."""
+"""Choosing among texts: the match head of a retrieval model scores every option."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from torch import Tensor
 
 from svitt_ops.models.parts.clips import Merge, merge_clips
 from svitt_ops.models.parts.outputs import MultipleChoiceOutput
-from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.model import SViTTForRetrieval
+from svitt_ops.models.parts.pairs import MatchesPairs
 
 
-class SViTTForMultipleChoice(SViTTForRetrieval):
+class ChoosesTexts(MatchesPairs):
     """The retrieval model with `choose`; it is trained as that is, on pairs."""
-
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__(config)
-        self.post_init()
 
     def choose(
         self,
