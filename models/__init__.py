@@ -14,6 +14,14 @@ from svitt_ops.models.parts.outputs import (
 )
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.singularity.configuration import SingularityConfig
+from svitt_ops.models.singularity.model import (
+    SingularityForMultipleChoice,
+    SingularityForPreTraining,
+    SingularityForQuestionAnswering,
+    SingularityForRetrieval,
+    SingularityModel,
+)
 from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.model import (
     SViTTForMultipleChoice,
@@ -42,6 +50,12 @@ __all__ = [
     "SViTTForRetrieval",
     "SViTTModel",
     "SViTTPreTrainingOutput",
+    "SingularityConfig",
+    "SingularityForMultipleChoice",
+    "SingularityForPreTraining",
+    "SingularityForQuestionAnswering",
+    "SingularityForRetrieval",
+    "SingularityModel",
     "SparsityRow",
     "TextOutput",
     "VideoOutput",

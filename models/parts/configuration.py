@@ -97,6 +97,11 @@ class VideoConfig(PreTrainedConfig):
         return self.num_frames
 
     @property
+    def own_fixed(self) -> list[str]:
+        """Fields of this system alone that weights of this configuration cannot be changed in."""
+        return []
+
+    @property
     def num_patches(self) -> int:
         """Patches of a clip."""
         return self.num_frames * self.grid_size**2

@@ -4,7 +4,7 @@ from svitt_ops.models.parts.conversion import RELEASED, load_beit, load_bert
 from svitt_ops.models.parts.system import Source, System
 from svitt_ops.models.svitt import old_weights
 from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.convert import load_official
+from svitt_ops.models.svitt.convert import TASKS, load_official
 from svitt_ops.models.svitt.model import (
     SViTTForMultipleChoice,
     SViTTForPreTraining,
@@ -18,12 +18,7 @@ old_weights.register()
 SYSTEM = System(
     config=SViTTConfig,
     base=SViTTModel,
-    models={
-        "pretraining": SViTTForPreTraining,
-        "retrieval": SViTTForRetrieval,
-        "question_answering": SViTTForQuestionAnswering,
-        "multiple_choice": SViTTForMultipleChoice,
-    },
+    models=TASKS,
     load_official=load_official,
     sources={
         "beit": Source(released=RELEASED["beit"], load=load_beit),
