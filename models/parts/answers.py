@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +179,7 @@ class AnswersQuestions(FusedTowers):
         answer_mask: Tensor,
         *,
         k: int = 128,
-        merge: Merge | Literal["concat"] = "logsumexp",
+        merge: Merge = "logsumexp",
         rows: int = 512,
     ) -> AnswerRanking:
         """The best answers of a closed list, by likelihood.
@@ -226,7 +226,6 @@ class AnswersQuestions(FusedTowers):
                 f"{type(self).__name__}: merge='concat' must have 1 clip, got {clips.shape[1]}"
             )
         ignored, official = question_mask == 0, self.config.official
-        how: Merge = "mean" if merge == "concat" else merge  # of one clip
         start = answer_ids[:1, :1].expand(len(clips), 1)
         vocabulary = torch.stack(
             [
@@ -236,9 +235,9 @@ class AnswersQuestions(FusedTowers):
             1,
         )  # (batch, clips, vocab_size)
         of_clips = vocabulary[:, :, answer_ids[:, 1]]
-        first = merge_clips(of_clips, how, 1)
+        first = merge_clips(of_clips, merge, 1)
         if official and merge != "concat":
-            merged = merge_clips(vocabulary.exp(), how, 1).log_softmax(-1)
+            merged = merge_clips(vocabulary.exp(), merge, 1).log_softmax(-1)
             first = merged[:, answer_ids[:, 1]]
         best = first.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rest = torch.stack(
@@ -251,7 +250,7 @@ class AnswersQuestions(FusedTowers):
         scores = of_clips.gather(2, best[:, None].expand_as(rest)) + rest
         if official:
             scores = scores + first.gather(1, best)[:, None]
-        scores, order = merge_clips(scores, how, 1).sort(dim=1, descending=True, stable=True)
+        scores, order = merge_clips(scores, merge, 1).sort(dim=1, descending=True, stable=True)
         return AnswerRanking(answers=best.gather(1, order), scores=scores)
 
     def _rest(

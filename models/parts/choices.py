@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.clips import Merge, join_clips, merge_clips
 from svitt_ops.models.parts.outputs import MultipleChoiceOutput
 from svitt_ops.models.parts.pairs import MatchesPairs
 
@@ -27,7 +27,7 @@ class ChoosesTexts(MatchesPairs):
                 ``(batch, clips, 1 + n, hidden_size)`` for several clips of each video.
             input_ids: ``(batch, options, tokens)``.
             attention_mask: ``(batch, options, tokens)``, 0 at padding.
-            merge: how the match logits of several clips become one score.
+            merge: how several clips become one score, by their match logits or "concat".
         """
         if input_ids.dim() != 3 or attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -35,6 +35,7 @@ class ChoosesTexts(MatchesPairs):
                 f"options, tokens), got {tuple(input_ids.shape)}, {tuple(attention_mask.shape)}"
             )
         clips = video_states if video_states.dim() == 4 else video_states[:, None]
+        clips = join_clips(clips, merge)
         options, count = input_ids.shape[1], clips.shape[1]
         mask = attention_mask.flatten(0, 1)
         text = self.encode_text(input_ids.flatten(0, 1), mask).states

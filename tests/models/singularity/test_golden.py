@@ -21,6 +21,7 @@ from golden_cases import (
 
 from svitt_ops.models import SingularityForMultipleChoice, SingularityForPreTraining
 from svitt_ops.models.parts import pairs
+from svitt_ops.models.parts.clips import join_clips
 from svitt_ops.models.singularity.configuration import OFFICIAL
 
 PAIRS = {
@@ -121,11 +122,8 @@ def test_scores_of_several_frames(compat: str | None) -> None:
     whole = model.choose(at_once.states, ids, mask).scores
     case.close(whole, "out/eval/x_only/score_i2t")
     clips = model.encode_video(frames.flatten(0, 1)[:, None]).states.unflatten(0, (5, 3))
-    torch.testing.assert_close(clips.flatten(1, 2), at_once.states)
-    scores = {"concat": whole}
-    for name, merge in MERGES.items():
-        scores[name] = model.choose(clips, ids, mask, merge=merge).scores
-    for name, found in scores.items():
+    for name, merge in {**MERGES, "concat": "concat"}.items():
+        found = model.choose(clips, ids, mask, merge=merge).scores
         same_best(case, similarity, found, f"out/eval/{name}/score_i2t")
         same_best(case, similarity.T, found.T, f"out/eval/{name}/score_t2i")
 
@@ -148,9 +146,11 @@ def test_questions(caplog: pytest.LogCaptureFixture) -> None:
         ids, mask = inputs(case, QUESTIONS).values()
         frames = case["in/rank/video"]
         states = model.encode_questions(ids, mask, model.encode_video(frames).states)
-        found = model.rank_answers(states, mask, **answers, k=k, merge="concat")
-        check_ranking(case, found, "out/rank/")
         clips = model.encode_video(frames.flatten(0, 1)[:, None]).states.unflatten(0, (4, 3))
+        joined = model.encode_questions(ids, mask, join_clips(clips, "concat"))
+        for found in (states, joined):
+            found = model.rank_answers(found, mask, **answers, k=k, merge="concat")
+            check_ranking(case, found, "out/rank/")
         each = model.encode_questions(ids, mask, clips)
         for name, merge in MERGES.items():
             found = model.rank_answers(each, mask, **answers, k=k, merge=merge)

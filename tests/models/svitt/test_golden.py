@@ -165,7 +165,12 @@ def test_merges() -> None:
     assert merge_clips(scores, "mean", 0).tolist() == [1.5, 4]
     assert merge_clips(scores, "max", 1).tolist() == [3, 5]
     torch.testing.assert_close(merge_clips(scores, "logsumexp", 1), scores.exp().sum(1).log())
-    with pytest.raises(ValueError, match="merge must be one of logsumexp, mean, max, got 'sum'"):
+    assert torch.equal(merge_clips(scores[:, :1], "concat", 1), scores[:, 0])
+    with pytest.raises(ValueError, match="merge='concat' must have 1 clip, got 2"):
+        merge_clips(scores, "concat", 1)
+    with pytest.raises(
+        ValueError, match="merge must be one of logsumexp, mean, max, concat, got 'sum'"
+    ):
         merge_clips(scores, "sum", 1)  # type: ignore[arg-type]
 
 

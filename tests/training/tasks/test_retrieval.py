@@ -114,7 +114,7 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
     assert found["video_to_text"]["R1"] == 0  # every text ties
 
 
-@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max"])
+@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max", "concat"])
 def test_several_clips(trained: Any, merge: str) -> None:
     model, tokenizer, gallery = trained
     for strided in (False, True):
