@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 Merge = Literal["logsumexp", "mean", "max", "concat"]
-"""How clips become one: by their scores, or "concat": a text attends to the states of all at once."""
+"""How clips become one: by their scores, or, "concat", by what a text attends to at once."""
 
 
 def join_clips(states: Tensor, merge: Merge) -> Tensor:

@@ -59,6 +59,10 @@ class Case:
         return placed(rename(name, NAMES[self.system]), config)
 
     def config(self, **changes: Any) -> Any:
+        return load_system(self.system).config(**{**self.fields(), **changes})
+
+    def fields(self) -> dict[str, Any]:
+        """Of the configuration."""
         given = self.meta["config"]
         vision, text, sparse = given["vision"], given["text"], given.get("sparse")
         values = {
@@ -84,7 +88,7 @@ class Case:
         if sparse:
             values |= {name: sparse[name] for name in ("block_size", "num_local", "num_random")}
             values |= {name: sparse[name] for name in ("keep_rate", "prune_layers")}
-        return load_system(self.system).config(**{**values, **changes})
+        return values
 
     def model(self, task: str = "pretraining", **changes: Any) -> Any:
         """Loaded as the authors' file is, with the case's patterns if it has any."""

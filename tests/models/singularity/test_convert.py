@@ -1,6 +1,7 @@
 """Singularity's checkpoints: every tensor accounted for, and what they say of the model."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,30 @@ def test_the_second_stage_from_a_file_of_the_first(caplog: pytest.LogCaptureFixt
     tensors.pop("temporal_embeddings")
     model = load_official(tensors, config(temporal_layers=2, num_frames=4))
     assert model.config.num_frames == 4 and not model.temporal.embeddings.any()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_temporal"])
+def test_a_recipe_starts_from_a_file(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("omegaconf")
+    from svitt_ops.training.engine.build import build_model
+    from svitt_ops.training.engine.recipes import Recipe
+
+    class Pieces:
+        """As much of a tokenizer as a model asks for."""
+
+        pad_token_id = 0
+
+        def __len__(self) -> int:
+            return 64
+
+    torch.save({"model": released(name)}, tmp_path / "file.pth")
+    fields = Case(f"singularity/{name}").fields() | {"num_frames": 4, "temporal_layers": 2}
+    del fields["vocab_size"]  # the tokenizer's
+    recipe = Recipe(system="singularity", model=fields)
+    recipe.init.checkpoint = str(tmp_path / "file.pth")
+    model = build_model(recipe, Pieces(), "question_answering")  # type: ignore[arg-type]
+    assert (model.config.num_frames, model.config.temporal_layers) == (4, 2)
+    assert model.temporal.embeddings.shape == (1, 4, 1, 32)
 
 
 def test_files_that_are_of_another_model() -> None:

@@ -35,6 +35,31 @@ def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, bat
     assert (recipe.init.checkpoint is None) == (frames == 4)
 
 
+def test_stages_of_singularity() -> None:
+    first, second = (load_recipe(f"singularity-pretrain-{n}f") for n in (1, 4))
+    assert (first.model["num_frames"], second.model["num_frames"]) == (1, 4)
+    assert "temporal_layers" not in first.model and second.model["temporal_layers"] == 2
+    assert first.init.beit and first.init.bert and first.tokenizer.append_sep is False
+    assert second.init.checkpoint == first.output
+    assert (first.optimizer.lr, first.optimizer.epochs) == (1e-4, 10)
+    assert (second.optimizer.lr, second.optimizer.epochs) == (5e-5, 5)
+    for recipe in (first, second):
+        assert (recipe.system, recipe.optimizer.min_lr_ratio) == ("singularity", 0.01)
+    for task in ("retrieval", "qa"):
+        recipe = load_recipe(f"singularity-{task}-msrvtt")
+        assert (recipe.task, recipe.init.checkpoint) == (task, second.output)
+
+
+def test_a_recipe_of_another_system() -> None:
+    dense = [f"model.{key}=1" for key in ("keep_rate", "multimodal_keep_rate")]
+    recipe = load_recipe("retrieval-didemo", ["system=singularity", "model.num_frames=4", *dense])
+    assert recipe.system == "singularity"
+    with pytest.raises(
+        ValueError, match=r"recipe: model\.keep_rate must be 1: Singularity is dense"
+    ):
+        load_recipe("retrieval-didemo", ["system=singularity", "init.checkpoint=null"])
+
+
 def test_every_shipped_recipe_reads_back(tmp_path: Path) -> None:
     assert len(shipped_recipes()) >= 5
     for name in shipped_recipes():
