@@ -92,7 +92,7 @@ def _fit(model: Model, num_frames: int, image_size: int, mode: Mode) -> Model:
             bias.codes = so.position_codes(grid, device=old.device)
     if tower.patch_positions is not None:
         old = tower.patch_positions
-        places = resize_places(_resize(old.detach(), num_frames, mode), config.grid_size)
+        places = resize_places(_resize(old.detach(), config.tower_frames, mode), config.grid_size)
         tower.patch_positions = _like(old, places)
     tower.reset_positions(tower.cls_token.device)
     model.fit_frames(num_frames)

@@ -237,6 +237,11 @@ def test_without_order_shuffling_costs_nothing(trained: Any, make_recipe: Any) -
     found = probe_retrieval(model, tokenizer, one_order, text_length=12)
     assert found["delta"] == 0 and found["normal"]["videos"] == 4
     assert found["normal"] == found["shuffled"] == found["reversed"]
+    clips = GalleryClips(one_order, 1, num_clips=4)  # the same frames, one by one
+    joined = retrieval(
+        model, tokenizer, clips, text_length=12, settings=Evaluation(clips=4, merge="concat")
+    )
+    assert joined | {"skipped": {}} == found["normal"]
 
 
 def test_pairs_cannot_be_told_apart_by_frozen_frames(trained: Any) -> None:
