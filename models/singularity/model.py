@@ -22,6 +22,8 @@ from svitt_ops.models.singularity.configuration import SingularityConfig
 class TemporalEncoder(nn.Module):
     """Embeddings of the frames, and layers in which each place attends over them.
 
+    So the released code has it; SViTT's supplement (B.5) has frames meet after pooling over places.
+
     Args:
         config: of the model.
     """

@@ -190,6 +190,14 @@ def test_next_stage_starts_from_the_last_and_sees_more_frames(
     assert all(map(math.isfinite, losses(second)[1]))
 
 
+def test_the_next_stage_is_another_run(make_recipe: Any, tmp_path: Path) -> None:
+    options = ("system=singularity", "run.save_steps=1")
+    pretrain(make_recipe(tmp_path / "run", *options, "optimizer.steps=1", **DENSE))
+    recipe = make_recipe(tmp_path / "run", *options, **DENSE, temporal_layers=1)
+    with pytest.raises(ValueError, match=r"model\.temporal_layers must be 0 as in .*, got 1"):
+        pretrain(recipe)
+
+
 def test_recipes_that_cannot_be(make_recipe: Any, tmp_path: Path) -> None:
     wrong = {
         "batch_size: must not exceed": ("optimizer.batch_size=64",),
