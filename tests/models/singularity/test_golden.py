@@ -128,6 +128,34 @@ def test_scores_of_several_frames(compat: str | None) -> None:
         same_best(case, similarity.T, found.T, f"out/eval/{name}/score_t2i")
 
 
+@torch.no_grad()
+def test_recalls_of_every_ensemble() -> None:
+    """Through the evaluation that `svitt evaluate retrieval` runs."""
+    task = pytest.importorskip("svitt_ops.training.tasks.retrieval")
+    case = Case("singularity/retrieval")
+    model, frames = case.model("retrieval"), case["in/eval/video"]
+    mask, k = case["in/eval/attention_mask"], int(case["in/eval/k_test"])
+    text = model.encode_text(case["in/eval/input_ids"], mask)
+    clips = model.encode_video(frames.flatten(0, 1)[:, None])
+    texts = task.EncodedTexts(embeds=text.embeds, states=text.states, mask=mask)
+    videos = task.EncodedVideos(
+        embeds=clips.embeds.unflatten(0, (5, 3)).mean(1), states=clips.states.unflatten(0, (5, 3))
+    )
+    groups = case["in/eval/txt2img"].tolist()
+    gallery = task.Gallery(list("abcde"), ["video"] * 5, list(range(5)), list("1234567"), groups)
+    scores = texts.embeds @ videos.embeds.T
+    for name, merge in {**MERGES, "concat": "concat", "emb": None}.items():
+        ranked = [scores, scores]
+        if merge:
+            settings = task.Evaluation(clips=3, merge=merge, top_k=k)
+            given = (model, scores, gallery, texts, videos, settings)
+            ranked = [task._rerank(*given, by_video, None) for by_video in (False, True)]
+        found, wanted = task.recalls(ranked[0], gallery, ranked[1]), case.meta["retrieval_metrics"]
+        for ours, theirs in {"text_to_video": "img", "video_to_text": "txt"}.items():
+            numbers = [wanted[name][f"{theirs}_r{n}"] for n in (1, 5, 10)]
+            assert [found[ours][f"R{n}"] for n in (1, 5, 10)] == pytest.approx(numbers, abs=0.01)
+
+
 def test_questions(caplog: pytest.LogCaptureFixture) -> None:
     """Ranked over all frames at once, and over each as a clip of its own."""
     case = Case("singularity/vqa")
