@@ -85,6 +85,12 @@ def load_official(
         layers = layers or wanted.temporal_layers
         if not layers or EMBEDDINGS not in tensors:
             return {"temporal_layers": layers}
-        return {"temporal_layers": layers, "num_frames": tensors[EMBEDDINGS].shape[1]}
+        shape = tensors[EMBEDDINGS].shape
+        if len(shape) != 4 or not shape[1]:
+            raise ValueError(
+                f"load_official: {EMBEDDINGS} of {name} must have shape (1, frames, 1, hidden_size),"
+                f" got {tuple(shape)}"
+            )
+        return {"temporal_layers": layers, "num_frames": shape[1]}
 
     return load_released(source, wanted, TASKS, RULES, fields, task=task, compat=compat)

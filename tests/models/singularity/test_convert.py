@@ -101,6 +101,10 @@ def test_files_that_are_of_another_model() -> None:
     tensors = released("pretrain_temporal")
     with pytest.raises(ValueError, match=r"^load_official: temporal_layers must be 2, .*, got 3$"):
         load_official(tensors, config(temporal_layers=3))
+    for shape in ((3, 32), (1, 0, 1, 32)):
+        odd = tensors | {"temporal_embeddings": torch.zeros(shape)}
+        with pytest.raises(ValueError, match=r"must have shape \(1, frames, 1, hidden_size\), got"):
+            load_official(odd, config())
     table = next(name for name in tensors if name.endswith("bias_table"))
     joint = {k: v for k, v in tensors.items() if not k.endswith("index")}
     joint[table] = torch.zeros(3 * 49 + 3, 2)  # of two frames
