@@ -88,8 +88,8 @@ def load_official(
         shape = tensors[EMBEDDINGS].shape
         if len(shape) != 4 or not shape[1]:
             raise ValueError(
-                f"load_official: {EMBEDDINGS} of {name} must have shape (1, frames, 1, hidden_size),"
-                f" got {tuple(shape)}"
+                f"load_official: {EMBEDDINGS} of {name} must have shape (1, frames, 1, "
+                f"hidden_size), got {tuple(shape)}"
             )
         return {"temporal_layers": layers, "num_frames": shape[1]}
 
