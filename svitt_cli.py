@@ -246,8 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--strided", action=switch, help="clips take every n-th frame")
     some.add_argument(
         "--merge",
-        choices=("logsumexp", "mean", "max"),
-        help="how scores of a video's clips become one (default: the run's, else logsumexp)",
+        choices=("logsumexp", "mean", "max", "concat"),
+        help="how scores of a video's clips become one; concat: texts attend to all clips at once"
+        " (default: the run's, else logsumexp)",
     )
     some.add_argument(
         "--top-k",

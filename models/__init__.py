@@ -14,10 +14,22 @@ from svitt_ops.models.parts.outputs import (
 )
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.singularity.configuration import SingularityConfig
+from svitt_ops.models.singularity.model import (
+    SingularityForMultipleChoice,
+    SingularityForPreTraining,
+    SingularityForQuestionAnswering,
+    SingularityForRetrieval,
+    SingularityModel,
+)
 from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTForRetrieval, SViTTModel
-from svitt_ops.models.svitt.multiple_choice import SViTTForMultipleChoice
-from svitt_ops.models.svitt.question_answering import SViTTForQuestionAnswering
+from svitt_ops.models.svitt.model import (
+    SViTTForMultipleChoice,
+    SViTTForPreTraining,
+    SViTTForQuestionAnswering,
+    SViTTForRetrieval,
+    SViTTModel,
+)
 from svitt_ops.models.svitt.sparsity import EdgeCount, SparsityRow, edge_count, sparsity_table
 from svitt_ops.models.systems import register
 
@@ -38,6 +50,12 @@ __all__ = [
     "SViTTForRetrieval",
     "SViTTModel",
     "SViTTPreTrainingOutput",
+    "SingularityConfig",
+    "SingularityForMultipleChoice",
+    "SingularityForPreTraining",
+    "SingularityForQuestionAnswering",
+    "SingularityForRetrieval",
+    "SingularityModel",
     "SparsityRow",
     "TextOutput",
     "VideoOutput",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -156,9 +157,12 @@ class _CudaStopwatch:
         for _ in range(3):
             call()
         if min(self._events() for _ in range(3)) < SHORT_MS:
-            graph = _capture(call)
-            if graph is not None:
-                self.run, self.samples.method = graph.replay, "graph"
+            try:
+                self.run, self.samples.method = _capture(call).replay, "graph"
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                line = next(iter(str(error).splitlines()), "")
+                warnings.warn(f"timed with its launches, as no graph: {line}", stacklevel=2)
 
     def sample(self) -> float:
         start = time.perf_counter()
@@ -181,22 +185,18 @@ class _CudaStopwatch:
         return begin.elapsed_time(end)
 
 
-def _capture(call: Call) -> torch.cuda.CUDAGraph | None:
-    """The call as a CUDA graph, or None where it cannot be captured."""
+def _capture(call: Call) -> torch.cuda.CUDAGraph:
+    """The call as a CUDA graph; a RuntimeError where it cannot be captured."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    try:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             call()
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
     return graph
 
 

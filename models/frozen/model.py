@@ -5,6 +5,8 @@ Source: SViTT (CVPR 2023), supplement B.2; Frozen in time (ICCV 2021).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,13 +26,12 @@ class FrozenForRetrieval(TwoTowers):
     config_class = FrozenConfig
     config: FrozenConfig
 
-    def __init__(self, config: FrozenConfig) -> None:
-        super().__init__(config)
+    def build(self, config: Any) -> None:
+        super().build(config)
         if config.attention == "divided":
             for number, layer in enumerate(self.video.layers):
                 self.video.layers[number] = DividedLayer(config, layer.add_mlp.drop_rate)
         self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -7,39 +7,106 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from svitt_ops.models.parts.clips import Merge, merge_clips
-from svitt_ops.models.parts.configuration import OFFICIAL
 from svitt_ops.models.parts.decoder import AnswerDecoder
+from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.heads import MaskedTokenHead
 from svitt_ops.models.parts.layers import in_fp32
 from svitt_ops.models.parts.losses import IGNORED
-from svitt_ops.models.parts.outputs import AnswerRanking
-from svitt_ops.models.parts.two_towers import TwoTowers
+from svitt_ops.models.parts.outputs import AnswerRanking, QuestionAnsweringOutput
 
 log = logging.getLogger(__name__)
 STARTS = {"decoder.embeddings.": "text.embeddings.", "decoder.layers.": "fusion.layers."}
 """Parts of the decoder, and what they start from."""
 
 
-class AnswersQuestions(TwoTowers):
-    """What models for question answering have beside their towers: a decoder and its head.
+class AnswersQuestions(FusedTowers):
+    """An answer decoder and its head instead of the heads that compare clips and texts.
 
-    The head is named as that for masked tokens, whose weights it starts from.
+    The head is named as that for masked tokens, whose weights it starts from. From weights without
+    a decoder, `from_pretrained` starts it from the fusion layers. Multimodal pruning acts as it
+    does in pretraining.
     """
 
     projects = False
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (as the base's)
+        r"^(match_head|video_projection|text_projection|pooler_norm)\.",
+        r"^temperature$",
+    ]
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def build(self, config: Any) -> None:
+        super().build(config)
         self.decoder = AnswerDecoder(config)
         self.token_head = MaskedTokenHead(config)
-        self.post_init()
+
+    def encode_questions(
+        self, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> Tensor:
+        """States of questions that have attended to their clips, row by row.
+
+        Args:
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``, 0 at padding.
+            video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`, or
+                ``(batch, clips, 1 + n, hidden_size)`` for several clips of each video, every one
+                of which the question attends alone.
+
+        Returns:
+            ``(batch, tokens, text_hidden_size)``, or ``(batch, clips, tokens, text_hidden_size)``.
+        """
+        text = self.encode_text(input_ids, attention_mask).states
+        if video_states.dim() == 3:
+            return self.fuse(text, attention_mask, video_states).states
+        clips = video_states.shape[1]
+        text, mask = (x.repeat_interleave(clips, 0) for x in (text, attention_mask))
+        fused = self.fuse(text, mask, video_states.flatten(0, 1)).states
+        return fused.unflatten(0, (-1, clips))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+    ) -> QuestionAnsweringOutput:
+        """Loss of a batch of questions and their answers: ``sum_a w_a loss_a / batch``.
+
+        Args:
+            pixel_values: ``(batch, frames, 3, image_size, image_size)``.
+            input_ids: ``(batch, tokens)``, the questions.
+            attention_mask: ``(batch, tokens)``, 0 at padding.
+            answer_ids: ``(answers, answer tokens)``: [CLS], the answer, [SEP], padding; those to
+                the first question come first.
+            answer_mask: ``(answers, answer tokens)``, 0 at padding.
+            answers_per_question: int64 ``(batch,)``, adding up to ``answers``; by default one each.
+            answer_weights: ``(answers,)``, such as how often the answer was given; by default 1.
+        """
+        video = self.encode_video(pixel_values)
+        states = self.encode_questions(input_ids, attention_mask, video.states)
+        losses = self.answer_losses(
+            states, attention_mask, answer_ids, answer_mask, answers_per_question
+        )
+        weighted = losses
+        if answer_weights is not None:
+            if answer_weights.shape != losses.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: answer_weights must have shape "
+                    f"{tuple(losses.shape)}, got {tuple(answer_weights.shape)}"
+                )
+            weighted = losses * answer_weights
+        loss = weighted.sum() / len(input_ids)
+        return QuestionAnsweringOutput(
+            loss=loss, loss_lm=loss, answer_losses=losses, question_states=states
+        )
 
     @torch.no_grad()
     def start_missing(self, missing: Sequence[str]) -> list[str]:
@@ -112,7 +179,7 @@ class AnswersQuestions(TwoTowers):
         answer_mask: Tensor,
         *,
         k: int = 128,
-        merge: Merge | Literal["concat"] = "logsumexp",
+        merge: Merge = "logsumexp",
         rows: int = 512,
     ) -> AnswerRanking:
         """The best answers of a closed list, by likelihood.
@@ -158,8 +225,7 @@ class AnswersQuestions(TwoTowers):
             raise ValueError(
                 f"{type(self).__name__}: merge='concat' must have 1 clip, got {clips.shape[1]}"
             )
-        ignored, official = question_mask == 0, self.config.compat == OFFICIAL
-        how: Merge = "mean" if merge == "concat" else merge  # of one clip
+        ignored, official = question_mask == 0, self.config.official
         start = answer_ids[:1, :1].expand(len(clips), 1)
         vocabulary = torch.stack(
             [
@@ -169,9 +235,9 @@ class AnswersQuestions(TwoTowers):
             1,
         )  # (batch, clips, vocab_size)
         of_clips = vocabulary[:, :, answer_ids[:, 1]]
-        first = merge_clips(of_clips, how, 1)
+        first = merge_clips(of_clips, merge, 1)
         if official and merge != "concat":
-            merged = merge_clips(vocabulary.exp(), how, 1).log_softmax(-1)
+            merged = merge_clips(vocabulary.exp(), merge, 1).log_softmax(-1)
             first = merged[:, answer_ids[:, 1]]
         best = first.sort(dim=1, descending=True, stable=True).indices[:, :k]
         rest = torch.stack(
@@ -184,7 +250,7 @@ class AnswersQuestions(TwoTowers):
         scores = of_clips.gather(2, best[:, None].expand_as(rest)) + rest
         if official:
             scores = scores + first.gather(1, best)[:, None]
-        scores, order = merge_clips(scores, how, 1).sort(dim=1, descending=True, stable=True)
+        scores, order = merge_clips(scores, merge, 1).sort(dim=1, descending=True, stable=True)
         return AnswerRanking(answers=best.gather(1, order), scores=scores)
 
     def _rest(

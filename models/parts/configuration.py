@@ -87,6 +87,21 @@ class VideoConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
     @property
+    def official(self) -> bool:
+        """Whether to do what the authors' released code does."""
+        return self.compat is not None
+
+    @property
+    def tower_frames(self) -> int:
+        """Frames whose patches attend to each other: all of a clip's, unless a system says less."""
+        return self.num_frames
+
+    @property
+    def own_fixed(self) -> list[str]:
+        """Fields of this system alone that weights of this configuration cannot be changed in."""
+        return []
+
+    @property
     def num_patches(self) -> int:
         """Patches of a clip."""
         return self.num_frames * self.grid_size**2
@@ -259,4 +274,4 @@ class TwoTowersConfig(VideoConfig):
     @property
     def prunes_multimodally(self) -> bool:
         """Whether fusion layers prune. The released code never does, whatever its recipe says."""
-        return self.multimodal_keep_rate < 1 and self.compat != OFFICIAL
+        return self.multimodal_keep_rate < 1 and not self.official

@@ -169,7 +169,9 @@ def convert_into(
         if target.endswith("bias.table"):
             source = bias_geometry(value, tensors, config.grid_size, frames)
             grid = source[1]
-            value = resize_bias_table(value, config.grid_size, config.num_frames, source_grid=grid)
+            value = resize_bias_table(
+                value, config.grid_size, config.tower_frames, source_grid=grid
+            )
         shape = state[target].shape
         if target == "temperature":  # a scalar elsewhere
             shape, value = torch.Size(), value.squeeze()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import OFFICIAL
 from svitt_ops.models.parts.resolution import resize_offsets, resize_places
 from svitt_ops.nn import RelativePositionBias3D
 
@@ -46,7 +45,7 @@ def expand_frames(model: Model, num_frames: int, *, mode: Mode | None = None) ->
     if num_frames < 1:
         raise ValueError(f"expand_frames: num_frames must be at least 1, got {num_frames}")
     if mode is None:
-        mode = "nearest" if model.config.compat == OFFICIAL else "nearest-exact"
+        mode = "nearest" if model.config.official else "nearest-exact"
     if mode not in ("nearest-exact", "nearest"):
         raise ValueError(f"expand_frames: mode must be 'nearest-exact' or 'nearest', got {mode!r}")
     return _fit(model, num_frames, model.config.image_size, mode)
@@ -80,22 +79,23 @@ def _fit(model: Model, num_frames: int, image_size: int, mode: Mode) -> Model:
     config, tower = model.config, model.video
     old_grid = config.grid_size
     config.num_frames, config.image_size = num_frames, image_size
-    grid = (num_frames, config.grid_size, config.grid_size)
+    grid = (config.tower_frames, config.grid_size, config.grid_size)
     for layer in tower.layers:
         bias = layer.attention.bias
         if isinstance(bias, RelativePositionBias3D):
             old = bias.table
             wanted = resize_bias_table(
-                old.detach(), config.grid_size, num_frames, mode, source_grid=old_grid
+                old.detach(), config.grid_size, config.tower_frames, mode, source_grid=old_grid
             )
             bias.table = _like(old, wanted)
             bias.grid = grid
             bias.codes = so.position_codes(grid, device=old.device)
     if tower.patch_positions is not None:
         old = tower.patch_positions
-        places = resize_places(_resize(old.detach(), num_frames, mode), config.grid_size)
+        places = resize_places(_resize(old.detach(), config.tower_frames, mode), config.grid_size)
         tower.patch_positions = _like(old, places)
     tower.reset_positions(tower.cls_token.device)
+    model.fit_frames(num_frames)
     return model
 
 

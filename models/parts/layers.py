@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svitt_ops.models.parts.configuration import OFFICIAL, VideoConfig
+from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.randomness import SeededGenerator, rand
 
 
@@ -55,7 +55,7 @@ class Residual(nn.Module):
 def eval_generator(config: VideoConfig) -> torch.Generator | SeededGenerator | None:
     """What draws outside training, on each call from the start; None is torch's own."""
     seed = config.eval_pattern_seed
-    if seed is None or config.compat == OFFICIAL:
+    if seed is None or config.official:
         return None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return SeededGenerator(seed)  # the same numbers, and to `torch.vmap` no random operation

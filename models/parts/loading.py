@@ -47,6 +47,7 @@ PARTS = (
     ("video_projection.", "the embeddings of clips start"),
     ("text_projection.", "the embeddings of texts start"),
     ("temperature", "the temperature starts"),
+    ("temporal.", "the layers over time start"),
     ("fusion.", "the fusion layers start"),
     ("text.", "the text tower starts"),
     ("video", "the video tower starts"),
@@ -67,6 +68,7 @@ def fixed_fields(stored: TwoTowersConfig, wanted: TwoTowersConfig) -> list[str]:
         *(name for name in FIXED if hasattr(stored, name)),
         *([] if scaled else ["layer_scale_init_value"]),  # 0 leaves the scales out
         *(["decoder_layers"] if decodes else []),
+        *stored.own_fixed,
     ]
 
 

@@ -12,6 +12,9 @@
 - Morton and Hilbert orders are those of `token_order(..., compat="svitt-official")`.
 Windows of several local blocks mix up two neighbours' keys there, which no published model uses and
 the configuration refuses.
+
+`compat="singularity-official"` is what of this concerns a dense model of single frames: the ranking
+of answers, and the negatives.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ class VideoOutput(ModelOutput):
     """Encoded clips.
 
     Attributes:
-        embeds: ``(batch, projection_dim)``, L2-normalised.
-        states: ``(batch, 1 + n, hidden_size)``, [CLS] and the n patches that survive.
+        embeds: ``(batch, projection_dim)``, L2-normalised; of frames that are encoded alone, the
+            mean of theirs, which are.
+        states: ``(batch, 1 + n, hidden_size)``, [CLS] and the n patches that survive; those of
+            frames that are encoded alone behind each other.
         indices: int64 ``(batch, n)``, numbers of these patches in (frame, row, column) order.
         indices_per_stage: the same after each pruning.
     """

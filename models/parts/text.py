@@ -38,7 +38,7 @@ class TextLayer(GradientCheckpointingLayer):
     def forward(
         self,
         states: Tensor,
-        ignored: Tensor,
+        ignored: Tensor | None = None,
         video: Tensor | None = None,
         saliency: Literal["cls", "mean"] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -46,7 +46,7 @@ class TextLayer(GradientCheckpointingLayer):
 
         Args:
             states: ``(batch, tokens, dim)``.
-            ignored: bool ``(batch, tokens)``, True at padding.
+            ignored: bool ``(batch, tokens)``, True at padding; by default there is none.
             video: ``(batch, 1 + n, hidden_size)``.
             saliency: which attention over the video to return.
         """

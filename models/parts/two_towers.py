@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import OFFICIAL, TwoTowersConfig
+from svitt_ops.models.parts.configuration import TwoTowersConfig
 from svitt_ops.models.parts.heads import MaskedTokenHead
 from svitt_ops.models.parts.layers import Residual
 from svitt_ops.models.parts.loading import load_folder
@@ -36,6 +36,11 @@ class TwoTowers(PreTrainedModel):
     def __init__(self, config: TwoTowersConfig) -> None:
         config.check()
         super().__init__(config)
+        self.build(config)
+        self.post_init()
+
+    def build(self, config: Any) -> None:
+        """Make the parts, whose weights are drawn once all are made; a system adds its own."""
         self.video = VideoTower(config)
         self.text = TextTower(config)
         if self.projects:
@@ -59,6 +64,9 @@ class TwoTowers(PreTrainedModel):
         if pretrained_model_name_or_path is None or args:
             return load(pretrained_model_name_or_path, *args, config=config, **kwargs)
         return load_folder(load, cls, pretrained_model_name_or_path, config, **kwargs)
+
+    def fit_frames(self, num_frames: int) -> None:
+        """Resize what depends on the frames of a clip, besides the video tower's positions."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The embeddings of the text's tokens."""
@@ -90,7 +98,7 @@ class TwoTowers(PreTrainedModel):
     def group(self) -> dist.ProcessGroup | None:
         """The processes that share a batch while training: negatives come from all of them."""
         shared = dist.is_available() and dist.is_initialized() and self.training
-        return dist.group.WORLD if shared and self.config.compat != OFFICIAL else None
+        return dist.group.WORLD if shared and not self.config.official else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The video tower: a ViT over all patches of a clip at once, with edge and node sparsity."""
+"""The video tower: a ViT over all patches of some frames at once, with edge and node sparsity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import svitt_ops as so
-from svitt_ops.models.parts.configuration import OFFICIAL, VideoConfig
+from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.models.parts.layers import FeedForward, Residual, eval_generator, random_scores
 from svitt_ops.models.parts.official import PaddedSelfAttention, padded
 from svitt_ops.models.parts.token_order import token_order
@@ -49,10 +49,10 @@ class VideoLayer(GradientCheckpointingLayer):
         dim, eps = config.hidden_size, config.layer_norm_eps
         bias = None
         if config.position == "relative":
-            grid = (config.num_frames, config.grid_size, config.grid_size)
+            grid = (config.tower_frames, config.grid_size, config.grid_size)
             heads, std = config.num_attention_heads, config.bias_init_std
             bias = RelativePositionBias3D(grid, heads, std=std)
-        official = config.compat == OFFICIAL and config.edge_sparsity
+        official = config.official and config.edge_sparsity
         kind = PaddedSelfAttention if official else BlockSparseSelfAttention
         self.norm_before = nn.LayerNorm(dim, eps)
         self.attention = kind(dim, config.num_attention_heads, key_bias=config.key_bias, bias=bias)
@@ -96,7 +96,7 @@ class VideoTower(nn.Module):
         self.patch_positions: nn.Parameter | None = None
         if config.position == "absolute":
             self.cls_position = nn.Parameter(torch.zeros(1, 1, dim))
-            shape = (config.num_frames, config.grid_size**2, dim)
+            shape = (config.tower_frames, config.grid_size**2, dim)
             self.patch_positions = nn.Parameter(torch.zeros(shape))
         last = max(config.num_hidden_layers - 1, 1)
         rates = (config.drop_path_rate * i / last for i in range(config.num_hidden_layers))
@@ -104,8 +104,8 @@ class VideoTower(nn.Module):
         self.reset_positions()
 
     def reset_positions(self, device: torch.device | None = None) -> None:
-        """Fill the order of the patches and their codes for `config.num_frames` frames."""
-        order, codes = self._positions(self.config.num_frames)
+        """Fill the order of the patches and their codes for `config.tower_frames` frames."""
+        order, codes = self._positions(self.config.tower_frames)
         self.register_buffer("order", order.to(device), persistent=False)
         self.register_buffer("codes", codes.to(device), persistent=False)
 
@@ -143,12 +143,13 @@ class VideoTower(nn.Module):
                 f"got {tuple(pixel_values.shape)}"
             )
         batch, frames = pixel_values.shape[:2]
-        if not 1 <= frames <= config.num_frames:
+        if not 1 <= frames <= config.tower_frames:
             raise ValueError(
-                f"VideoTower: pixel_values must have 1 to {config.num_frames} frames, got {frames}"
+                f"VideoTower: pixel_values must have 1 to {config.tower_frames} frames, "
+                f"got {frames}"
             )
         order, codes = self.order, self.codes
-        if frames < config.num_frames:  # the first frames of the table
+        if frames < config.tower_frames:  # the first frames of the table
             order, codes = (x.to(order.device) for x in self._positions(frames))
         patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
         patches = patches.reshape(batch, order.shape[0], -1)
@@ -180,7 +181,7 @@ class VideoTower(nn.Module):
             blocks = -(-num_tokens // DENSE_BLOCK)
             every = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
             return so.BlockLayout.from_mask(every, num_tokens=num_tokens, block_size=DENSE_BLOCK)
-        if config.compat == OFFICIAL:
+        if config.official:
             num_tokens = padded(num_tokens, config.block_size)
         return so.BlockLayout.local_random(
             num_tokens,

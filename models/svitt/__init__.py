@@ -4,22 +4,21 @@ from svitt_ops.models.parts.conversion import RELEASED, load_beit, load_bert
 from svitt_ops.models.parts.system import Source, System
 from svitt_ops.models.svitt import old_weights
 from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.convert import load_official
-from svitt_ops.models.svitt.model import SViTTForPreTraining, SViTTForRetrieval, SViTTModel
-from svitt_ops.models.svitt.multiple_choice import SViTTForMultipleChoice
-from svitt_ops.models.svitt.question_answering import SViTTForQuestionAnswering
+from svitt_ops.models.svitt.convert import TASKS, load_official
+from svitt_ops.models.svitt.model import (
+    SViTTForMultipleChoice,
+    SViTTForPreTraining,
+    SViTTForQuestionAnswering,
+    SViTTForRetrieval,
+    SViTTModel,
+)
 
 old_weights.register()
 
 SYSTEM = System(
     config=SViTTConfig,
     base=SViTTModel,
-    models={
-        "pretraining": SViTTForPreTraining,
-        "retrieval": SViTTForRetrieval,
-        "question_answering": SViTTForQuestionAnswering,
-        "multiple_choice": SViTTForMultipleChoice,
-    },
+    models=TASKS,
     load_official=load_official,
     sources={
         "beit": Source(released=RELEASED["beit"], load=load_beit),

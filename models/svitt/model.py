@@ -1,228 +1,35 @@
-"""SViTT: video tower, text tower, fusion, and the losses of retrieval and of pretraining.
+"""SViTT: a sparse video tower, a text tower, fusion layers over both, and a model for each task.
 
-Source: SViTT (CVPR 2023); the losses are ALBEF's (NeurIPS 2021) without momentum.
+Source: SViTT (CVPR 2023).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-
-import svitt_ops as so
-from svitt_ops.models.parts.heads import MaskedTokenHead
-from svitt_ops.models.parts.layers import embed, in_fp32
-from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, match_loss
-from svitt_ops.models.parts.outputs import FusionOutput, PreTrainingOutput, TextOutput, VideoOutput
-from svitt_ops.models.parts.text import FusionEncoder
-from svitt_ops.models.parts.two_towers import TwoTowers
+from svitt_ops.models.parts.answers import AnswersQuestions
+from svitt_ops.models.parts.choices import ChoosesTexts
+from svitt_ops.models.parts.fused_towers import FusedTowers
+from svitt_ops.models.parts.pairs import LearnsFromPairs, MatchesPairs
 from svitt_ops.models.svitt.configuration import SViTTConfig
 
 
-class SViTTModel(TwoTowers):
+class SViTTModel(FusedTowers):
     """The towers and the fusion layers of SViTT."""
 
     config_class = SViTTConfig
     config: SViTTConfig
-    # Without a word: it is what this class is for.
-    _keys_to_ignore_on_load_unexpected = [r"^(match_head|token_head|decoder)\.", r"^temperature$"]  # noqa: RUF012
-
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__(config)
-        self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        if self.projects:
-            self.pooler_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.fusion = FusionEncoder(config)
-        if type(self) is SViTTModel:
-            self.post_init()
-
-    def encode_video(self, pixel_values: Tensor) -> VideoOutput:
-        """Encode clips.
-
-        Args:
-            pixel_values: ``(batch, frames, 3, image_size, image_size)``, normalised to mean 0.5 and
-                deviation 0.5 as BEiT's; at most ``config.num_frames`` frames.
-        """
-        found = self.video(pixel_values)
-        embeds = None
-        if self.projects:
-            embeds = embed(self.video_projection, self.pooler_norm(self.pool(found.tokens)))
-        return VideoOutput(
-            embeds=embeds,
-            states=self.video_norm(found.tokens),
-            indices=found.indices,
-            indices_per_stage=found.indices_per_stage,
-        )
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
-        """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding."""
-        states = self.text(input_ids, attention_mask)
-        embeds = embed(self.text_projection, states[:, 0]) if self.projects else None
-        return TextOutput(embeds=embeds, states=states)
-
-    def fuse(
-        self,
-        text_states: Tensor,
-        attention_mask: Tensor,
-        video_states: Tensor,
-        video_indices: Tensor | None = None,
-    ) -> FusionOutput:
-        """Let texts attend over their clips, row by row.
-
-        Args:
-            text_states: ``(batch, tokens, text_hidden_size)`` of `encode_text`.
-            attention_mask: ``(batch, tokens)``, 0 at padding.
-            video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
-            video_indices: ``(batch, n)``, numbers of the patches, carried along.
-        """
-        found = self.fusion(text_states, attention_mask, video_states, video_indices)
-        return FusionOutput(states=found[0], video_indices=found[1])
-
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> tuple[VideoOutput, TextOutput, FusionOutput]:
-        """Encode pairs and fuse them."""
-        video = self.encode_video(pixel_values)
-        text = self.encode_text(input_ids, attention_mask)
-        return video, text, self.fuse(text.states, attention_mask, video.states, video.indices)
 
 
-class SViTTForRetrieval(SViTTModel):
-    """SViTT with a learned temperature and the match head: what finds, and ranks what is found."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^token_head\."]  # noqa: RUF012
-    losses: ClassVar[tuple[str, ...]] = ("vtc", "vtm")
-    """The losses that `forward` has, of those that the configuration weighs."""
-
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__(config)
-        self.match_head = nn.Linear(config.text_hidden_size, 2)
-        # Not a scalar, which `fully_shard` refuses.
-        self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
-        if type(self) is SViTTForRetrieval:
-            self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            nn.init.constant_(self.temperature, self.config.temperature_init)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        name = f"{prefix}temperature"
-        if name in state_dict and state_dict[name].ndim == 0:  # as earlier versions had it
-            state_dict[name] = state_dict[name].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    @property
-    def leaves_parameters_unused(self) -> bool:
-        """Whether a loss in training may depend on some parameters only."""
-        return not all(self.config.weights[name] for name in self.losses)
-
-    def before_step(self) -> None:
-        """Clamp the temperature."""
-        self.clamp_temperature()
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Bring the temperature back into its limits; to be called before each step."""
-        self.temperature.clamp_(self.config.temperature_min, self.config.temperature_max)
-
-    def match_logits(
-        self, text_states: Tensor, attention_mask: Tensor, video_states: Tensor
-    ) -> Tensor:
-        """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
-        fused = self.fuse(text_states, attention_mask, video_states)
-        return in_fp32(self.match_head, fused.states[:, 0])
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pair_ids: Tensor | None = None,
-    ) -> PreTrainingOutput:
-        """Losses of a batch of pairs; arguments as of `SViTTForPreTraining`."""
-        video = self.encode_video(pixel_values)
-        text = self.encode_text(input_ids, attention_mask)
-        return self._weighted(video, text, self._pair_losses(video, text, attention_mask, pair_ids))
-
-    def _pair_losses(
-        self, video: VideoOutput, text: TextOutput, attention_mask: Tensor, pair_ids: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The contrastive and the matching loss, those of weight 0 left out."""
-        weight = self.config.weights
-        losses: dict[str, Tensor] = {}
-        if weight["vtc"]:
-            losses["vtc"] = so.info_nce(
-                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
-            )
-        if weight["vtm"]:
-            hard = self.config.hard_negatives
-            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
-            losses["vtm"] = match_loss(
-                self.match_logits, text.states, attention_mask, video.states, wrong
-            )
-        return losses
-
-    def _weighted(
-        self, video: VideoOutput, text: TextOutput, losses: dict[str, Tensor]
-    ) -> PreTrainingOutput:
-        weight = self.config.weights
-        if not losses:
-            raise ValueError(
-                f"{type(self).__name__}: loss_weights must be positive for one of "
-                f"{', '.join(self.losses)}, got {self.config.loss_weights}"
-            )
-        return PreTrainingOutput(
-            loss=sum(weight[name] * loss for name, loss in losses.items()),
-            **{f"loss_{name}": loss for name, loss in losses.items()},
-            video_embeds=video.embeds,
-            text_embeds=text.embeds,
-        )
+class SViTTForRetrieval(SViTTModel, MatchesPairs):
+    """SViTT with a learned temperature and the match head."""
 
 
-class SViTTForPreTraining(SViTTForRetrieval):
+class SViTTForPreTraining(SViTTForRetrieval, LearnsFromPairs):
     """SViTT with a learned temperature and the heads of VTC, VTM and MLM."""
 
-    _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
-    losses = ("vtc", "vtm", "mlm")
 
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__(config)
-        self.token_head = MaskedTokenHead(config)
-        self.post_init()
+class SViTTForMultipleChoice(SViTTForRetrieval, ChoosesTexts):
+    """The retrieval model with `choose`; it is trained as that is, on pairs."""
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pair_ids: Tensor | None = None,
-        mlm_input_ids: Tensor | None = None,
-        mlm_labels: Tensor | None = None,
-    ) -> PreTrainingOutput:
-        """Losses of a batch of pairs.
 
-        Args:
-            pixel_values: ``(batch, frames, 3, image_size, image_size)``.
-            input_ids: ``(batch, tokens)``.
-            attention_mask: ``(batch, tokens)``, 0 at padding.
-            pair_ids: int64 ``(batch,)``; pairs with equal ids are no negatives of each other.
-            mlm_input_ids: ``input_ids`` with masked tokens; needed unless MLM has weight 0.
-            mlm_labels: ``(batch, tokens)``, what was masked, -100 elsewhere.
-        """
-        video = self.encode_video(pixel_values)
-        text = self.encode_text(input_ids, attention_mask)
-        losses = self._pair_losses(video, text, attention_mask, pair_ids)
-        if self.config.weights["mlm"]:
-            if mlm_input_ids is None or mlm_labels is None:
-                raise ValueError(
-                    "SViTTForPreTraining: mlm_input_ids and mlm_labels must be given unless "
-                    "loss_weights['mlm'] is 0, got None"
-                )
-            masked = self.text(mlm_input_ids, attention_mask)
-            fused = self.fuse(masked, attention_mask, video.states)
-            logits = self.token_head(fused.states, self.text.embeddings.word.weight)
-            losses["mlm"] = cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
-        return self._weighted(video, text, losses)
+class SViTTForQuestionAnswering(SViTTModel, AnswersQuestions):
+    """SViTT with an answer decoder instead of the heads that compare clips and texts."""

@@ -125,7 +125,7 @@ def fusion_tokens(config: TwoTowersConfig) -> list[int]:
 def keys_per_patch(config: VideoConfig, num_patches: int) -> int:
     """Keys that a patch attends among so many patches; with edge sparsity [CLS] is one of them."""
     if not config.edge_sparsity:
-        return num_patches
+        return min(num_patches, config.tower_frames * config.grid_size**2)
     blocks = config.num_local + config.num_random
     return min(blocks * config.block_size, num_patches) + 1
 

@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 
 import svitt_ops as so
-from svitt_ops.models import SViTTConfig
+from svitt_ops.models.parts import pairs
 from svitt_ops.models.parts.key_maps import placed, rename
-from svitt_ops.models.svitt import load_official, model
-from svitt_ops.models.svitt.convert import OFFICIAL_CHECKPOINT
+from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
+from svitt_ops.models.singularity.convert import RULES
+from svitt_ops.models.systems import load_system
 
 FOLDER = Path(__file__).parents[1] / "golden"
 OFFICIAL = "svitt-official"
+MERGES = {"mean": "mean", "max": "max", "lse": "logsumexp"}
+MASKED = {"mlm_input_ids": "choice/mlm_input_ids", "mlm_labels": "choice/mlm_labels"}
+QUESTIONS = {"input_ids": "in/question_ids", "attention_mask": "in/question_mask"}
+ANSWERS = {
+    "answer_ids": "in/answer_ids",
+    "answer_mask": "in/answer_mask",
+    "answers_per_question": "in/answers_per_question",
+    "answer_weights": "in/weights",
+}
+LIST = {"answer_ids": "in/rank/answer_ids", "answer_mask": "in/rank/answer_mask"}
+NAMES = {"svitt": OFFICIAL_CHECKPOINT, "singularity": RULES}
 
 
 class Case:
@@ -38,7 +50,19 @@ class Case:
             tensors[name] = value.long() if name in self.meta["state_int64"] else value
         return tensors
 
-    def config(self, **changes: Any) -> SViTTConfig:
+    @property
+    def system(self) -> str:
+        return str(self.meta["system"])
+
+    def target(self, name: str, config: Any) -> str | None:
+        """Our name of one of the authors' tensors; None or "" where there is none."""
+        return placed(rename(name, NAMES[self.system]), config)
+
+    def config(self, **changes: Any) -> Any:
+        return load_system(self.system).config(**{**self.fields(), **changes})
+
+    def fields(self) -> dict[str, Any]:
+        """Of the configuration."""
         given = self.meta["config"]
         vision, text, sparse = given["vision"], given["text"], given.get("sparse")
         values = {
@@ -64,13 +88,13 @@ class Case:
         if sparse:
             values |= {name: sparse[name] for name in ("block_size", "num_local", "num_random")}
             values |= {name: sparse[name] for name in ("keep_rate", "prune_layers")}
-        else:
-            values |= {"edge_sparsity": False, "keep_rate": 1.0, "prune_layers": []}
-        return SViTTConfig(**{**values, **changes})
+        return values
 
     def model(self, task: str = "pretraining", **changes: Any) -> Any:
         """Loaded as the authors' file is, with the case's patterns if it has any."""
-        found = load_official({"model": self.state()}, self.config(**changes), task=task)
+        load = load_system(self.system).load_official
+        assert load is not None
+        found = load({"model": self.state()}, self.config(**changes), task=task)
         if "choice/blocks/0" in self.arrays:
             hand_over_patterns(found, self)
         return found
@@ -85,7 +109,7 @@ class Case:
         count = 0
         for key in self.arrays:
             name = key.removeprefix(prefix)
-            target = placed(rename(name, OFFICIAL_CHECKPOINT), found.config)
+            target = self.target(name, found.config)
             if key.startswith(prefix) and target:
                 grad = found.get_parameter(target).grad
                 self.close(grad[0] if target == "temperature" else grad, key, tolerance)
@@ -111,9 +135,45 @@ def hand_over_patterns(found: Any, case: Case) -> None:
 def hand_over_negatives(patch: pytest.MonkeyPatch, case: Case, *names: str) -> None:
     """Make the matching loss take the case's wrong clips and texts."""
     wrong = tuple(case[f"choice/{name}"] for name in names)
-    patch.setattr(model, "draw_negatives", lambda *_, **__: wrong)
+    patch.setattr(pairs, "draw_negatives", lambda *_, **__: wrong)
 
 
 def inputs(case: Case, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Arguments of a model: which array each is."""
     return {name: case[key] for name, key in names.items()}
+
+
+def same_best(case: Case, similarity: Tensor, scores: Tensor, key: str) -> None:
+    """The authors re-rank the best by similarity; the others have -100."""
+    best = similarity.topk(int(case["in/eval/k_test"]), 1).indices
+    ranked = torch.full_like(scores, -100).scatter(1, best, scores.gather(1, best))
+    wanted, scored = case[key], case[key] != -100
+    assert torch.equal(ranked != -100, scored)
+    assert (ranked - wanted).abs().max() <= 2e-5 * wanted[scored].abs().max()
+
+
+def check_answers(model: Any, case: Case, states: Tensor) -> None:
+    """The logits of the decoder, up to padding."""
+    rows = torch.arange(len(states)).repeat_interleave(case["in/answers_per_question"])
+    ids, real = case["in/answer_ids"], case["in/answer_mask"] != 0
+    ignored = case["in/question_mask"][rows] == 0
+    decoded = model.decoder(ids, states[rows], ignored)
+    logits = model.token_head(decoded, model.decoder.embeddings.word.weight)
+    case.arrays["real logits"] = case["out/train/answer_logits"][real]
+    case.close(logits[real], "real logits")
+
+
+def check_ranking(case: Case, found: Any, where: str) -> None:
+    assert torch.equal(found.answers, case[f"{where}topk_ids"])
+    case.close(found.scores.softmax(-1), f"{where}topk_probs", 1e-4)
+
+
+def check_corrected(case: Case, found: Any, which: str) -> None:
+    """Likelihoods of the answers whose first tokens are likeliest, best first."""
+    where = f"out/rank/{which}"
+    assert torch.equal(found.answers, case[f"{where}corrected_ids"])
+    ids, order = case[f"{where}preselected_ids"].sort(1)
+    places = found.answers.sort(1)
+    assert torch.equal(places.values, ids)
+    case.arrays["ordered"] = case[f"{where}preselected_loglik"].gather(1, order)
+    case.close(found.scores.gather(1, places.indices), "ordered")

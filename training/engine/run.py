@@ -119,7 +119,8 @@ def _train(
         tokenizer = load_tokenizer(str(resumed[1]))
     model = build_model(recipe, tokenizer, task.HEAD)
     if resumed is not None:
-        refuse_other_shapes(model.config, resumed[1], also=("image_size", "num_frames"))
+        own = ("image_size", "num_frames", *model.config.own_fixed)
+        refuse_other_shapes(model.config, resumed[1], also=own)
     dataset: Any = task.build_dataset(recipe, examples, model.config)
     del examples  # or forked workers would each come to own a copy
     batches = GlobalBatches(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.models.parts.clips import join_clips
 from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.training.data.collate import Collator, count_cut, encode_texts
 from svitt_ops.training.data.columns import Strings
@@ -275,7 +276,7 @@ def _rank(
     """The number of the best answer to each question."""
     inputs = encode_texts(tokenizer, questions, reading.text_length, "longest")
     ids, attended = (t.to(states.device) for t in inputs.values())
-    read = model.encode_questions(ids, attended, states)
+    read = model.encode_questions(ids, attended, join_clips(states, settings.merge))
     ranking = model.rank_answers(
         read,
         attended,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.clips import Merge, join_clips, merge_clips
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.collate import Collator, count_cut
 from svitt_ops.training.engine import recipes
@@ -284,8 +284,9 @@ def _match(
     merge: Merge,
 ) -> Tensor:
     """Match scores of pairs, over all clips of the videos."""
-    num_clips = states.shape[1]
-    pairs = states[video.cpu()].flatten(0, 1).to(texts.states.device)
+    clips = join_clips(states[video.cpu()], merge)
+    num_clips = clips.shape[1]
+    pairs = clips.flatten(0, 1).to(texts.states.device)
     rows = text.repeat_interleave(num_clips)
     logits = model.match_logits(texts.states[rows], texts.mask[rows], pairs)[:, 1]
     # Their sums and means in fp32 too.

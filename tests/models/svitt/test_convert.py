@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, change_image_size, convert
+from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
 from svitt_ops.models.parts.unpickling import Inert, read_tensors
-from svitt_ops.models.svitt.convert import OFFICIAL_CHECKPOINT
 
 MakeConfig = Callable[..., SViTTConfig]
 

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from golden_cases import OFFICIAL, Case, hand_over_negatives, inputs
-from torch import Tensor
+from golden_cases import (
+    MASKED,
+    MERGES,
+    OFFICIAL,
+    Case,
+    hand_over_negatives,
+    inputs,
+    same_best,
+)
 
 from svitt_ops.models import SViTTForMultipleChoice, SViTTForRetrieval
 from svitt_ops.models.parts.clips import merge_clips
@@ -16,10 +23,7 @@ PAIRS = {
     "attention_mask": "in/attention_mask",
     "pair_ids": "in/ids",
 }
-MASKED = {"mlm_input_ids": "choice/mlm_input_ids", "mlm_labels": "choice/mlm_labels"}
-IMAGES = PAIRS | {"pixel_values": "in/image", "pair_ids": "in/idx"}
 NEGATIVES = "neg_video_of_text", "neg_text_of_video"
-MERGES = {"mean": "mean", "max": "max", "lse": "logsumexp"}
 
 
 @pytest.mark.parametrize(
@@ -139,17 +143,8 @@ def test_svitt_match_scores_of_several_clips(how: str) -> None:
             assert torch.equal(found.int(), case[f"out/eval/surviving/{layer}"])
     for name, found in chosen.items():
         assert torch.equal(found.choices, found.scores.argmax(1))
-        _same_best(case, similarity, found.scores, f"{where}{name}/score_v2t")
-        _same_best(case, similarity.T, found.scores.T, f"{where}{name}/score_t2v")
-
-
-def _same_best(case: Case, similarity: Tensor, scores: Tensor, key: str) -> None:
-    """The authors re-rank the best by similarity; the others have -100."""
-    best = similarity.topk(int(case["in/eval/k_test"]), 1).indices
-    ranked = torch.full_like(scores, -100).scatter(1, best, scores.gather(1, best))
-    wanted, scored = case[key], case[key] != -100
-    assert torch.equal(ranked != -100, scored)
-    assert (ranked - wanted).abs().max() <= 2e-5 * wanted[scored].abs().max()
+        same_best(case, similarity, found.scores, f"{where}{name}/score_v2t")
+        same_best(case, similarity.T, found.scores.T, f"{where}{name}/score_t2v")
 
 
 @pytest.mark.parametrize("task", ["pretraining", "retrieval"])
@@ -165,57 +160,17 @@ def test_a_retrieval_checkpoint(task: str, caplog: pytest.LogCaptureFixture) -> 
     assert "the head for masked tokens starts from random" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["pretrain", "retrieval"])
-def test_singularity_losses(
-    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of one frame: SViTT without sparsity, over a two-dimensional table."""
-    case = Case(f"singularity/{name}")
-    masks = name == "pretrain"
-    model = case.model("pretraining" if masks else "retrieval")
-    assert "no counterpart for: temporal_embeddings" in caplog.text  # not used there either
-    hand_over_negatives(monkeypatch, case, "neg_image_of_text", "neg_text_of_image")
-    output = model(**inputs(case, IMAGES | MASKED if masks else IMAGES))
-    with torch.no_grad():
-        case.close(model.encode_video(case["in/image"]).states, "out/image_embeds")
-    case.close(output.video_embeds[:, None].detach(), "out/image_feat")
-    case.close(output.text_embeds.detach(), "out/text_feat")
-    for ours, theirs in {"vtc": "itc", "vtm": "itm", **({"mlm": "mlm"} if masks else {})}.items():
-        case.close(output[f"loss_{ours}"].detach(), f"out/loss_{theirs}")
-    case.close(output.loss.detach(), "out/loss_total")
-    output.loss.backward()
-    assert case.gradients_close(model) >= 9
-
-
-def test_singularity_scores_of_several_frames() -> None:
-    """Each frame is a clip of its own; "concat" fuses the states of all behind each other."""
-    case = Case("singularity/retrieval")
-    model = case.model("multiple_choice")
-    ids, mask = (
-        case[f"in/eval/{name}"].expand(5, -1, -1) for name in ("input_ids", "attention_mask")
-    )
-    with torch.no_grad():
-        video = model.encode_video(case["in/eval/video"].flatten(0, 1)[:, None])
-        text = model.encode_text(ids[0], mask[0])
-        states = video.states.unflatten(0, (5, 3))
-        similarity = video.embeds.unflatten(0, (5, 3)).mean(1) @ text.embeds.T
-        case.close(similarity, "out/eval/sim_i2t")
-        whole = model.choose(states.flatten(1, 2), ids, mask).scores
-        case.close(whole, "out/eval/x_only/score_i2t")
-        scores = {"concat": whole}
-        for name, merge in MERGES.items():
-            scores[name] = model.choose(states, ids, mask, merge=merge).scores
-    for name, found in scores.items():
-        _same_best(case, similarity, found, f"out/eval/{name}/score_i2t")
-        _same_best(case, similarity.T, found.T, f"out/eval/{name}/score_t2i")
-
-
 def test_merges() -> None:
     scores = torch.tensor([[1.0, 3.0], [2.0, 5.0]])
     assert merge_clips(scores, "mean", 0).tolist() == [1.5, 4]
     assert merge_clips(scores, "max", 1).tolist() == [3, 5]
     torch.testing.assert_close(merge_clips(scores, "logsumexp", 1), scores.exp().sum(1).log())
-    with pytest.raises(ValueError, match="merge must be one of logsumexp, mean, max, got 'sum'"):
+    assert torch.equal(merge_clips(scores[:, :1], "concat", 1), scores[:, 0])
+    with pytest.raises(ValueError, match="merge='concat' must have 1 clip, got 2"):
+        merge_clips(scores, "concat", 1)
+    with pytest.raises(
+        ValueError, match="merge must be one of logsumexp, mean, max, concat, got 'sum'"
+    ):
         merge_clips(scores, "sum", 1)  # type: ignore[arg-type]
 
 

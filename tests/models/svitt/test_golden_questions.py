@@ -2,26 +2,26 @@
 
 import copy
 import json
-from typing import Any
 
 import pytest
 import torch
-from golden_cases import FOLDER, OFFICIAL, Case, inputs
-from torch import Tensor
+from golden_cases import (
+    ANSWERS,
+    FOLDER,
+    LIST,
+    MERGES,
+    OFFICIAL,
+    QUESTIONS,
+    Case,
+    check_answers,
+    check_corrected,
+    check_ranking,
+    inputs,
+)
 
 from svitt_ops.models import SViTTConfig, SViTTForQuestionAnswering, convert
 from svitt_ops.models.parts.key_maps import placed, rename
-from svitt_ops.models.svitt.convert import OFFICIAL_CHECKPOINT
-
-ANSWERS = {
-    "answer_ids": "in/answer_ids",
-    "answer_mask": "in/answer_mask",
-    "answers_per_question": "in/answers_per_question",
-    "answer_weights": "in/weights",
-}
-QUESTIONS = {"input_ids": "in/question_ids", "attention_mask": "in/question_mask"}
-LIST = {"answer_ids": "in/rank/answer_ids", "answer_mask": "in/rank/answer_mask"}
-MERGES = {"mean": "mean", "max": "max", "lse": "logsumexp"}
+from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
 
 
 def prune_like_the_case(model: SViTTForQuestionAnswering, case: Case) -> None:
@@ -33,17 +33,6 @@ def prune_like_the_case(model: SViTTForQuestionAnswering, case: Case) -> None:
     config.multimodal_keep_rate = given["token_keep_rate"]
     config.multimodal_prune_layers = [layer - first for layer in given["token_drop_loc"]]
     model.fusion.config = config
-
-
-def check_answers(model: SViTTForQuestionAnswering, case: Case, states: Tensor) -> None:
-    """The logits of the decoder, up to padding."""
-    rows = torch.arange(len(states)).repeat_interleave(case["in/answers_per_question"])
-    ids, real = case["in/answer_ids"], case["in/answer_mask"] != 0
-    ignored = case["in/question_mask"][rows] == 0
-    decoded = model.decoder(ids, states[rows], ignored)
-    logits = model.token_head(decoded, model.decoder.embeddings.word.weight)
-    case.arrays["real logits"] = case["out/train/answer_logits"][real]
-    case.close(logits[real], "real logits")
 
 
 def test_svitt_training() -> None:
@@ -87,11 +76,6 @@ def test_svitt_training_corrected() -> None:
     assert abs(pruned.loss - output.loss) > 1e-3
 
 
-def check_ranking(case: Case, found: Any, where: str) -> None:
-    assert torch.equal(found.answers, case[f"{where}topk_ids"])
-    case.close(found.scores.softmax(-1), f"{where}topk_probs", 1e-4)
-
-
 @torch.no_grad()
 def test_svitt_ranking() -> None:
     case = Case("svitt/vqa")
@@ -120,46 +104,6 @@ def test_svitt_ranking() -> None:
     model.config.compat = OFFICIAL
     found = model.rank_answers(pruned, mask, **answers, k=k, merge="concat")
     check_ranking(case, found, "out/rank/fusion_pruning/")
-
-
-def check_corrected(case: Case, found: Any, which: str) -> None:
-    """Likelihoods of the answers whose first tokens are likeliest, best first."""
-    where = f"out/rank/{which}"
-    assert torch.equal(found.answers, case[f"{where}corrected_ids"])
-    ids, order = case[f"{where}preselected_ids"].sort(1)
-    places = found.answers.sort(1)
-    assert torch.equal(places.values, ids)
-    case.arrays["ordered"] = case[f"{where}preselected_loglik"].gather(1, order)
-    case.close(found.scores.gather(1, places.indices), "ordered")
-
-
-def test_singularity(caplog: pytest.LogCaptureFixture) -> None:
-    """Each frame is a clip of its own; "concat" fuses the states of all behind each other."""
-    case = Case("singularity/vqa")
-    model = case.model("question_answering", compat=OFFICIAL)
-    assert "no counterpart for: temporal_embeddings; " in caplog.text
-    assert len(caplog.records) == 1
-    output = model(case["in/image"], **inputs(case, QUESTIONS | ANSWERS))
-    case.close(output.question_states.detach(), "out/train/question_states")
-    case.close(output.answer_losses.detach(), "out/train/answer_loss")
-    case.close(output.loss.detach(), "out/train/loss")
-    output.loss.backward()
-    assert case.gradients_close(model) == 7
-    with torch.no_grad():
-        check_answers(model, case, output.question_states)
-        answers, k = inputs(case, LIST), int(case["in/rank/k"])
-        ids, mask = inputs(case, QUESTIONS).values()
-        frames = model.encode_video(case["in/rank/video"].flatten(0, 1)[:, None]).states
-        frames = frames.unflatten(0, (4, 3))
-        states = model.encode_questions(ids, mask, frames.flatten(1, 2))
-        found = model.rank_answers(states, mask, **answers, k=k, merge="concat")
-        check_ranking(case, found, "out/rank/")
-        each = model.encode_questions(ids, mask, frames)
-        for name, merge in MERGES.items():
-            found = model.rank_answers(each, mask, **answers, k=k, merge=merge)
-            check_ranking(case, found, f"out/rank/{name}/")
-        model.config.compat = None
-        check_corrected(case, model.rank_answers(states, mask, **answers, k=k), "")
 
 
 def test_every_tensor_of_a_checkpoint_is_accounted_for(caplog: pytest.LogCaptureFixture) -> None:

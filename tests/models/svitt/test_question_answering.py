@@ -197,7 +197,7 @@ def test_ranking_over_clips(model: SViTTForQuestionAnswering, questions: dict[st
         ({"answer_mask": torch.tensor([[1, 1], [1, 0]])}, "first two tokens .* got 0 in row 1"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
-        ({"merge": "sum"}, "merge must be one of logsumexp, mean, max, got 'sum'"),
+        ({"merge": "sum"}, "merge must be one of logsumexp, mean, max, concat, got 'sum'"),
         (
             {"question_mask": torch.ones(3, 5)},
             r"question_mask of shape \(3, 5\), got \(3, 1, 6, 24\)",

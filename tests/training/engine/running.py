@@ -12,6 +12,14 @@ from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.run import Trained
 
 PARTS = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
+DENSE = {
+    "edge_sparsity": False,
+    "keep_rate": 1.0,
+    "prune_layers": [],
+    "multimodal_keep_rate": 1.0,
+    "multimodal_prune_layers": [],
+}
+"""What to change in the small model for a system without sparsity."""
 LONG = 100_000  # steps that no test waits for
 ENOUGH = 600  # seconds in which any process ends, however busy the machine is
 

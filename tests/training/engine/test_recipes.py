@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from svitt_ops.models import SViTTConfig, SViTTForPreTraining, sparsity_table
 from svitt_ops.training.engine.recipes import (
     Corpus,
     Recipe,
@@ -11,6 +13,9 @@ from svitt_ops.training.engine.recipes import (
     recipe_text,
     shipped_recipes,
 )
+
+DENSE = [(4, 784, 203_394_653), (8, 1568, 204_234_461)]
+"""Frames, patches and parameters."""
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,50 @@ def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, bat
     assert (recipe.optimizer.weight_decay, recipe.optimizer.min_lr_ratio) == (0.02, 0.01)
     assert recipe.data.text_length == 32
     assert (recipe.init.checkpoint is None) == (frames == 4)
+
+
+@pytest.mark.parametrize(("frames", "tokens", "parameters"), DENSE)
+def test_dense_stages_differ_in_sparsity_alone(frames: int, tokens: int, parameters: int) -> None:
+    name = f"pretrain-{frames}f"
+    sparse, dense = load_recipe(name), load_recipe(f"{name}-dense")
+    config = SViTTConfig(**dense.model)
+    (row,) = sparsity_table(config, frames=[frames])
+    assert (row.edges.sparsity, row.macs) == (0, row.dense_macs)
+    assert row.tokens == row.multimodal_tokens == (tokens,)
+    with torch.device("meta"):
+        model = SViTTForPreTraining(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert dense.init.checkpoint == (
+        None if frames == 4 else load_recipe("pretrain-4f-dense").output
+    )
+    assert dense.output == f"{sparse.output}-dense"
+    dense.model, dense.output, dense.init = sparse.model, sparse.output, sparse.init
+    assert dense == sparse
+
+
+def test_stages_of_singularity() -> None:
+    first, second = (load_recipe(f"singularity-pretrain-{n}f") for n in (1, 4))
+    assert (first.model["num_frames"], second.model["num_frames"]) == (1, 4)
+    assert "temporal_layers" not in first.model and second.model["temporal_layers"] == 2
+    assert first.init.beit and first.init.bert and first.tokenizer.append_sep is False
+    assert second.init.checkpoint == first.output
+    assert (first.optimizer.lr, first.optimizer.epochs) == (1e-4, 10)
+    assert (second.optimizer.lr, second.optimizer.epochs) == (5e-5, 5)
+    for recipe in (first, second):
+        assert (recipe.system, recipe.optimizer.min_lr_ratio) == ("singularity", 0.01)
+    for task in ("retrieval", "qa"):
+        recipe = load_recipe(f"singularity-{task}-msrvtt")
+        assert (recipe.task, recipe.init.checkpoint) == (task, second.output)
+
+
+def test_a_recipe_of_another_system() -> None:
+    dense = [f"model.{key}=1" for key in ("keep_rate", "multimodal_keep_rate")]
+    recipe = load_recipe("retrieval-didemo", ["system=singularity", "model.num_frames=4", *dense])
+    assert recipe.system == "singularity"
+    with pytest.raises(
+        ValueError, match=r"recipe: model\.keep_rate must be 1: Singularity is dense"
+    ):
+        load_recipe("retrieval-didemo", ["system=singularity", "init.checkpoint=null"])
 
 
 def test_every_shipped_recipe_reads_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ENOUGH, LONG, StopAt, losses, run, torchrun, write
+from running import DENSE, ENOUGH, LONG, StopAt, losses, run, torchrun, write
 from transformers import TrainerCallback
 
 from svitt_ops.training.data.text import train_tokenizer
@@ -167,18 +167,35 @@ def test_bias_tables_have_a_rate_of_their_own(make_recipe: Any, tmp_path: Path) 
         assert rates[parameter] == (pytest.approx(rate), decay), name
 
 
+@pytest.mark.parametrize(
+    ("system", "model", "changes"),
+    [
+        ("svitt", {}, {"num_frames": 8, "keep_rate": 0.6}),
+        ("singularity", {**DENSE, "num_frames": 1}, {"num_frames": 4, "temporal_layers": 2}),
+    ],
+)
 def test_next_stage_starts_from_the_last_and_sees_more_frames(
-    make_recipe: Any, tmp_path: Path
+    system: str, model: dict[str, Any], changes: dict[str, Any], make_recipe: Any, tmp_path: Path
 ) -> None:
-    first = pretrain(make_recipe(tmp_path / "first", "optimizer.steps=1"))
-    recipe = make_recipe(tmp_path / "next", f"init.checkpoint={tmp_path / 'first'}")
+    options = (f"system={system}", "optimizer.steps=1", "run.gradient_checkpointing=true")
+    first = pretrain(make_recipe(tmp_path / "first", *options, **model))
+    recipe = make_recipe(tmp_path / "next", f"init.checkpoint={tmp_path / 'first'}", *options)
     recipe.tokenizer.train_vocab_size = None
-    recipe.optimizer.steps = 1
-    recipe.model = {"num_frames": 8, "keep_rate": 0.6}
+    recipe.model = changes
     second = pretrain(recipe)
-    assert second.model.config.num_frames == 8
-    assert second.model.config.keep_rate == 0.6
+    assert type(second.model) is type(first.model)
+    for key, value in changes.items():
+        assert getattr(second.model.config, key) == value
     assert second.model.config.hidden_size == first.model.config.hidden_size
+    assert all(map(math.isfinite, losses(second)[1]))
+
+
+def test_the_next_stage_is_another_run(make_recipe: Any, tmp_path: Path) -> None:
+    options = ("system=singularity", "run.save_steps=1")
+    pretrain(make_recipe(tmp_path / "run", *options, "optimizer.steps=1", **DENSE))
+    recipe = make_recipe(tmp_path / "run", *options, **DENSE, temporal_layers=1)
+    with pytest.raises(ValueError, match=r"model\.temporal_layers must be 0 as in .*, got 1"):
+        pretrain(recipe)
 
 
 def test_recipes_that_cannot_be(make_recipe: Any, tmp_path: Path) -> None:

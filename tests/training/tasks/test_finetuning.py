@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ENOUGH, losses, run, torchrun, write
+from running import DENSE, ENOUGH, losses, run, torchrun, write
 
 from svitt_ops.training import cli
 from svitt_ops.training.engine.checkpoints import checkpoints
@@ -18,28 +18,41 @@ from svitt_ops.training.engine.recipes import load_recipe
 from svitt_ops.training.engine.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FILES = {"retrieval": "", "qa": "_qa", "multiple_choice": "_multiple_choice"}
+CHOICE = "multiple_choice"
+FILES = {"retrieval": "", "qa": "_qa", CHOICE: "_multiple_choice"}
 MODELS = {"retrieval": "Retrieval", "qa": "QuestionAnswering", "multiple_choice": "MultipleChoice"}
 NUMBERS = {"retrieval": "mean", "qa": "accuracy", "multiple_choice": "accuracy"}
+OF_SYSTEMS = {"svitt": {}, "singularity": {**DENSE, "temporal_layers": 1}}
+PREFIXES = {"svitt": "SViTT", "singularity": "Singularity"}
+CASES = [(system, task) for system in OF_SYSTEMS for task in FILES]
+LONG = [(system, task) for system, task in CASES if (system, task) != ("singularity", CHOICE)]
+"""Those with code of their own, of what takes several processes."""
 
 
 @pytest.fixture(scope="module")
-def pretrained(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pretrained(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each system."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("pretrained")
-    return pretrain(make_recipe(folder, "optimizer.steps=2")).folder
+    return {
+        system: pretrain(
+            make_recipe(folder / system, f"system={system}", "optimizer.steps=2", **model)
+        ).folder
+        for system, model in OF_SYSTEMS.items()
+    }
 
 
 @pytest.fixture
-def make(make_recipe: Any, corpus: Path, pretrained: Path) -> Any:
+def make(make_recipe: Any, corpus: Path, pretrained: dict[str, Path]) -> Any:
     """Recipes of a task that start from the pretrained model."""
 
-    def recipe(task: str, output: Path, *overrides: str, **model: Any) -> Any:
+    def recipe(task: str, output: Path, *overrides: str, system: str, **model: Any) -> Any:
         files = {split: corpus / f"{split}{FILES[task]}.json" for split in ("train", "test")}
         found = make_recipe(
             output,
+            f"system={system}",
             f"task={task}",
-            f"init.checkpoint={pretrained}",
+            f"init.checkpoint={pretrained[system]}",
             "tokenizer.train_vocab_size=null",
             f"data.train=[{{annotations: {files['train']}}}]",
             f"data.validation=[{{annotations: {files['test']}}}]",
@@ -52,18 +65,23 @@ def make(make_recipe: Any, corpus: Path, pretrained: Path) -> Any:
     return recipe
 
 
-@pytest.mark.parametrize("task", FILES)
+@pytest.mark.parametrize(("system", "task"), CASES)
 def test_from_a_pretrained_model_to_numbers(
-    task: str, make: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    system: str,
+    task: str,
+    make: Any,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = make(task, tmp_path / "run", "evaluation.clips=2", num_frames=2)
+    recipe = make(task, tmp_path / "run", "evaluation.clips=2", system=system, num_frames=2)
     path = write(recipe, tmp_path / "recipe.yaml")
     assert cli.main(["finetune", "--config", str(path)]) == 0
     output = capsys.readouterr()
     assert f"model: {tmp_path / 'run' / 'final'}\nbest:  {tmp_path / 'run' / 'best'}" in output.out
     assert f"{task}: step 6: score" in output.err
     model, _, _ = load_trained(tmp_path / "run")
-    assert type(model).__name__ == f"SViTTFor{MODELS[task]}"
+    assert type(model).__name__ == f"{PREFIXES[system]}For{MODELS[task]}"
     assert model.config.num_frames == 2
     best = json.loads((tmp_path / "run" / "best" / "validation.json").read_text())
 
@@ -89,10 +107,10 @@ def test_from_a_pretrained_model_to_numbers(
     assert "normal - shuffled" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", FILES)
-def test_killed_and_resumed(task: str, make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("system", "task"), LONG)
+def test_killed_and_resumed(system: str, task: str, make: Any, tmp_path: Path) -> None:
     options = ("optimizer.steps=9", "run.save_steps=2", "run.evaluate_steps=3")
-    random = {"text_dropout": 0.1}
+    random = {"system": system, "text_dropout": 0.1}
     whole = losses(pretrain(make(task, tmp_path / "whole", *options, **random)))
     recipe = make(task, tmp_path / "killed", *options, **random)
     path = write(recipe, tmp_path / "killed.yaml")
@@ -117,10 +135,12 @@ main(["finetune", "--config", sys.argv[1]])
     assert stored[0].read_text() == stored[1].read_text()
 
 
-@pytest.mark.parametrize("task", FILES)
-def test_two_ranks_equal_one_process(task: str, make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("system", "task"), LONG)
+def test_two_ranks_equal_one_process(system: str, task: str, make: Any, tmp_path: Path) -> None:
     # Matching draws its negatives from the pairs of a process.
-    model = {} if task == "qa" else {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
+    model: dict[str, Any] = {"system": system}
+    if task != "qa":
+        model["loss_weights"] = {"vtc": 1, "vtm": 0, "mlm": 0}
     options = ["optimizer.steps=3", "run.save_steps=3"]
     if task == "multiple_choice":  # by a match head
         options.append("data.validation=[]")
@@ -137,7 +157,7 @@ def test_two_ranks_equal_one_process(task: str, make: Any, tmp_path: Path) -> No
 
 
 def test_what_is_not_pretrained(make: Any, tmp_path: Path, capsys: Any) -> None:
-    recipe = make("qa", tmp_path / "run", "init.checkpoint=null")
+    recipe = make("qa", tmp_path / "run", "init.checkpoint=null", system="svitt")
     path = write(recipe, tmp_path / "recipe.yaml")
     assert cli.main(["finetune", "--config", str(path)]) == 2
     assert "init.checkpoint must be the folder of a pretrained model" in capsys.readouterr().err
@@ -146,9 +166,9 @@ def test_what_is_not_pretrained(make: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_model_that_was_not_trained_for_it(
-    pretrained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: dict[str, Path], corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["evaluate", "qa", str(pretrained), "--cpu", "--workers", "0"]
+    words = ["evaluate", "qa", str(pretrained["svitt"]), "--cpu", "--workers", "0"]
     words += ["--annotations", str(corpus / "test_qa.json"), "--answers"]
     assert cli.main([*words, str(corpus / "answers.json")]) == 2
     message = "model: must be trained for question_answering, "

@@ -204,7 +204,7 @@ def test_galleries_in_which_nothing_is_searched(
         ({"clips": 0}, "clips must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
-        ({"merge": "median"}, "merge must be one of logsumexp, mean, max, got 'median'"),
+        ({"merge": "median"}, "merge must be one of logsumexp, mean, max, concat, got 'median'"),
     ],
 )
 def test_settings_that_cannot_be(option: dict[str, Any], message: str) -> None:

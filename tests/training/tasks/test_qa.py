@@ -197,7 +197,7 @@ def test_what_accuracy_counts(answering: Any, corpus: Path, monkeypatch: Any) ->
     assert "colour" in text
 
 
-@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max"])
+@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max", "concat"])
 def test_batches_change_nothing(answering: Any, corpus: Path, merge: str) -> None:
     model, tokenizer, questions = answering
     asked = Asked.of(questions, read_answers(corpus / "answers.json"))

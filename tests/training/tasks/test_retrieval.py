@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from running import DENSE
 
 from svitt_ops.training.cli.figures import draw_survivors, find_survivors
 from svitt_ops.training.data.annotations import Entry, read_annotations
 from svitt_ops.training.data.datasets import FrameReader
 from svitt_ops.training.data.sampling import ORDERS
 from svitt_ops.training.data.video import UnusableVideoError
+from svitt_ops.training.engine.build import build_model
 from svitt_ops.training.tasks.parts.gallery import GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy, pair_choices
 from svitt_ops.training.tasks.parts.ranks import best_ranks, recall_table, recalls
@@ -114,7 +116,7 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
     assert found["video_to_text"]["R1"] == 0  # every text ties
 
 
-@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max"])
+@pytest.mark.parametrize("merge", ["logsumexp", "mean", "max", "concat"])
 def test_several_clips(trained: Any, merge: str) -> None:
     model, tokenizer, gallery = trained
     for strided in (False, True):
@@ -224,6 +226,22 @@ def test_pair_choices_of_what_is_not_finite_are_wrong(value: float) -> None:
         one = scores.clone()
         one[place] = value
         assert pair_choices(one, pairs).sum() == 2  # those without it
+
+
+def test_without_order_shuffling_costs_nothing(trained: Any, make_recipe: Any) -> None:
+    """Singularity without layers over time."""
+    _, tokenizer, gallery = trained
+    torch.manual_seed(0)
+    model = build_model(make_recipe(Path("unused"), "system=singularity", **DENSE), tokenizer)
+    one_order = gallery.without(range(1, 8, 2))
+    found = probe_retrieval(model, tokenizer, one_order, text_length=12)
+    assert found["delta"] == 0 and found["normal"]["videos"] == 4
+    assert found["normal"] == found["shuffled"] == found["reversed"]
+    clips = GalleryClips(one_order, 1, num_clips=4)  # the same frames, one by one
+    joined = retrieval(
+        model, tokenizer, clips, text_length=12, settings=Evaluation(clips=4, merge="concat")
+    )
+    assert joined | {"skipped": {}} == found["normal"]
 
 
 def test_pairs_cannot_be_told_apart_by_frozen_frames(trained: Any) -> None:

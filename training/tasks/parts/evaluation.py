@@ -28,7 +28,7 @@ class ClipEvaluation:
     strided: bool = False
     """Clips take every n-th frame instead of following each other."""
     merge: str = "logsumexp"
-    """How scores of the clips become one: "logsumexp", "mean" or "max"."""
+    """How clips become one: "logsumexp", "mean" or "max" of their scores, or "concat"."""
     batch_size: int = 32
     """Clips that are encoded, and pairs that are matched, at a time."""
 

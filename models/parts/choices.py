@@ -1,21 +1,16 @@
-"""SViTT that chooses among texts: the retrieval model, whose match head scores every option."""
+"""Choosing among texts: the match head of a retrieval model scores every option."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.clips import Merge, join_clips, merge_clips
 from svitt_ops.models.parts.outputs import MultipleChoiceOutput
-from svitt_ops.models.svitt.configuration import SViTTConfig
-from svitt_ops.models.svitt.model import SViTTForRetrieval
+from svitt_ops.models.parts.pairs import MatchesPairs
 
 
-class SViTTForMultipleChoice(SViTTForRetrieval):
+class ChoosesTexts(MatchesPairs):
     """The retrieval model with `choose`; it is trained as that is, on pairs."""
-
-    def __init__(self, config: SViTTConfig) -> None:
-        super().__init__(config)
-        self.post_init()
 
     def choose(
         self,
@@ -32,7 +27,7 @@ class SViTTForMultipleChoice(SViTTForRetrieval):
                 ``(batch, clips, 1 + n, hidden_size)`` for several clips of each video.
             input_ids: ``(batch, options, tokens)``.
             attention_mask: ``(batch, options, tokens)``, 0 at padding.
-            merge: how the match logits of several clips become one score.
+            merge: how several clips become one score, by their match logits or "concat".
         """
         if input_ids.dim() != 3 or attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -40,6 +35,7 @@ class SViTTForMultipleChoice(SViTTForRetrieval):
                 f"options, tokens), got {tuple(input_ids.shape)}, {tuple(attention_mask.shape)}"
             )
         clips = video_states if video_states.dim() == 4 else video_states[:, None]
+        clips = join_clips(clips, merge)
         options, count = input_ids.shape[1], clips.shape[1]
         mask = attention_mask.flatten(0, 1)
         text = self.encode_text(input_ids.flatten(0, 1), mask).states

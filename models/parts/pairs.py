@@ -1,0 +1,156 @@
+"""Models of pairs of a clip and a text, and the losses of retrieval and of pretraining.
+
+Source: ALBEF (NeurIPS 2021) without momentum, as in Singularity (ACL 2023) and SViTT (CVPR 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import svitt_ops as so
+from svitt_ops.models.parts.fused_towers import FusedTowers
+from svitt_ops.models.parts.heads import MaskedTokenHead
+from svitt_ops.models.parts.layers import in_fp32
+from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, match_loss
+from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
+
+
+class MatchesPairs(FusedTowers):
+    """A learned temperature and the match head: what finds, and ranks what is found."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^token_head\."]  # noqa: RUF012
+    losses: ClassVar[tuple[str, ...]] = ("vtc", "vtm")
+    """The losses that `forward` has, of those that the configuration weighs."""
+
+    def build(self, config: Any) -> None:
+        super().build(config)
+        self.match_head = nn.Linear(config.text_hidden_size, 2)
+        # Not a scalar, which `fully_shard` refuses.
+        self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.constant_(self.temperature, self.config.temperature_init)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}temperature"
+        if name in state_dict and state_dict[name].ndim == 0:  # as earlier versions had it
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss in training may depend on some parameters only."""
+        some = not all(self.config.weights[name] for name in self.losses)
+        return some or super().leaves_parameters_unused
+
+    def before_step(self) -> None:
+        """Clamp the temperature."""
+        self.clamp_temperature()
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Bring the temperature back into its limits; to be called before each step."""
+        self.temperature.clamp_(self.config.temperature_min, self.config.temperature_max)
+
+    def match_logits(
+        self, text_states: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> Tensor:
+        """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
+        fused = self.fuse(text_states, attention_mask, video_states)
+        return in_fp32(self.match_head, fused.states[:, 0])
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pair_ids: Tensor | None = None,
+    ) -> PreTrainingOutput:
+        """Losses of a batch of pairs; arguments as of `LearnsFromPairs`."""
+        video = self.encode_video(pixel_values)
+        text = self.encode_text(input_ids, attention_mask)
+        return self._weighted(video, text, self._pair_losses(video, text, attention_mask, pair_ids))
+
+    def _pair_losses(
+        self, video: VideoOutput, text: TextOutput, attention_mask: Tensor, pair_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The contrastive and the matching loss, those of weight 0 left out."""
+        weight = self.config.weights
+        losses: dict[str, Tensor] = {}
+        if weight["vtc"]:
+            losses["vtc"] = so.info_nce(
+                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
+            )
+        if weight["vtm"]:
+            hard = self.config.hard_negatives
+            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
+            losses["vtm"] = match_loss(
+                self.match_logits, text.states, attention_mask, video.states, wrong
+            )
+        return losses
+
+    def _weighted(
+        self, video: VideoOutput, text: TextOutput, losses: dict[str, Tensor]
+    ) -> PreTrainingOutput:
+        weight = self.config.weights
+        if not losses:
+            raise ValueError(
+                f"{type(self).__name__}: loss_weights must be positive for one of "
+                f"{', '.join(self.losses)}, got {self.config.loss_weights}"
+            )
+        return PreTrainingOutput(
+            loss=sum(weight[name] * loss for name, loss in losses.items()),
+            **{f"loss_{name}": loss for name, loss in losses.items()},
+            video_embeds=video.embeds,
+            text_embeds=text.embeds,
+        )
+
+
+class LearnsFromPairs(MatchesPairs):
+    """A learned temperature and the heads of VTC, VTM and MLM."""
+
+    _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
+    losses = ("vtc", "vtm", "mlm")
+
+    def build(self, config: Any) -> None:
+        super().build(config)
+        self.token_head = MaskedTokenHead(config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pair_ids: Tensor | None = None,
+        mlm_input_ids: Tensor | None = None,
+        mlm_labels: Tensor | None = None,
+    ) -> PreTrainingOutput:
+        """Losses of a batch of pairs.
+
+        Args:
+            pixel_values: ``(batch, frames, 3, image_size, image_size)``.
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``, 0 at padding.
+            pair_ids: int64 ``(batch,)``; pairs with equal ids are no negatives of each other.
+            mlm_input_ids: ``input_ids`` with masked tokens; needed unless MLM has weight 0.
+            mlm_labels: ``(batch, tokens)``, what was masked, -100 elsewhere.
+        """
+        video = self.encode_video(pixel_values)
+        text = self.encode_text(input_ids, attention_mask)
+        losses = self._pair_losses(video, text, attention_mask, pair_ids)
+        if self.config.weights["mlm"]:
+            if mlm_input_ids is None or mlm_labels is None:
+                raise ValueError(
+                    f"{type(self).__name__}: mlm_input_ids and mlm_labels must be given unless "
+                    "loss_weights['mlm'] is 0, got None"
+                )
+            masked = self.text(mlm_input_ids, attention_mask)
+            fused = self.fuse(masked, attention_mask, video.states)
+            logits = self.token_head(fused.states, self.text.embeddings.word.weight)
+            losses["mlm"] = cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
+        return self._weighted(video, text, losses)
