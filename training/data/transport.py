@@ -1,7 +1,8 @@
-"""Batches that travel between processes as one buffer."""
+"""Batches that travel between processes as one buffer, and the processes that send them."""
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -54,3 +55,10 @@ def _unpack(
     for name, place in places.items():
         batch[name] = [view(p) for p in place] if isinstance(place, list) else view(place)
     return batch
+
+
+def leave_interrupts_to_parent(worker: int) -> None:
+    """What a worker does at its start: a terminal's Ctrl-C reaches it too, and would end it within
+    a library's callback, or with a queue's lock in its hand. Its parent ends it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 
 from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
+from svitt_ops.training.data.transport import leave_interrupts_to_parent
 from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
 from svitt_ops.training.engine.recipes import Recipe
@@ -92,6 +93,7 @@ class RecipeTrainer(SavingTrainer):
             num_workers=workers,
             pin_memory=self.args.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=leave_interrupts_to_parent,
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

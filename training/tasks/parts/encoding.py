@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from svitt_ops.training.data.augment import to_pixel_values
 from svitt_ops.training.data.collate import encode_texts
 from svitt_ops.training.data.datasets import SkipLog
+from svitt_ops.training.data.transport import leave_interrupts_to_parent
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.gallery import GalleryClips, stack_clips
 
@@ -143,6 +144,7 @@ def encode_clips(
         num_workers=workers,
         collate_fn=stack_clips,
         shuffle=False,
+        worker_init_fn=leave_interrupts_to_parent,
     )
     videos = clips.gallery.videos
     for batch in loader if progress is None else progress(loader, desc="encode videos"):
