@@ -139,8 +139,8 @@ def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Reci
         own = r"(output|seed|task|system)=|(init|tokenizer)\.|data\.(train|annotations)\b"
         if re.match(own, override):
             raise ValueError(
-                f"override: must leave output, seed, task, init, tokenizer and the corpus to"
-                f" --output, --seed and the demo, got {override!r}"
+                "override: must leave output, seed, init and the corpus, task, system and tokenizer"
+                f" to --output, --seed and the demo, got {override!r}"
             )
     recipes: dict[str, Recipe] = {}
     before: Path | None = None
@@ -315,7 +315,7 @@ def render_demo(facts: dict[str, Any]) -> str:
         ("  before re-ranking", found["contrastive"]["video_to_text"]),
     ):
         rows.append((name, *(f"{table[f'R{k}']:.1f} %" for k in (1, 5, 10))))
-    rows.append(("chance", *(f"{100 * k / found['videos']:.1f} %" for k in (1, 5, 10))))
+    rows.append(("chance", *(f"{min(100.0, 100 * k / found['videos']):.1f} %" for k in (1, 5, 10))))
     more = [
         ("temporal pairs told apart", f"{pairs['normal']:.1f} %"),
         ("  with shuffled frames", f"{pairs['shuffled']:.1f} %   (chance 50 %)"),
