@@ -63,7 +63,7 @@ OWN = (
     *(f"{folder}/{name}" for folder in STAGE_FOLDERS for name in OF_A_RUN),
 )
 """What a demo leaves in its folder, and the next one removes."""
-SHUFFLES = 10  # shuffled orders that accuracies are averaged over
+SHUFFLES = 5  # shuffled orders that accuracies are averaged over
 
 
 def run(arguments: argparse.Namespace) -> int:
