@@ -90,11 +90,11 @@ def run_demo(
     """Run the whole demo.
 
     Args:
-        output: folder for the corpus, both stages, the figure and `demo.json`. Those of an earlier
+        output: folder for the corpus, all stages, the figure and `demo.json`. Those of an earlier
             demo are replaced, and nothing else in it; a folder that is no demo's is refused.
         seed: of the training; the corpus stays the same.
         motion: film moving shapes, the harder variant, instead of one shape after another.
-        overrides: of the recipes of both stages, such as "optimizer.steps=100".
+        overrides: of the recipes of all stages, such as "optimizer.steps=100".
         resume: go on with an interrupted demo instead of starting anew.
 
     Returns:
@@ -129,6 +129,7 @@ def run_demo(
     seconds["evaluation"] = time.perf_counter() - start
     facts["seconds"] = seconds | {"total": time.perf_counter() - begun}
     facts["load"] = sum(loads) / len(loads)
+    facts["resumed"] = resume  # or the seconds are those of what was left to do
     write_text(folder / MARKER, json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -254,7 +255,7 @@ def _answer(folder: Path, corpus: Path) -> dict[str, Any]:
     return {
         "score": found["accuracy"],
         "chance": found["chance"],
-        "majority": found["chance"],  # of the commonest answer: the same, as no other constant is
+        "majority": found["chance"],  # that of the commonest answer, the best constant one
         "order": found["by_type"]["order"]["accuracy"],
         "order_shuffled": sum(shuffled) / len(shuffled),
         "by_type": found["by_type"],
