@@ -40,8 +40,6 @@ COLORS = {
     "cyan": (50, 210, 220),
 }
 SHAPES = ("square", "circle", "triangle", "cross")
-LATTICE = 6
-"""Things stand about points so many of a frame's sides apart, and reach to the next ones."""
 COUNTS = ("none", "one", "two")
 ORDERS: tuple[Order, ...] = ((0, 1), (1, 0))
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -181,12 +179,12 @@ class Film:
         half, size = spec.frames // 2, spec.size
         moves = len(self.events[0]) > 2
         rng = np.random.default_rng(self.seed)
-        shade = rng.integers(70, 150)
+        shade = rng.integers(10, 50)  # darker than any color, so that shapes look alike in each
         noise = rng.normal(shade, 6, (size, size, 1))
-        radius = size / LATTICE * rng.uniform(0.95, 1.05)
+        radius = size * rng.uniform(0.17, 0.23) * (0.8 if moves else 1)
         while True:  # until the distractor is clear of all that is named
-            spots = self._paths(rng, spec, radius) if moves else self._places(rng, spec)
-            place = rng.integers(1, LATTICE, 2) * size / LATTICE
+            spots = self._paths(rng, spec, radius) if moves else self._places(rng, spec, radius)
+            place = rng.uniform(radius, size - radius, 2)
             gaps = [abs(path - place).max(-1).min() for path in spots.values()]
             if min(gaps) > 1.7 * radius:
                 break
@@ -200,10 +198,10 @@ class Film:
             ]
         return shots
 
-    def _places(self, rng: Generator, spec: CorpusSpec) -> dict[Order, Spot]:
+    def _places(self, rng: Generator, spec: CorpusSpec, radius: float) -> dict[Order, Spot]:
         """Spots ``(2, frames / 2, 2)`` of each order: every event stays about its place."""
         half, size = spec.frames // 2, spec.size
-        places = rng.integers(1, LATTICE, (2, 1, 2)) * size / LATTICE
+        places = rng.uniform(radius, size - radius, (2, 1, 2))
         steps = places + rng.normal(0, size / 96, (2, half, 2))
         return {order: steps[list(order)] for order in ORDERS}
 
