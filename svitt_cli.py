@@ -194,10 +194,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="film a little corpus, pretrain a tiny model on it, evaluate, draw",
+        help="film a little corpus, train a tiny model on it, evaluate, draw",
         description="Film a corpus of mp4 files whose captions differ by the order of events"
-        " alone, pretrain a tiny SViTT on it through 4 and 8 frames, evaluate it on scenes it has"
-        " never seen, and draw which patches survive. A few minutes on two CPU cores.",
+        " alone, pretrain a tiny SViTT on it through 4 and 8 frames, fine-tune it to answer"
+        " questions, evaluate both on scenes never seen, and draw which patches survive. A few"
+        " minutes on two CPU cores.",
     )
     demo.add_argument(
         "--output", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,36 +30,67 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{path}: is of a demo that did not end")
         del facts["figure"]  # a path
         document = {"environment": environment.describe(torch.device("cpu")), "demo": facts}
-        name = arguments.out / f"seed-{facts['seed']}.json"
+        corpus = "motion-" if facts["corpus"]["motion"] else ""
+        name = arguments.out / f"{corpus}seed-{facts['seed']}.json"
         name.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The kept results, by seed."""
-    found = [json.loads(path.read_text()) for path in folder.glob("seed-*.json")]
-    return sorted(found, key=lambda document: document["demo"]["seed"])
+    """The kept results, by corpus and seed."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*seed-*.json")]
+    return sorted(found, key=lambda document: (_moves(document), document["demo"]["seed"]))
+
+
+def _moves(document: dict[str, Any]) -> bool:
+    return bool(document["demo"]["corpus"]["motion"])
 
 
 def render(documents: Sequence[dict[str, Any]]) -> str:
-    """A column for each seed."""
+    """A table for each corpus, with a column for each seed."""
+    parts = [list(found) for _, found in itertools.groupby(documents, _moves)]
+    return "\n\n".join(map(_table, parts))
+
+
+def _table(documents: Sequence[dict[str, Any]]) -> str:
     where = documents[0]["environment"]
     hardware = where["hardware"].rpartition(", ")[0]
     demos = [document["demo"] for document in documents]
     first, commit = demos[0], (where["commit"] or "unknown")[:10]
+    motion = " --motion" if first["corpus"]["motion"] else ""
+    tokens = [*first["tokens"]["visual"], *first["tokens"]["multimodal"][1:]]
+    found = [demo["retrieval"] for demo in demos]
+    plain = [table["contrastive"] for table in found]
+    answers = [demo["tasks"]["qa"] for demo in demos]
+    survivors = [demo["survivors"] for demo in demos]
     rows = [
-        ("R@1, text to video", "{:.0f} %", [x["retrieval"]["text_to_video"]["R1"] for x in demos]),
-        ("R@5, text to video", "{:.0f} %", [x["retrieval"]["text_to_video"]["R5"] for x in demos]),
-        ("R@1, video to text", "{:.0f} %", [x["retrieval"]["video_to_text"]["R1"] for x in demos]),
+        ("R@1, text to video", "{:.0f} %", [x["text_to_video"]["R1"] for x in found]),
+        ("before re-ranking", "{:.0f} %", [x["text_to_video"]["R1"] for x in plain]),
+        ("R@5, text to video", "{:.0f} %", [x["text_to_video"]["R5"] for x in found]),
+        ("R@1, video to text", "{:.0f} %", [x["video_to_text"]["R1"] for x in found]),
         ("temporal pairs told apart", "{:.1f} %", [x["pair_accuracy"]["normal"] for x in demos]),
         ("with shuffled frames", "{:.1f} %", [x["pair_accuracy"]["shuffled"] for x in demos]),
+        ("questions answered rightly", "{:.1f} %", [x["score"] for x in answers]),
+        ("always the commonest answer", "{:.1f} %", [x["majority"] for x in answers]),
+        ("questions of order", "{:.1f} %", [x["order"] for x in answers]),
+        ("with shuffled frames", "{:.1f} %", [x["order_shuffled"] for x in answers]),
+        *(
+            (
+                f"{name} survivors on {what}, of random ones'",
+                "{:.2f} x",
+                [x[name]["share"] / x[name]["random"] for x in survivors],
+            )
+            for name, what in (("visual", "objects"), ("multimodal", "named objects"))
+        ),
+        ("minutes", "{:.1f}", [demo["seconds"]["total"] / 60 for demo in demos]),
+        ("load of the machine", "{:.1f}", [demo["load"] for demo in demos]),
     ]
     lines = [
         f"**{hardware}**, torch {where['versions']['torch']}, commit {commit}: "
-        f"`svitt demo --seed N`, {first['frames']} frames, {first['retrieval']['videos']} clips of "
-        f"scenes never trained on; {first['edges']['edges']:,} edges of "
-        f"{first['edges']['dense']:,}, visual tokens "
-        f"{' -> '.join(map(str, first['tokens']['visual']))}",
+        f"`svitt demo{motion} --seed N`, {first['frames']} frames, "
+        f"{first['retrieval']['videos']} clips of scenes never trained on and "
+        f"{first['tasks']['qa']['questions']} questions; {first['edges']['edges']:,} edges of "
+        f"{first['edges']['dense']:,}, tokens {' -> '.join(map(str, tokens))}",
         "",
         *head(["seed", *(str(demo["seed"]) for demo in demos)]),
     ]

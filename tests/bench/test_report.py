@@ -75,12 +75,22 @@ def test_the_record_names_files_that_exist() -> None:
 
 def test_table_of_demos(tmp_path: Path) -> None:
     found = {"R1": 41.0, "R5": 99.0}
+    both = {"text_to_video": found, "video_to_text": found}
+    before = {way: {"R1": 38.0, "R5": 98.0} for way in both}
+    answers = {"score": 88.0, "majority": 17.0, "order": 96.0, "order_shuffled": 51.0}
     facts = {
         "seed": 1,
         "frames": 8,
-        "retrieval": {"text_to_video": found, "video_to_text": found, "videos": 100},
+        "corpus": {"motion": False},
+        "retrieval": {**both, "contrastive": before, "videos": 100},
+        "tasks": {"qa": {**answers, "questions": 600}},
+        "survivors": {
+            "visual": {"share": 0.3, "random": 0.2},
+            "multimodal": {"share": 0.27, "random": 0.09},
+        },
+        "load": 2.0,
         "pair_accuracy": {"normal": 94.25, "shuffled": 47.5},
-        "tokens": {"visual": [128, 77]},
+        "tokens": {"visual": [128, 77], "multimodal": [77, 24]},
         "edges": {"edges": 1000, "dense": 4000},
         "figure": "/of/somebody/survivors.png",
     }
@@ -91,6 +101,18 @@ def test_table_of_demos(tmp_path: Path) -> None:
     path.write_text(json.dumps(facts | {"seconds": {"total": 300.0}}))
     assert demo.main([str(path), "--out", str(folder)]) == 0
     assert "somebody" not in (folder / "seed-1.json").read_text()
-    text = demo.render(demo.load(folder))
-    for row in ("R@1, text to video | 41 %", "told apart | 94.2 %"):
-        assert f"{row} |" in text
+    path.write_text(json.dumps(facts | {"seconds": {"total": 330.0}, "corpus": {"motion": True}}))
+    assert demo.main([str(path), "--out", str(folder)]) == 0
+    assert (folder / "motion-seed-1.json").is_file()
+    events, moving = demo.render(demo.load(folder)).split("`svitt demo --motion --seed N`")
+    for row in (
+        "R@1, text to video | 41 %",
+        "before re-ranking | 38 %",
+        "told apart | 94.2 %",
+        "answered rightly | 88.0 %",
+        "survivors on objects, of random ones' | 1.50 x",
+        "survivors on named objects, of random ones' | 3.00 x",
+    ):
+        assert f"{row} |" in events and f"{row} |" in moving
+    assert "minutes | 5.0 |" in events and "minutes | 5.5 |" in moving
+    assert "128 -> 77 -> 24" in events

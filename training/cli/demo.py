@@ -1,4 +1,7 @@
-"""`svitt demo`: film a corpus, pretrain through 4 -> 8 frames, evaluate, draw. Minutes on a CPU."""
+"""`svitt demo`: film a corpus, pretrain through 4 -> 8 frames, learn to answer questions, evaluate.
+
+Minutes on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +24,21 @@ from tqdm.auto import tqdm
 
 from svitt_ops.models import sparsity_table
 from svitt_ops.training.cli.figures import draw_survivors, find_survivors
+from svitt_ops.training.cli.objects import patches_on_objects, survivor_shares
+from svitt_ops.training.corpora import shapes
 from svitt_ops.training.corpora.shapes import CorpusSpec, Film, build_corpus
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.paths import expand, output_folder, write_text
+from svitt_ops.training.data.text import save_tokenizer, train_tokenizer
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.recipes import Recipe, load_recipe
 from svitt_ops.training.engine.run import Trained, pretrain
+from svitt_ops.training.tasks.parts.evaluation import Reading
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy
+from svitt_ops.training.tasks.parts.questions import QUESTIONS, read_answers
 from svitt_ops.training.tasks.parts.table import format_rows
+from svitt_ops.training.tasks.qa import Asked, answer_questions
 from svitt_ops.training.tasks.retrieval import retrieval
 
 if TYPE_CHECKING:
@@ -36,19 +46,24 @@ if TYPE_CHECKING:
 
 MARKER = "demo.json"
 SPLITS = ("train", "validation", "test")
+SIZE = 48  # of the films: of 6 x 6 patches in a frame, a thing covers some three
 TEXT_LENGTH = 16
-STAGES = ("demo-4f", "demo-8f")
-STAGE_FOLDERS = ("4f", "8f")
+STAGES = ("demo-4f", "demo-8f", "demo-qa")
+STAGE_FOLDERS = tuple(name.removeprefix("demo-") for name in STAGES)
+TOKENIZER = "tokenizer"
+VOCABULARY = 200  # pieces of the tokenizer at most, enough for every word to be one
 OF_A_RUN = ("recipe.yaml", "final", "checkpoint-*", ".partial-*", "tensorboard", "skipped-*.tsv")
 OWN = (
     MARKER,
     "survivors.png",
-    *(f"corpus/{split}.json" for split in SPLITS),
+    "corpus/answers.json",
+    f"corpus/{TOKENIZER}",
+    *(f"corpus/{split}{kind}.json" for split in SPLITS for kind in ("", "-questions")),
     *(f"corpus/videos/{split}-*-*-{order}.mp4" for split in SPLITS for order in ("ab", "ba")),
     *(f"{folder}/{name}" for folder in STAGE_FOLDERS for name in OF_A_RUN),
 )
 """What a demo leaves in its folder, and the next one removes."""
-SHUFFLES = 10  # shuffled orders that the temporal-pair accuracy is averaged over
+SHUFFLES = 5  # shuffled orders that accuracies are averaged over
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,37 +90,46 @@ def run_demo(
     """Run the whole demo.
 
     Args:
-        output: folder for the corpus, both stages, the figure and `demo.json`. Those of an earlier
+        output: folder for the corpus, all stages, the figure and `demo.json`. Those of an earlier
             demo are replaced, and nothing else in it; a folder that is no demo's is refused.
         seed: of the training; the corpus stays the same.
         motion: film moving shapes, the harder variant, instead of one shape after another.
-        overrides: of the recipes of both stages, such as "optimizer.steps=100".
+        overrides: of the recipes of all stages, such as "optimizer.steps=100".
         resume: go on with an interrupted demo instead of starting anew.
 
     Returns:
         What `demo.json` holds: every measured number.
     """
-    begun = time.perf_counter()
+    begun, loads = time.perf_counter(), [os.getloadavg()[0]]
     folder = expand(output, "--output")
     recipes = _stages(folder, seed, overrides)  # before anything is removed
-    _prepare(folder, resume)
     spec = demo_corpus(motion)
+    _prepare(folder, resume)
+    _note_corpus(folder / MARKER, spec)
+    corpus = folder / "corpus"
 
     def filming(films: Iterable[Film]) -> Iterable[Film]:
         return tqdm(films, desc="film corpus", unit="scene", dynamic_ncols=True)
 
-    if not (folder / "corpus" / "test.json").is_file():
-        build_corpus(folder / "corpus", spec, filming)
+    if not (corpus / "test.json").is_file():
+        build_corpus(corpus, spec, filming)
+    _write_tokenizer(corpus)
     seconds = {"corpus": time.perf_counter() - begun}
     stages: list[Trained] = []
     for name, recipe in recipes.items():
         start = time.perf_counter()
-        stages.append(pretrain(recipe, label=f"pretrain {name.removeprefix('demo-')}"))
+        doing = "fine-tune" if recipe.task == "qa" else "pretrain"
+        stages.append(pretrain(recipe, label=f"{doing} {name.removeprefix('demo-')}"))
         seconds[name] = time.perf_counter() - start
-    facts = evaluate_demo(stages[-1].folder, folder)
+        loads.append(os.getloadavg()[0])
+    start = time.perf_counter()
+    facts = evaluate_demo(stages[1].folder, stages[2].folder, folder, spec)
     facts["seed"] = seed
     facts["corpus"] = asdict(spec)
+    seconds["evaluation"] = time.perf_counter() - start
     facts["seconds"] = seconds | {"total": time.perf_counter() - begun}
+    facts["load"] = sum(loads) / len(loads)
+    facts["resumed"] = resume  # or the seconds are those of what was left to do
     write_text(folder / MARKER, json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -113,38 +137,64 @@ def run_demo(
 def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Recipe]:
     """The recipes of the stages, each of which starts from the one before."""
     for override in overrides:
-        if re.match(r"output=|seed=|init\.|data\.(train|annotations)\b", override):
+        own = r"(output|seed|task|system)=|(init|tokenizer)\.|data\.(train|annotations)\b"
+        if re.match(own, override):
             raise ValueError(
-                f"override: must leave output, seed, init and the corpus to --output, --seed and"
-                f" the demo, got {override!r}"
+                "override: must leave output, seed, init and the corpus, task, system and tokenizer"
+                f" to --output, --seed and the demo, got {override!r}"
             )
     recipes: dict[str, Recipe] = {}
-    for name in STAGES:
-        folder = output / name.removeprefix("demo-")
-        places = [f"output={folder}", f"seed={seed}"]
-        places.append(f"data.train.0.annotations={output / 'corpus' / 'train.json'}")
-        if recipes:
-            places.append(f"init.checkpoint={recipes[STAGES[0]].output}")
+    before: Path | None = None
+    for name, stage in zip(STAGES, STAGE_FOLDERS, strict=True):
+        questions = "-questions" if stage == "qa" else ""
+        annotations = output / "corpus" / f"train{questions}.json"
+        places = [f"output={output / stage}", f"seed={seed}"]
+        places.append(f"data.train.0.annotations={annotations}")
+        if before is None:  # its words are those of the questions too
+            places.append("tokenizer.train_vocab_size=null")
+            places.append(f"tokenizer.name={output / 'corpus' / TOKENIZER}")
+        else:
+            places.append(f"init.checkpoint={before}")
         recipes[name] = load_recipe(name, [*places, *overrides])
+        before = output / stage
     return recipes
+
+
+def _write_tokenizer(corpus: Path) -> None:
+    """Train a tokenizer on all that is said of the films to train on."""
+    texts: set[str] = set()
+    for name, fields in (("train", ["caption"]), ("train-questions", ["question", "answer"])):
+        entries = json.loads((corpus / f"{name}.json").read_text(encoding="utf-8"))
+        texts.update(entry[field] for entry in entries for field in fields)
+    save_tokenizer(train_tokenizer(texts, VOCABULARY), corpus / TOKENIZER)
 
 
 def demo_corpus(motion: bool = False) -> CorpusSpec:
     """What the demo films: 201 scenes to train on and 50 to test on, or 70 and 20 with motion."""
     if motion:  # there are fewer scenes; this seed leaves some with each shape to train on
         few = {"validation_scenes": 6, "test_scenes": 20}
-        return CorpusSpec(motion=True, train_films=8, seed=1, **few)
-    return CorpusSpec()
+        return CorpusSpec(size=SIZE, motion=True, train_films=8, seed=1, **few)
+    return CorpusSpec(size=SIZE)
 
 
-def evaluate_demo(folder: Path, output: Path) -> dict[str, Any]:
-    """Retrieval, temporal pairs, tokens, edges, step times and the figure of a trained demo."""
-    model, tokenizer, _ = load_trained(folder)
+def evaluate_demo(
+    pretrained: Path, finetuned: Path, output: Path, spec: CorpusSpec
+) -> dict[str, Any]:
+    """All numbers and the figure of a trained demo.
+
+    Args:
+        pretrained: folder of the model that searches.
+        finetuned: folder of the one that answers questions.
+        output: of the demo.
+        spec: of its corpus.
+    """
+    model, tokenizer, _ = load_trained(pretrained)
     entries = read_annotations(output / "corpus" / "test.json").entries
+    films = [film for film in shapes.plan(spec) if film.split == "test"]
     gallery = build_gallery(entries)
     numbers = torch.arange(len(entries)).view(-1, 2)  # both films of a scene follow each other
     frames = model.config.num_frames
-    bar = tqdm(total=4, desc="evaluate", unit="part", dynamic_ncols=True)
+    bar = tqdm(total=6, desc="evaluate", unit="part", dynamic_ncols=True)
     found = retrieval(model, tokenizer, GalleryClips(gallery, frames), text_length=TEXT_LENGTH)
     bar.update()
     pairs = {
@@ -154,20 +204,63 @@ def evaluate_demo(folder: Path, output: Path) -> dict[str, Any]:
         for order, draws in (("normal", 1), ("shuffled", SHUFFLES))
     }
     bar.update()
+    on_objects = patches_on_objects(films, spec, model.config)
+    survivors = survivor_shares(model, tokenizer, gallery, on_objects, text_length=TEXT_LENGTH)
+    bar.update()
     times = step_times(model, gallery, tokenizer)
     bar.update()
+    answers = _answer(finetuned, output / "corpus")
+    bar.update()
     (row,) = sparsity_table(model.config, frames=[frames], text_length=TEXT_LENGTH)
-    figure = _draw(model, tokenizer, gallery, output / "survivors.png")
+    figure = _draw(model, tokenizer, gallery, on_objects, output / "survivors.png")
     bar.update()
     bar.close()
+    searched = {
+        "score": found["text_to_video"]["R1"],
+        "chance": 100 / found["videos"],
+        "contrastive": found["contrastive"]["text_to_video"]["R1"],
+    }
     return {
         "frames": frames,
+        "tasks": {"retrieval": searched, "qa": answers},
         "retrieval": found,
         "pair_accuracy": pairs,
+        "survivors": survivors,
         "tokens": {"visual": row.tokens, "multimodal": row.multimodal_tokens},
         "edges": {"edges": row.edges.total, "dense": row.edges.dense},
         "seconds_per_step": times,
         "figure": str(figure),
+    }
+
+
+def _answer(folder: Path, corpus: Path) -> dict[str, Any]:
+    """Accuracies of all questions, of each type, and of those of the order in shuffled frames."""
+    model, tokenizer, _ = load_trained(folder, "question_answering")
+    questions = read_annotations(corpus / "test-questions.json", form=QUESTIONS).entries
+    asked = Asked.of(questions, read_answers(corpus / "answers.json"))
+    of_order = [question for question in asked.questions if question.type == "order"]
+    reading = Reading(text_length=TEXT_LENGTH)
+    found = answer_questions(model, tokenizer, asked, reading=reading)
+    shuffled = [
+        answer_questions(
+            model,
+            tokenizer,
+            replace(asked, questions=of_order),
+            reading=reading,
+            order="shuffled",
+            seed=draw,
+        )["accuracy"]
+        for draw in range(SHUFFLES)
+    ]
+    return {
+        "score": found["accuracy"],
+        "chance": found["chance"],
+        "majority": found["chance"],  # that of the commonest answer, the best constant one
+        "order": found["by_type"]["order"]["accuracy"],
+        "order_shuffled": sum(shuffled) / len(shuffled),
+        "by_type": found["by_type"],
+        "questions": found["questions"],
+        "answers": found["answers"],
     }
 
 
@@ -193,6 +286,8 @@ def step_times(
         "input_ids": texts["input_ids"].to(device),
         "attention_mask": texts["attention_mask"].to(device),
         "pair_ids": torch.arange(batch, device=device),
+        "mlm_input_ids": texts["input_ids"].to(device),
+        "mlm_labels": texts["input_ids"].to(device),
     }
     models = {"sparse": copy.deepcopy(model), "dense": dense.to(device)}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -212,19 +307,38 @@ def step_times(
 def render_demo(facts: dict[str, Any]) -> str:
     """The table that the demo ends with."""
     found, pairs, tokens = facts["retrieval"], facts["pair_accuracy"], facts["tokens"]
-    edges, times = facts["edges"], facts["seconds_per_step"]
+    edges, times, answers = facts["edges"], facts["seconds_per_step"], facts["tasks"]["qa"]
     rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10")]
-    for name, key in (("text to video", "text_to_video"), ("video to text", "video_to_text")):
-        rows.append((name, *(f"{found[key][f'R{k}']:.1f} %" for k in (1, 5, 10))))
-    rows.append(("chance", *(f"{100 * k / found['videos']:.1f} %" for k in (1, 5, 10))))
+    for name, table in (
+        ("text to video", found["text_to_video"]),
+        ("  before re-ranking", found["contrastive"]["text_to_video"]),
+        ("video to text", found["video_to_text"]),
+        ("  before re-ranking", found["contrastive"]["video_to_text"]),
+    ):
+        rows.append((name, *(f"{table[f'R{k}']:.1f} %" for k in (1, 5, 10))))
+    rows.append(("chance", *(f"{min(100.0, 100 * k / found['videos']):.1f} %" for k in (1, 5, 10))))
     more = [
         ("temporal pairs told apart", f"{pairs['normal']:.1f} %"),
         ("  with shuffled frames", f"{pairs['shuffled']:.1f} %   (chance 50 %)"),
-        ("visual tokens", " -> ".join(map(str, tokens["visual"]))),
         (
-            "multimodal tokens",
-            " -> ".join(map(str, tokens["multimodal"])) + "   (these layers are not trained here)",
+            "questions answered rightly",
+            f"{answers['score']:.1f} %   (always the commonest answer {answers['majority']:.1f} %)",
         ),
+        *((f"  of {name}", f"{x['accuracy']:.1f} %") for name, x in answers["by_type"].items()),
+        ("  of order, shuffled frames", f"{answers['order_shuffled']:.1f} %   (chance 50 %)"),
+    ]
+    for name, what in (("visual", "anything"), ("multimodal", "what the caption names")):
+        share = facts["survivors"][name]
+        more.append(
+            (
+                f"{name} survivors on {what}",
+                f"{share['share']:.1%} of all patches {share['random']:.1%}"
+                f"   ({share['share'] / share['random']:.2f} x)",
+            )
+        )
+    more += [
+        ("visual tokens", " -> ".join(map(str, tokens["visual"]))),
+        ("multimodal tokens", " -> ".join(map(str, tokens["multimodal"]))),
         (
             "attention edges per clip",
             f"{edges['edges']:,} of {edges['dense']:,} dense"
@@ -236,7 +350,8 @@ def render_demo(facts: dict[str, Any]) -> str:
         ),
     ]
     lines = [
-        f"{found['videos']} held-out clips of {facts['frames']} frames, scenes never trained on",
+        f"{found['videos']} held-out clips of {facts['frames']} frames, scenes never trained on,"
+        f" and {answers['questions']} questions about them",
         "",
         *format_rows(rows),
         "",
@@ -270,15 +385,28 @@ def _prepare(output: Path, resume: bool) -> None:
         write_text(marker, "{}\n")
 
 
-def _draw(model: SViTTForPreTraining, tokenizer: Any, gallery: Gallery, path: Path) -> Path:
+def _note_corpus(marker: Path, spec: CorpusSpec) -> None:
+    """Say in the marker what is filmed; refuse to go on with a demo of another corpus."""
+    facts, wanted = json.loads(marker.read_text(encoding="utf-8")), asdict(spec)
+    if "corpus" not in facts:
+        write_text(marker, json.dumps(facts | {"corpus": wanted}, indent=2) + "\n")
+    elif facts["corpus"] != wanted:
+        raise ValueError(
+            f"--resume: must be the demo's corpus, {facts['corpus']}, got {wanted};"
+            " without --resume it is filmed anew"
+        )
+
+
+def _draw(
+    model: SViTTForPreTraining, tokenizer: Any, gallery: Gallery, on_objects: Tensor, path: Path
+) -> Path:
     clips = GalleryClips(gallery, model.config.num_frames)
     samples = []
     for number in (0, 1):
         frames = clips[number].frames
         assert frames is not None
-        samples.append(
-            find_survivors(
-                model, tokenizer, frames[0], gallery.texts[number], text_length=TEXT_LENGTH
-            )
+        found = find_survivors(
+            model, tokenizer, frames[0], gallery.texts[number], text_length=TEXT_LENGTH
         )
+        samples.append(replace(found, truth=on_objects[number, 0].nonzero()[:, 0]))
     return draw_survivors(samples, path)

@@ -39,6 +39,8 @@ class Survivors:
     visual: tuple[Tensor, ...]  # int64 (tokens,), original patch numbers, after each stage
     multimodal: Tensor | None
     fusion_trained: bool
+    truth: Tensor | None = None
+    """Those that lie on what the caption names, where that is known."""
 
 
 @torch.inference_mode()
@@ -110,7 +112,7 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     """Draw clips with the patches that were dropped faded out, one row for each pruning.
 
     The first row of each clip shows all of it, the next ones what is left after each visual
-    pruning, and the last what is left after multimodal pruning.
+    pruning and after multimodal pruning; the last, if it is known, what the caption names.
     """
     from matplotlib.figure import Figure
 
@@ -183,6 +185,8 @@ def _rows(sample: Survivors) -> list[tuple[str, list[Any]]]:
         kept = sample.multimodal
         note = "" if sample.fusion_trained else "\n(not trained)"
         rows.append((f"multimodal\n{len(kept)} left{note}", _faded(sample, kept)))
+    if sample.truth is not None:
+        rows.append((f"named\n{len(sample.truth)} patches", _faded(sample, sample.truth)))
     return rows
 
 

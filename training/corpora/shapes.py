@@ -4,21 +4,32 @@ Every scene is filmed twice. In the events corpus ("a red square, then a blue ci
 of a scene have the same frames in another order, so nothing but temporal order tells them apart.
 In the motion corpus ("a red square moves left, then up") order is told by positions alone, which
 is harder to learn.
+
+Every frame also holds a thing that the caption does not name, of another color and shape than what
+it does; it stays from the first frame to the last, and so tells nothing of the order. Of every film
+it is known where the things are (`Film.masks`), and there are questions about it.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Order = tuple[int, ...]
+Spot = NDArray[np.float64]
+Shot = tuple[Picture, Mask]
 
 COLORS = {
     "red": (220, 40, 40),
@@ -29,6 +40,8 @@ COLORS = {
     "cyan": (50, 210, 220),
 }
 SHAPES = ("square", "circle", "triangle", "cross")
+COUNTS = ("none", "one", "two")
+ORDERS: tuple[Order, ...] = ((0, 1), (1, 0))
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # Opposite directions would bring the shape back, and both orders to the same place.
 TURNS = tuple(
@@ -63,7 +76,8 @@ def build_corpus(
 ) -> dict[str, Path]:
     """Film a corpus: `videos/*.mp4` (H.264) and `train.json`, `validation.json`, `test.json`.
 
-    The splits share no scene: what is tested was never seen in training, in either order.
+    `train-questions.json` and so on ask about the same films, `answers.json` has every answer. The
+    splits share no scene: what is tested was never seen in training, in either order.
 
     Args:
         folder: where to; made if missing.
@@ -75,20 +89,21 @@ def build_corpus(
     """
     folder = Path(folder)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    films = plan(spec)
-    annotations: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
-    for film in progress(films):
-        scene = film.shoot(spec)
-        for suffix, half in (("ab", (0, 1)), ("ba", (1, 0))):
-            name = f"videos/{film.name}-{suffix}.mp4"
-            write_video(folder / name, scene[half])
-            entry = {"video": name, "caption": film.caption(half), "scene": film.name}
-            annotations[film.split].append(entry)
-    paths = {}
-    for split, entries in annotations.items():
-        paths[split] = folder / f"{split}.json"
-        paths[split].write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    return paths
+    captions: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    questions: dict[str, list[dict[str, str]]] = {split: [] for split in captions}
+    for film in progress(plan(spec)):
+        for order, pictures in film.shoot(spec).items():
+            about = {"video": film.video(order), "scene": film.name}
+            write_video(folder / about["video"], pictures)
+            captions[film.split].append({**about, "caption": film.caption(order)})
+            questions[film.split] += [{**about, **asked} for asked in film.questions(order)]
+    answers = {asked["answer"] for asked in itertools.chain(*questions.values())}
+    contents: dict[str, Sequence[Any]] = {"answers": sorted(answers)}
+    contents |= {f"{split}-questions": asked for split, asked in questions.items()}
+    for name, content in (contents | captions).items():
+        text = json.dumps(content, indent=1) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return {split: folder / f"{split}.json" for split in captions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,43 +115,110 @@ class Film:
     events: tuple[tuple[str, ...], tuple[str, ...]]
     seed: tuple[int, ...]
 
+    @property
+    def distractor(self) -> tuple[str, str]:
+        """Color and shape of the thing that the caption does not name."""
+        named = {word for event in self.events for word in event}
+        rng = np.random.default_rng((*self.seed, 1))
+        color, shape = (rng.choice([x for x in all if x not in named]) for all in (COLORS, SHAPES))
+        return str(color), str(shape)
+
+    @property
+    def things(self) -> list[tuple[str, ...]]:
+        """Color and shape of all that is seen."""
+        return [*dict.fromkeys(event[:2] for event in self.events), self.distractor]
+
+    def video(self, order: Order) -> str:
+        """The file of an order, in the folder of the corpus."""
+        return f"videos/{self.name}-{'ab' if order == (0, 1) else 'ba'}.mp4"
+
     def caption(self, order: Sequence[int]) -> str:
         first, second = (self.events[k] for k in order)
         if len(first) == 2:
             return f"A {first[0]} {first[1]}, then a {second[0]} {second[1]}."
         return f"A {first[0]} {first[1]} moves {first[2]}, then {second[2]}."
 
-    def shoot(self, spec: CorpusSpec) -> dict[tuple[int, ...], list[Picture]]:
+    def questions(self, order: Order) -> list[dict[str, str]]:
+        """Questions about an order, with their types and answers.
+
+        The first of them has two answers, between which the order decides. The next ask for the
+        color of each thing whose shape no other has, and the last how many things have a shape: for
+        every number that some shape has, one of these.
+        """
+        first = self.events[order[0]]
+        asked = [("order", "What comes first?", f"{first[0]} {first[1]}")]
+        if first[2:]:
+            asked = [("order", f"Where does the {first[1]} move first?", first[2])]
+        numbers = Counter(shape for _, shape in self.things)
+        for color, shape in self.things:
+            if numbers[shape] == 1:
+                asked.append(("colour", f"What colour is the {shape}?", color))
+        rng = np.random.default_rng((*self.seed, 2))
+        for number, word in enumerate(COUNTS):
+            if shapes := [shape for shape in SHAPES if numbers[shape] == number]:
+                shape = str(rng.choice(shapes))
+                plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+                asked.append(("count", f"How many {plural} are there?", word))
+        keys = ("question_type", "question", "answer")
+        return [dict(zip(keys, one, strict=True)) for one in asked]
+
+    def shoot(self, spec: CorpusSpec) -> dict[Order, list[Picture]]:
         """The pictures of each order."""
-        half = spec.frames // 2
-        size = spec.size
-        orders = ((0, 1), (1, 0))
+        return {order: [shot[0] for shot in shots] for order, shots in self._shoot(spec).items()}
+
+    def masks(self, spec: CorpusSpec) -> dict[Order, Mask]:
+        """Of each order, the pixels of what the caption names, and those of the distractor.
+
+        Returns:
+            bool ``(frames, 2, size, size)`` each.
+        """
+        shots = self._shoot(spec)
+        return {order: np.stack([shot[1] for shot in shots[order]]) for order in shots}
+
+    def _shoot(self, spec: CorpusSpec) -> dict[Order, list[Shot]]:
+        half, size = spec.frames // 2, spec.size
+        moves = len(self.events[0]) > 2
         rng = np.random.default_rng(self.seed)
-        shade = rng.integers(70, 150)
+        shade = rng.integers(10, 50)  # darker than any color, so that shapes look alike in each
         noise = rng.normal(shade, 6, (size, size, 1))
-        radius = size * rng.uniform(0.2, 0.3)
-        if not self.events[0][2:]:
-            halves = []
-            for color, shape in self.events:
-                place = rng.uniform(radius, size - radius, 2)
-                steps = place + rng.normal(0, size / 64, (half, 2))
-                halves.append([_draw(noise, color, shape, spot, radius) for spot in steps])
-            return {order: halves[order[0]] + halves[order[1]] for order in orders}
-        color, shape = self.events[0][:2]
-        radius *= 0.7
+        radius = size * rng.uniform(0.17, 0.23) * (0.8 if moves else 1)
+        while True:  # until the distractor is clear of all that is named
+            spots = self._paths(rng, spec, radius) if moves else self._places(rng, spec, radius)
+            place = rng.uniform(radius, size - radius, 2)
+            gaps = [abs(path - place).max(-1).min() for path in spots.values()]
+            if min(gaps) > 1.7 * radius:
+                break
+        others = place + rng.normal(0, size / 96, (2, half, 2))
+        shots = {}
+        for order in ORDERS:
+            shots[order] = [
+                _draw(noise, (self.events[k][:2], spot), (self.distractor, other), radius)
+                for k, path in zip(order, spots[order], strict=True)
+                for spot, other in zip(path, others[k], strict=True)
+            ]
+        return shots
+
+    def _places(self, rng: Generator, spec: CorpusSpec, radius: float) -> dict[Order, Spot]:
+        """Spots ``(2, frames / 2, 2)`` of each order: every event stays about its place."""
+        half, size = spec.frames // 2, spec.size
+        places = rng.uniform(radius, size - radius, (2, 1, 2))
+        steps = places + rng.normal(0, size / 96, (2, half, 2))
+        return {order: steps[list(order)] for order in ORDERS}
+
+    def _paths(self, rng: Generator, spec: CorpusSpec, radius: float) -> dict[Order, Spot]:
+        """Spots ``(2, frames / 2, 2)`` of each order: two straight lines, from the same start."""
+        half, size = spec.frames // 2, spec.size
         stride = size * rng.uniform(0.25, 0.35)
         moves = [np.array(DIRECTIONS[event[2]]) * stride for event in self.events]
         total = moves[0] + moves[1]
         low = radius + np.maximum(0, -total)
         start = rng.uniform(low, size - radius - np.maximum(0, total))
-        pictures: dict[tuple[int, ...], list[Picture]] = {}
-        for order in orders:
+        paths = {}
+        for order in ORDERS:
             corner = start + moves[order[0]]
-            path = np.concatenate(
-                [np.linspace(start, corner, half), np.linspace(corner, start + total, half)]
-            )
-            pictures[order] = [_draw(noise, color, shape, spot, radius) for spot in path]
-        return pictures
+            ends = ((start, corner), (corner, start + total))
+            paths[order] = np.stack([np.linspace(*pair, half) for pair in ends])
+        return paths
 
 
 def plan(spec: CorpusSpec) -> list[Film]:
@@ -186,11 +268,25 @@ def write_video(path: Path, pictures: Sequence[Picture], *, rate: int = 8) -> No
 
 
 def _draw(
-    background: NDArray[np.float64], color: str, shape: str, place: Picture, radius: float
-) -> Picture:
-    size = background.shape[0]
-    y, x = np.mgrid[:size, :size] + 0.5
-    x, y = (x - place[0]) / radius, (y - place[1]) / radius
+    background: NDArray[np.float64],
+    named: tuple[tuple[str, ...], Spot],
+    other: tuple[tuple[str, ...], Spot],
+    radius: float,
+) -> Shot:
+    """A frame, and the pixels of what is named and of the other thing, over which that lies."""
+    masks: list[Mask] = []
+    picture = np.broadcast_to(background, (*background.shape[:2], 3))
+    for (color, shape), place in (other, named):
+        masks.append(_inside(shape, place, radius, len(background)))
+        picture = np.where(masks[-1][..., None], np.array(COLORS[color]), picture)
+    hidden, seen = masks
+    return picture.clip(0, 255).astype(np.uint8), np.stack([seen, hidden & ~seen])
+
+
+def _inside(shape: str, place: Spot, radius: float, size: int) -> Mask:
+    y, x = np.ogrid[:size, :size]
+    x, y = (x + 0.5 - place[0]) / radius, (y + 0.5 - place[1]) / radius
+    inside: Mask
     if shape == "square":
         inside = np.maximum(abs(x), abs(y)) < 0.85
     elif shape == "circle":
@@ -198,6 +294,5 @@ def _draw(
     elif shape == "triangle":
         inside = (y < 0.8) & (y > 2 * abs(x) - 1)
     else:
-        inside = (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1)
-    picture = np.where(inside[..., None], np.array(COLORS[color]), background)
-    return picture.clip(0, 255).astype(np.uint8)
+        inside = (np.minimum(abs(x), abs(y)) < 0.36) & (np.maximum(abs(x), abs(y)) < 1)
+    return inside

@@ -220,6 +220,7 @@ def answer_questions(
     reading: Reading | None = None,
     answer_length: int = 5,
     order: str = "normal",
+    seed: int = 0,
     without: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Answer questions from a closed list: the share of right first answers.
@@ -232,6 +233,7 @@ def answer_questions(
         reading: of clips and questions.
         answer_length: longest answer, in tokens.
         order: of the frames, see `sampling.reorder`.
+        seed: of shuffled orders.
         without: files to leave out.
 
     Returns:
@@ -250,7 +252,7 @@ def answer_questions(
     with evaluating(model, bf16=reading.bf16) as device:
         ids, mask = encode_answers(tokenizer, asked.answers, answer_length)
         answers = (ids.to(device), mask.to(device))
-        for numbers, states in asking(model, order):
+        for numbers, states in asking(model, order, seed=seed):
             texts = [questions[k].captions[0] for k in numbers]
             found = _rank(model, tokenizer, texts, states, answers, settings, reading)
             chosen[numbers] = found.cpu()

@@ -1,6 +1,7 @@
 """The `svitt` command as a user meets it, and a demo that is over in seconds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -148,7 +149,9 @@ def test_corpus_files_are_h264(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "demo"
     overrides = ["optimizer.steps=2", "optimizer.batch_size=8", "run.tensorboard=false"]
     assert cli.main(["demo", "--output", str(folder), "--seed", "1", *overrides]) == 0
@@ -157,12 +160,25 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
     assert str(folder / "survivors.png") in out
     assert (folder / "survivors.png").stat().st_size > 1000
-    for phase in ("film corpus", "pretrain 4f", "pretrain 8f", "evaluate"):
+    for phase in ("film corpus", "pretrain 4f", "pretrain 8f", "fine-tune qa", "evaluate"):
         assert phase in err
     facts = json.loads((folder / "demo.json").read_text())
     assert facts["frames"] == 8
     assert facts["seed"] == 1
     assert facts["retrieval"]["videos"] == 8
+    assert facts["load"] >= 0
+    assert {"corpus", *demo.STAGES, "evaluation", "total"} == set(facts["seconds"])
+    answers = facts["tasks"]["qa"]
+    for name in ("score", "chance", "majority", "order", "order_shuffled"):
+        assert 0 <= answers[name] <= 100
+    assert {"order", "colour", "count"} == set(answers["by_type"])
+    searched = facts["tasks"]["retrieval"]
+    assert searched["score"] == facts["retrieval"]["text_to_video"]["R1"]
+    assert searched["chance"] == 100 / 8
+    for name, random in (("visual", 0.1), ("multimodal", 0.05)):
+        share = facts["survivors"][name]
+        assert random < share["random"] < 0.4 and 0 <= share["share"] <= 1
+    assert facts["survivors"]["visual"]["random"] > facts["survivors"]["multimodal"]["random"]
     assert demo.render_demo(facts) in out
     videos = sorted(str(path) for path in (folder / "corpus" / "videos").glob("test-*.mp4"))[:2]
     table = ["--annotations", str(folder / "corpus" / "test.json"), "--workers", "0"]
@@ -173,7 +189,30 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "figure.png").exists()
     assert cli.main(["visualize", str(folder / "8f"), *videos, *figure]) == 2
     assert "one for each of the 2 videos" in capsys.readouterr().err
+    goes_on_where_it_was_killed(folder, overrides, capsys, caplog)
     removes_its_own_files_alone(folder)
+
+
+def goes_on_where_it_was_killed(
+    folder: Path,
+    overrides: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A demo that ended as if by a kill in its last stage."""
+    again = ["demo", "--output", str(folder), "--seed", "1", "--resume", *overrides]
+    before = json.loads((folder / "demo.json").read_text())
+    (folder / "demo.json").write_text(json.dumps({"corpus": before["corpus"]}))
+    for path in folder.glob("qa/*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert cli.main([*again, "--motion"]) == 2
+    assert "--resume: must be the demo's corpus" in capsys.readouterr().err
+    assert cli.main(again) == 0
+    assert "film corpus" not in capsys.readouterr().err
+    assert caplog.text.count("already trained 2 of 2 steps") == 2
+    after = json.loads((folder / "demo.json").read_text())
+    for name in ("tasks", "retrieval", "survivors", "pair_accuracy"):
+        assert after[name] == before[name]
 
 
 def removes_its_own_files_alone(folder: Path) -> None:
@@ -185,6 +224,7 @@ def removes_its_own_files_alone(folder: Path) -> None:
         "corpus/videos/holiday.mp4",
         "8f/b.txt",
     ]
+    assert (folder / "qa" / "final").is_dir()
     for name in mine:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
@@ -194,7 +234,7 @@ def removes_its_own_files_alone(folder: Path) -> None:
     demo._prepare(folder, resume=False)
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert left == sorted([*mine, "demo.json"])
-    assert not (folder / "4f").exists()
+    assert not any((folder / name).exists() for name in ("4f", "qa", "corpus/tokenizer"))
     assert all((folder / name).read_text() == name for name in mine)
 
 

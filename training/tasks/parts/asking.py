@@ -33,7 +33,7 @@ class Asking:
         self.skipped = SkipLog()
 
     def __call__(
-        self, model: Any, order: FrameOrder, texts: int = 1
+        self, model: Any, order: FrameOrder, texts: int = 1, *, seed: int = 0
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Numbers of entries, and the states of their clips.
 
@@ -41,6 +41,7 @@ class Asking:
             model: has `encode_video`.
             order: of the frames, see `sampling.reorder`.
             texts: of an entry, so that no more than `batch_size` pairs come at a time.
+            seed: of shuffled orders.
 
         Yields:
             Some entries, and a tensor ``(entries, clips, tokens, width)``.
@@ -56,6 +57,7 @@ class Asking:
             strided=settings.strided,
             short_side=reading.short_side,
             order=order,
+            seed=seed,
             task=self.task,
         )
         for videos, output in encode_clips(
