@@ -15,6 +15,8 @@ from bench.measure import environment
 from bench.report.markdown import head, line
 
 FOLDER = environment.RESULTS / "demo"
+DENSE = ("model.edge_sparsity=false", "model.keep_rate=1", "model.multimodal_keep_rate=1")
+"""Overrides of a demo that drops nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,25 +32,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{path}: is of a demo that did not end")
         del facts["figure"]  # a path
         document = {"environment": environment.describe(torch.device("cpu")), "demo": facts}
-        corpus = "motion-" if facts["corpus"]["motion"] else ""
-        name = arguments.out / f"{corpus}seed-{facts['seed']}.json"
+        moves, dense = _kind(document)
+        name = arguments.out / f"{'motion-' * moves}{'dense-' * dense}seed-{facts['seed']}.json"
         name.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The kept results, by corpus and seed."""
+    """The kept results, by corpus, sparsity and seed."""
     found = [json.loads(path.read_text()) for path in folder.glob("*seed-*.json")]
-    return sorted(found, key=lambda document: (_moves(document), document["demo"]["seed"]))
+    return sorted(found, key=lambda document: (_kind(document), document["demo"]["seed"]))
 
 
-def _moves(document: dict[str, Any]) -> bool:
-    return bool(document["demo"]["corpus"]["motion"])
+def _kind(document: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether of the motion corpus, and whether of a model that drops nothing."""
+    facts = document["demo"]
+    return bool(facts["corpus"]["motion"]), facts["edges"]["edges"] == facts["edges"]["dense"]
 
 
 def render(documents: Sequence[dict[str, Any]]) -> str:
-    """A table for each corpus, with a column for each seed."""
-    parts = [list(found) for _, found in itertools.groupby(documents, _moves)]
+    """A table for each corpus, hybrid and dense, with a column for each seed."""
+    parts = [list(found) for _, found in itertools.groupby(documents, _kind)]
     return "\n\n".join(map(_table, parts))
 
 
@@ -57,12 +61,14 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
     hardware = where["hardware"].rpartition(", ")[0]
     demos = [document["demo"] for document in documents]
     first, commit = demos[0], (where["commit"] or "unknown")[:10]
-    motion = " --motion" if first["corpus"]["motion"] else ""
+    moves, dense = _kind(documents[0])
+    options = " --motion" * moves + "".join(f" {override}" for override in DENSE * dense)
     tokens = [*first["tokens"]["visual"], *first["tokens"]["multimodal"][1:]]
     found = [demo["retrieval"] for demo in demos]
     plain = [table["contrastive"] for table in found]
     answers = [demo["tasks"]["qa"] for demo in demos]
     survivors = [demo["survivors"] for demo in demos]
+    steps = [demo["seconds_per_step"] for demo in demos]
     rows = [
         ("R@1, text to video", "{:.0f} %", [x["text_to_video"]["R1"] for x in found]),
         ("before re-ranking", "{:.0f} %", [x["text_to_video"]["R1"] for x in plain]),
@@ -82,12 +88,17 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
             )
             for name, what in (("visual", "objects"), ("multimodal", "named objects"))
         ),
+        (
+            "training step, of a dense one's time",
+            "{:.0%}",
+            [x["sparse"] / x["dense"] for x in steps],
+        ),
         ("minutes", "{:.1f}", [demo["seconds"]["total"] / 60 for demo in demos]),
         ("load of the machine", "{:.1f}", [demo["load"] for demo in demos]),
     ]
     lines = [
         f"**{hardware}**, torch {where['versions']['torch']}, commit {commit}: "
-        f"`svitt demo{motion} --seed N`, {first['frames']} frames, "
+        f"`svitt demo --seed N{options}`, {first['frames']} frames, "
         f"{first['retrieval']['videos']} clips of scenes never trained on and "
         f"{first['tasks']['qa']['questions']} questions; {first['edges']['edges']:,} edges of "
         f"{first['edges']['dense']:,}, tokens {' -> '.join(map(str, tokens))}",

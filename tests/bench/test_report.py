@@ -89,6 +89,7 @@ def test_table_of_demos(tmp_path: Path) -> None:
             "multimodal": {"share": 0.27, "random": 0.09},
         },
         "load": 2.0,
+        "seconds_per_step": {"sparse": 0.3, "dense": 0.4},
         "pair_accuracy": {"normal": 94.25, "shuffled": 47.5},
         "tokens": {"visual": [128, 77], "multimodal": [77, 24]},
         "edges": {"edges": 1000, "dense": 4000},
@@ -104,7 +105,13 @@ def test_table_of_demos(tmp_path: Path) -> None:
     path.write_text(json.dumps(facts | {"seconds": {"total": 330.0}, "corpus": {"motion": True}}))
     assert demo.main([str(path), "--out", str(folder)]) == 0
     assert (folder / "motion-seed-1.json").is_file()
-    events, moving = demo.render(demo.load(folder)).split("`svitt demo --motion --seed N`")
+    dense = {"edges": {"edges": 4000, "dense": 4000}, "seconds": {"total": 420.0}}
+    path.write_text(json.dumps(facts | dense))
+    assert demo.main([str(path), "--out", str(folder)]) == 0
+    assert (folder / "dense-seed-1.json").is_file()
+    events, moving = demo.render(demo.load(folder)).split("`svitt demo --seed N --motion`")
+    events, dropping = events.split("`svitt demo --seed N model.edge_sparsity=false ")
+    assert "minutes | 7.0 |" in dropping and "of a dense one's time | 75% |" in events
     for row in (
         "R@1, text to video | 41 %",
         "before re-ranking | 38 %",
