@@ -181,7 +181,7 @@ class Film:
         rng = np.random.default_rng(self.seed)
         shade = rng.integers(10, 50)  # darker than any color, so that shapes look alike in each
         noise = rng.normal(shade, 6, (size, size, 1))
-        radius = size * rng.uniform(0.17, 0.23) * (0.8 if moves else 1)
+        radius = size * rng.uniform(0.19, 0.25) * (0.8 if moves else 1)
         while True:  # until the distractor is clear of all that is named
             spots = self._paths(rng, spec, radius) if moves else self._places(rng, spec, radius)
             place = rng.uniform(radius, size - radius, 2)
