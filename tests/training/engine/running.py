@@ -50,8 +50,8 @@ def write(recipe: Recipe, path: Path) -> Path:
 
 def run(*command: str, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=environment, **{**streams, **options})
+    # What goes wrong is on stderr, which pytest shows of a failed test.
+    return subprocess.Popen(command, env=environment, **{"stdout": subprocess.DEVNULL, **options})
 
 
 def torchrun(*command: str, **options: Any) -> subprocess.Popen[bytes]:
