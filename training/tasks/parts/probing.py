@@ -46,10 +46,9 @@ def probe_orders(
 def under_options(
     evaluate: Callable[[str, Mapping[str, str]], dict[str, Any]],
     options: argparse.Namespace,
-    score: str = "accuracy",
 ) -> dict[str, Any]:
-    """What `evaluate` finds, under `--probe` in every frame order."""
-    return probe_orders(evaluate, score) if options.probe else evaluate("normal", {})
+    """The accuracies that `evaluate` finds, under `--probe` in every frame order."""
+    return probe_orders(evaluate, "accuracy") if options.probe else evaluate("normal", {})
 
 
 def by_order(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
