@@ -38,12 +38,10 @@ COLORS = {
     "yellow": (230, 220, 50),
     "purple": (170, 50, 200),
     "cyan": (50, 210, 220),
-    "orange": (240, 140, 30),
+    "brown": (150, 90, 40),
     "pink": (240, 120, 180),
-    "lime": (160, 240, 60),
-    "brown": (140, 90, 40),
 }
-SHAPES = ("square", "circle", "cross", "flag")  # which a single patch of 8 pixels tells apart
+SHAPES = ("square", "circle", "cross")  # which a single patch of 8 pixels tells apart
 COUNTS = ("none", "one", "two")
 ORDERS: tuple[Order, ...] = ((0, 1), (1, 0))
 TRIES = 50  # places that are drawn at once
@@ -147,8 +145,8 @@ class Film:
         """Questions about what the caption of an order names, with their types and answers.
 
         The first of them has two answers, between which the order decides. The next ask for the
-        color of each thing whose shape no other has, and the last how many things have a shape: for
-        every number that some shape has, one of these.
+        color of each thing, and the last how many things have a shape: for every number that some
+        shape has, one of these.
         """
         rng = np.random.default_rng((*self.seed, 2))
         guess = ORDERS[rng.integers(2)]
@@ -156,9 +154,11 @@ class Film:
         asked = [("order", self.caption(guess).replace(".", "?"), right)]
         named = self.things[:-1]
         numbers = Counter(shape for _, shape in named)
+        said = self.caption(order).replace(".", "?")
         for color, shape in named:
-            if numbers[shape] == 1:
-                asked.append(("colour", f"What colour is the {shape}?", color))
+            blank = said.replace(f"A {color} {shape}", f"What colour {shape}")
+            blank = blank.replace(f"a {color} {shape}", f"what colour {shape}")
+            asked.append(("colour", blank, color))
         others = [shape for shape in SHAPES if shape != self.distractor[1]]
         for number, word in enumerate(COUNTS):
             if shapes := [shape for shape in others if numbers[shape] == number]:
@@ -298,8 +298,6 @@ def _inside(shape: str, places: Spot, radius: float, size: int) -> Mask:
         inside = np.maximum(abs(x), abs(y)) < 0.85
     elif shape == "circle":
         inside = abs(np.hypot(x, y) - 0.8) < 0.2
-    elif shape == "cross":
+    else:
         inside = (np.minimum(abs(x), abs(y)) < 0.26) & (np.maximum(abs(x), abs(y)) < 1)
-    else:  # three stripes
-        inside = (np.maximum(abs(x), abs(y)) < 0.9) & ((y + 0.9) % 0.72 < 0.36)
     return inside
