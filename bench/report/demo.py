@@ -78,8 +78,11 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
         ("with shuffled frames", "{:.1f} %", [x["pair_accuracy"]["shuffled"] for x in demos]),
         ("questions answered rightly", "{:.1f} %", [x["score"] for x in answers]),
         ("always the commonest answer", "{:.1f} %", [x["majority"] for x in answers]),
-        ("questions of order", "{:.1f} %", [x["order"] for x in answers]),
-        ("with shuffled frames", "{:.1f} %", [x["order_shuffled"] for x in answers]),
+        *(
+            (f"of {kind}", "{:.1f} %", [x["by_type"][kind]["accuracy"] for x in answers])
+            for kind in answers[0]["by_type"]
+        ),
+        ("of order, with shuffled frames", "{:.1f} %", [x["order_shuffled"] for x in answers]),
         *(
             (
                 f"{name} survivors on {what}, of random ones'",

@@ -83,7 +83,7 @@ def test_table_of_demos(tmp_path: Path) -> None:
         "frames": 8,
         "corpus": {"motion": False},
         "retrieval": {**both, "contrastive": before, "videos": 100},
-        "tasks": {"qa": {**answers, "questions": 600}},
+        "tasks": {"qa": {**answers, "questions": 600, "by_type": {"count": {"accuracy": 49.0}}}},
         "survivors": {
             "visual": {"share": 0.3, "random": 0.2},
             "multimodal": {"share": 0.27, "random": 0.09},
@@ -117,6 +117,8 @@ def test_table_of_demos(tmp_path: Path) -> None:
         "before re-ranking | 38 %",
         "told apart | 94.2 %",
         "answered rightly | 88.0 %",
+        "of count | 49.0 %",
+        "of order, with shuffled frames | 51.0 %",
         "survivors on objects, of random ones' | 1.50 x",
         "survivors on named objects, of random ones' | 3.00 x",
     ):
