@@ -1,0 +1,101 @@
+"""Boxes, and those that a map means, against the plain sums."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from svitt_ops.training.tasks.parts.boxes import (
+    Box,
+    area_share,
+    best_box,
+    best_detection,
+    box_iou,
+    box_scores,
+    check_inside,
+    parse_box,
+    points_into,
+    upsample,
+)
+
+
+def test_overlap() -> None:
+    assert box_iou((0, 0, 4, 4), (0, 0, 4, 4)) == 1
+    assert box_iou((0, 0, 4, 4), (2, 0, 4, 4)) == pytest.approx(8 / 24)
+    assert box_iou((0, 0, 4, 4), (4, 0, 4, 4)) == 0
+    assert box_iou((1, 1, 2, 2), (0, 0, 4, 4)) == box_iou((0, 0, 4, 4), (1, 1, 2, 2)) == 0.25
+    assert area_share((-5, 0, 10, 10), (10, 10)) == 0.5
+    assert area_share((0, 0, 5, 4), (10, 10)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, 2, 3], "must be 4 numbers"),
+        ("1234", "must be 4 numbers"),
+        (None, "must be 4 numbers"),
+        ([1, 2, 3, "4"], "must be 4 numbers"),
+        ([1, 2, 3, True], "must be 4 numbers"),
+        ([1, 2, 3, math.nan], "must be 4 numbers"),
+        ([1, 2, 0, 4], "must have an area"),
+        ([1, 2, 3, -4], "must have an area"),
+    ],
+)
+def test_what_is_no_box(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^detection 3 {message}"):
+        parse_box(value, "detection 3")
+
+
+def test_boxes_outside() -> None:
+    check_inside(parse_box([-1, -1, 2, 2]), (4, 4))
+    for outside in ([4, 0, 2, 2], [0, -2, 2, 2], [0, 5, 1, 1]):
+        with pytest.raises(ValueError, match="box is outside of the picture of 4 x 4"):
+            check_inside(parse_box(outside), (4, 4))
+
+
+def test_a_box_has_its_sum_by_the_root_of_its_area() -> None:
+    pixels = torch.rand(7, 9, generator=torch.Generator().manual_seed(0))
+    boxes: list[Box] = [(0, 0, 9, 7), (2, 1, 3, 4), (2.7, 1.2, 3.1, 4.9), (-2, 3, 4, 9)]
+    wanted = [
+        pixels.sum() / 63**0.5,
+        pixels[1:5, 2:5].sum() / 12**0.5,
+        pixels[1:6, 2:5].sum() / (3.1 * 4.9) ** 0.5,
+        pixels[3:7, 0:2].sum() / 36**0.5,
+    ]
+    torch.testing.assert_close(box_scores(pixels, boxes).float(), torch.stack(wanted))
+    assert box_scores(pixels, [(3.2, 3.2, 0.1, 0.1)])[0] == pytest.approx(pixels[3, 3] / 0.1)
+    assert best_detection(pixels, boxes) == boxes[int(torch.stack(wanted).argmax())]
+    with pytest.raises(ValueError, match="must be at least one, got none"):
+        best_detection(pixels, [])
+
+
+def test_the_best_box_of_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for rows, columns in ((1, 1), (3, 5), (4, 4)):
+        saliency = torch.rand(rows, columns, generator=generator) ** 3
+        found = best_box(saliency, (columns * 10, rows * 20))
+        best = -1.0
+        for top, left in itertools.product(range(rows), range(columns)):
+            for bottom, right in itertools.product(range(top, rows), range(left, columns)):
+                held = saliency[top : bottom + 1, left : right + 1]
+                if (score := float(held.sum() / held.numel() ** 0.5)) > best:
+                    best = score
+                    wanted = (left * 10, top * 20, held.shape[1] * 10, held.shape[0] * 20)
+        assert found == wanted
+
+
+def test_maps_become_pixels() -> None:
+    saliency = torch.zeros(4, 4)
+    saliency[1, 2] = 1
+    pixels = upsample(saliency, (40, 20))
+    assert pixels.shape == (20, 40)
+    y, x = divmod(int(pixels.argmax()), 40)
+    assert (y // 5, x // 10) == (1, 2)
+    assert points_into(pixels, (20, 5, 10, 5))
+    assert not points_into(pixels, (0, 0, 20, 20))
+    assert not points_into(torch.zeros(20, 40), (0, 0, 40, 20))
+    assert best_box(saliency, (40, 20)) == (20, 5, 10, 5)
+    with pytest.raises(ValueError, match=r"saliency: must be a floating map \(rows, columns\)"):
+        upsample(torch.zeros(1, 4, 4), (4, 4))
