@@ -37,17 +37,19 @@ from svitt_ops.training.tasks.parts.questions import (
 )
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
+from svitt_ops.training.tasks.parts.vqa import best_constant, vqa_accuracy
 
 HEAD = "question_answering"
 FORM = QUESTIONS
 OPTIONS = {
     **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
-    **{"answers": None, "answer_length": 5},
+    **{"answers": None, "answer_length": 5, "metric": "exact"},
 }
 INPUTS = (
     *("input_ids", "attention_mask", "answer_ids", "answer_mask"),
     *("answers_per_question", "answer_weights"),
 )
+METRICS = ("exact", "vqa")
 SHORTEST_ANSWER = 2  # [CLS], one piece
 
 
@@ -62,13 +64,28 @@ class Data(recipes.Data):
     """Tokens of the longest answer, [CLS] and [SEP] among them; longer ones are cut."""
 
 
+@dataclass(kw_only=True)
+class QuestionEvaluation(Evaluation):
+    """The same, and what counts as right."""
+
+    metric: str = "exact"
+    """"exact": an answer that anybody gave, or "vqa": the more people gave it, VQA's accuracy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric not in METRICS:
+            raise ValueError(
+                f"evaluation: metric must be one of {', '.join(METRICS)}, got {self.metric!r}"
+            )
+
+
 @dataclass
 class Recipe(recipes.Recipe):
     """Fine-tuning for questions."""
 
     task: str = "qa"
     data: Data = field(default_factory=Data)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: QuestionEvaluation = field(default_factory=QuestionEvaluation)
     """How the questions of `data.validation` are answered, and those of a test by default."""
 
 
@@ -216,7 +233,7 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
     *,
-    settings: Evaluation | None = None,
+    settings: QuestionEvaluation | None = None,
     reading: Reading | None = None,
     answer_length: int = 5,
     order: str = "normal",
@@ -229,7 +246,8 @@ def answer_questions(
         model: in whatever mode; evaluated in eval mode.
         tokenizer: the model's.
         asked: questions and answers.
-        settings: clips, their merging, and `top_k`, the answers that are decoded whole; 0: all.
+        settings: clips, their merging, `top_k`, the answers that are decoded whole (0: all), and
+            what counts as right.
         reading: of clips and questions.
         answer_length: longest answer, in tokens.
         order: of the frames, see `sampling.reorder`.
@@ -245,7 +263,7 @@ def answer_questions(
     Raises:
         ValueError: no video can be read; scores are not finite.
     """
-    settings, reading = settings or Evaluation(), reading or Reading()
+    settings, reading = settings or QuestionEvaluation(), reading or Reading()
     questions = those_without(asked.questions, without or {})
     asking = Asking("qa", questions, settings, reading)
     chosen = torch.full((len(questions),), -1)
@@ -258,7 +276,7 @@ def answer_questions(
             chosen[numbers] = found.cpu()
     texts = [question.captions[0] for question in questions]
     return {
-        **_facts(questions, chosen, asked),
+        **_facts(questions, chosen, asked, settings.metric),
         **asking.facts(),
         "texts_cut": count_cut(tokenizer, texts, reading.text_length),
         "answers_cut": int((_full_lengths(tokenizer, asked.answers) > answer_length).sum()),
@@ -296,16 +314,18 @@ def _full_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
     return encode_answers(tokenizer, answers, 10**6)[1].sum(1)
 
 
-def _facts(questions: Sequence[Question], chosen: Tensor, asked: Asked) -> dict[str, Any]:
+def _facts(
+    questions: Sequence[Question], chosen: Tensor, asked: Asked, metric: str
+) -> dict[str, Any]:
     """Accuracies of the questions that were answered."""
     answered = [k for k, number in enumerate(chosen.tolist()) if number >= 0]
-    right = {k: asked.answers[int(chosen[k])] in questions[k].answers for k in answered}
-    types: dict[str, list[bool]] = {}
-    given: Counter[str] = Counter()
-    for k in answered:
-        types.setdefault(questions[k].type, []).append(right[k])
-        given.update(questions[k].answers)
-    total = sum(right.values())
+    right, chance = _score(
+        [questions[k] for k in answered], [asked.answers[int(chosen[k])] for k in answered], metric
+    )
+    types: dict[str, list[float]] = {}
+    for k, score in zip(answered, right, strict=True):
+        types.setdefault(questions[k].type, []).append(score)
+    total = sum(right)
     return {
         "accuracy": 100 * total / len(answered),
         "accuracy_all": 100 * total / (len(answered) + len(asked.left_out)),
@@ -313,10 +333,26 @@ def _facts(questions: Sequence[Question], chosen: Tensor, asked: Asked) -> dict[
             name: {"accuracy": 100 * sum(found) / len(found), "questions": len(found)}
             for name, found in sorted(types.items())
         },
-        "chance": 100 * max(given.values()) / len(answered),
+        "chance": 100 * chance,
         "questions": len(answered),
         "answers": len(asked.answers),
     }
+
+
+def _score(
+    questions: Sequence[Question], answers: Sequence[str], metric: str
+) -> tuple[list[float], float]:
+    """How right each answer is, and the best constant answer in the mean, from 0 to 1."""
+    if metric == "vqa":
+        given = [dict(zip(q.answers, q.counts, strict=True)) for q in questions]
+        scores = [vqa_accuracy(*pair) for pair in zip(answers, given, strict=True)]
+        return scores, best_constant(given)[1]
+    known = Counter(answer for question in questions for answer in question.answers)
+    right = [
+        float(answer in question.answers)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    return right, max(known.values()) / len(questions)
 
 
 def evaluate(
@@ -336,7 +372,7 @@ def evaluate(
             model,
             tokenizer,
             asked,
-            settings=Evaluation.of(options),
+            settings=QuestionEvaluation.of(options),
             reading=Reading.of(reading, options),
             answer_length=options.answer_length,
             order=order,
@@ -356,7 +392,7 @@ def render(facts: dict[str, Any]) -> str:
     types = first["by_type"] if first is facts else {}
     for name, row in (*types.items(), *orders.items()):
         rows.append((name, f"{row['accuracy']:.1f}", str(row["questions"])))
-    rows.append(("always the commonest answer", f"{first['chance']:.1f}", ""))
+    rows.append(("always the best answer", f"{first['chance']:.1f}", ""))
     lines += [*format_rows(rows), *delta_lines(facts)]
     if first["left_out"]:
         missing = f"{len(first['left_out'])} more have an answer that is not in the list"
