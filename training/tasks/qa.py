@@ -37,7 +37,7 @@ from svitt_ops.training.tasks.parts.questions import (
 )
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
-from svitt_ops.training.tasks.parts.vqa import best_constant, vqa_accuracy
+from svitt_ops.training.tasks.parts.vqa import LEAST, best_constant, vqa_accuracy
 
 HEAD = "question_answering"
 FORM = QUESTIONS
@@ -74,9 +74,8 @@ class QuestionEvaluation(Evaluation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metric not in METRICS:
-            raise ValueError(
-                f"evaluation: metric must be one of {', '.join(METRICS)}, got {self.metric!r}"
-            )
+            known = ", ".join(METRICS)
+            raise ValueError(f"evaluation: metric must be one of {known}, got {self.metric!r}")
 
 
 @dataclass
@@ -223,6 +222,7 @@ def validate(
         settings=recipe.evaluation,
         reading=Reading.of_recipe(recipe),
         answer_length=recipe.data.answer_length,
+        metric=recipe.evaluation.metric,
     )
     of_types = {f"accuracy_{name}": row["accuracy"] for name, row in found["by_type"].items()}
     return {"score": found["accuracy"], "accuracy": found["accuracy"], **of_types}
@@ -233,9 +233,10 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
     *,
-    settings: QuestionEvaluation | None = None,
+    settings: Evaluation | None = None,
     reading: Reading | None = None,
     answer_length: int = 5,
+    metric: str = "exact",
     order: str = "normal",
     seed: int = 0,
     without: Mapping[str, str] | None = None,
@@ -246,10 +247,10 @@ def answer_questions(
         model: in whatever mode; evaluated in eval mode.
         tokenizer: the model's.
         asked: questions and answers.
-        settings: clips, their merging, `top_k`, the answers that are decoded whole (0: all), and
-            what counts as right.
+        settings: clips, their merging, and `top_k`, the answers that are decoded whole; 0: all.
         reading: of clips and questions.
         answer_length: longest answer, in tokens.
+        metric: what counts as right, see `QuestionEvaluation`.
         order: of the frames, see `sampling.reorder`.
         seed: of shuffled orders.
         without: files to leave out.
@@ -263,8 +264,9 @@ def answer_questions(
     Raises:
         ValueError: no video can be read; scores are not finite.
     """
-    settings, reading = settings or QuestionEvaluation(), reading or Reading()
+    settings, reading = settings or Evaluation(), reading or Reading()
     questions = those_without(asked.questions, without or {})
+    _check_people(questions, metric)
     asking = Asking("qa", questions, settings, reading)
     chosen = torch.full((len(questions),), -1)
     with evaluating(model, bf16=reading.bf16) as device:
@@ -276,7 +278,7 @@ def answer_questions(
             chosen[numbers] = found.cpu()
     texts = [question.captions[0] for question in questions]
     return {
-        **_facts(questions, chosen, asked, settings.metric),
+        **_facts(questions, chosen, asked, metric),
         **asking.facts(),
         "texts_cut": count_cut(tokenizer, texts, reading.text_length),
         "answers_cut": int((_full_lengths(tokenizer, asked.answers) > answer_length).sum()),
@@ -339,6 +341,18 @@ def _facts(
     }
 
 
+def _check_people(questions: Sequence[Question], metric: str) -> None:
+    """Refuse a metric that is none, or that asks for more answers to a question than it has."""
+    if metric not in METRICS:
+        raise ValueError(f"qa: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    few = [question for question in questions if sum(question.counts) < LEAST]
+    if metric == "vqa" and few:
+        raise ValueError(
+            f"qa: the metric vqa needs the answers of at least {LEAST} people to every question,"
+            f" got {sum(few[0].counts)} in {few[0].place}"
+        )
+
+
 def _score(
     questions: Sequence[Question], answers: Sequence[str], metric: str
 ) -> tuple[list[float], float]:
@@ -372,9 +386,10 @@ def evaluate(
             model,
             tokenizer,
             asked,
-            settings=QuestionEvaluation.of(options),
+            settings=Evaluation.of(options),
             reading=Reading.of(reading, options),
             answer_length=options.answer_length,
+            metric=options.metric,
             order=order,
             without=without,
         )
@@ -392,7 +407,7 @@ def render(facts: dict[str, Any]) -> str:
     types = first["by_type"] if first is facts else {}
     for name, row in (*types.items(), *orders.items()):
         rows.append((name, f"{row['accuracy']:.1f}", str(row["questions"])))
-    rows.append(("always the best answer", f"{first['chance']:.1f}", ""))
+    rows.append(("always the commonest answer", f"{first['chance']:.1f}", ""))
     lines += [*format_rows(rows), *delta_lines(facts)]
     if first["left_out"]:
         missing = f"{len(first['left_out'])} more have an answer that is not in the list"
