@@ -226,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="evaluate a trained model", description=EVALUATE, formatter_class=raw
     )
     found.add_argument(
-        "task", metavar="TASK", help="retrieval (R@1/5/10 both ways), qa or multiple-choice"
+        "task",
+        metavar="TASK",
+        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment or"
+        " grounding",
     )
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
@@ -235,13 +238,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="JSON",
         help='{"video": path, "caption": text or texts}, in any form that training reads; for qa'
-        ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number',
+        ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number,'
+        ' for reasoning "images": two paths, "sentence" and "label", for entailment "sentence" and'
+        ' "label", for grounding "text" and "box": left, top, width, height',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
     switch = argparse.BooleanOptionalAction
     found.add_argument("--paragraph", action=switch, help="join a video's captions to one")
-    found.add_argument("--protocol", metavar="P", help="such as msrvtt-1ka, didemo or agqa")
+    found.add_argument("--protocol", metavar="P", help="such as msrvtt-1ka, flickr30k or vqa2")
     some = found.add_argument_group("options of some tasks", argument_default=argparse.SUPPRESS)
     some.add_argument("--clips", type=int, help="clips of each video (default: the run's, else 1)")
     some.add_argument("--strided", action=switch, help="clips take every n-th frame")
@@ -265,6 +270,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     some.add_argument(
         "--answer-length", type=int, metavar="N", help="tokens of an answer (default: the run's)"
+    )
+    some.add_argument(
+        "--metric",
+        choices=("exact", "vqa"),
+        help="what is right: any answer that was given, or VQA's official accuracy, to questions"
+        " that several people answered (default: the run's, else exact)",
+    )
+    some.add_argument(
+        "--folds",
+        type=int,
+        metavar="N",
+        help="search this many parts of the corpus apart, and say the mean (default: 1)",
+    )
+    some.add_argument(
+        "--detections",
+        metavar="FILE",
+        help="boxes to choose from, a JSON object of lists by image (default: the run's)",
+    )
+    some.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="fusion layer that boxes are found by, from 0 (default: the run's, else the model's)",
     )
     some.add_argument(
         "--probe",

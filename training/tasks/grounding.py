@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.augment import to_pixel_values
 from svitt_ops.training.data.collate import count_cut, encode_texts
 from svitt_ops.training.engine import recipes
@@ -112,6 +113,11 @@ class Found:
         )
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse a system whose models cannot say what a text means."""
+    _check_grounds(load_system(recipe.system).models[HEAD], f"recipe: system: {recipe.system}")
+
+
 def read_examples(recipe: recipes.Recipe) -> list[Reference]:
     """The texts of all training corpora; boxes are not looked at."""
     found = read_corpora(recipe.data.train, recipe.data, "train", TRAINING)
@@ -168,9 +174,11 @@ def ground(
         `with_detections`; `skipped` pictures and `left_out` references, with reasons; `texts_cut`.
 
     Raises:
-        ValueError: no picture can be read; no box is in its picture; maps are not finite.
+        ValueError: the model has no maps; no picture can be read; no box is in its picture; maps
+            are not finite.
     """
     settings, reading = settings or Evaluation(), reading or Reading()
+    _check_grounds(type(model), "grounding: model")
     unread, found, texts = Unread(), [], []
     detected = 0
     with evaluating(model, bf16=reading.bf16) as device:
@@ -208,6 +216,11 @@ def ground(
         "skipped": dict(unread.skipped.reasons),
         "left_out": unread.left_out,
     }
+
+
+def _check_grounds(model: type[Any], what: str) -> None:
+    if not hasattr(model, "ground"):
+        raise ValueError(f"{what} must have saliency maps of texts, {model.__name__} has none")
 
 
 def _maps(

@@ -17,7 +17,7 @@ from svitt_ops.training.corpora.scenes import PictureSpec
 from svitt_ops.training.corpora.shapes import COLORS
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.text import train_tokenizer
-from svitt_ops.training.engine.recipes import Corpus
+from svitt_ops.training.engine.recipes import Corpus, load_recipe
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.engine.task import Evaluable, Trainable, Validated, load_task
 from svitt_ops.training.tasks import grounding
@@ -204,6 +204,14 @@ def test_what_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
         ValueError, match=r"maps must have shape \(3, rows, columns\), got \(3, 4\)"
     ):
         ground(model, tokenizer, references[:3])
+
+
+def test_models_without_maps(tmp_path: Path, tokenizer: Any) -> None:
+    references = read(tmp_path, [GOOD], REFERENCES).entries
+    with pytest.raises(ValueError, match=r"grounding: model must have saliency maps .* Linear has"):
+        ground(nn.Linear(1, 1), tokenizer, references)
+    with pytest.raises(ValueError, match="recipe: system: svitt must have saliency maps of texts"):
+        load_recipe(None, ["system=svitt", "task=grounding"])
 
 
 def test_the_corpus(folder: Path, tokenizer: Any) -> None:
