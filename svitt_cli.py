@@ -41,7 +41,7 @@ Unusable videos are skipped, counted and listed in the output folder. A run that
 where its last checkpoint was when the same command is given again.
 """
 FINETUNE = """\
-Train a pretrained model for a task, retrieval or qa or multiple_choice, as a recipe says:
+Train a pretrained model for a task, such as retrieval or qa, as a recipe says:
 
   svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small \\
       data.annotations=my.json data.root=videos
@@ -52,8 +52,8 @@ data.validation the model is evaluated after every epoch, and its best weights a
 folder `best` of the output. All else is as in `svitt pretrain`.
 """
 EVALUATE = """\
-Find videos by text and texts by video, answer questions, or choose among texts, in annotation
-files like those of training:
+Find videos by text and texts by video, answer questions, choose among texts, judge statements about
+pictures, or find what texts mean in them, in annotation files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
