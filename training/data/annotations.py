@@ -146,7 +146,9 @@ class Record:
         names = [name.lower() for name in classes]
         name = value.strip().lower() if isinstance(value, str) else str(value).lower()
         if name not in names:
-            raise ValueError(f"field {field!r} must be one of {', '.join(classes)}, got {value!r}")
+            raise ValueError(
+                f"field {field!r} must be one of {', '.join(classes)}, got {value!r:.80}"
+            )
         return names.index(name)
 
     def clean(self, texts: Sequence[str], field: str) -> tuple[str, ...]:

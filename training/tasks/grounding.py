@@ -23,15 +23,9 @@ from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.gate import check_batches
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.boxes import (
-    OVERLAP,
-    Box,
-    area_share,
-    best_box,
-    best_detection,
-    box_iou,
     check_inside,
-    points_into,
-    upsample,
+    ground_thing,
+    grounding_accuracies,
 )
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import Reading, evaluating
@@ -81,36 +75,6 @@ class Recipe(recipes.Recipe):
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)
     """How `data.validation` is evaluated."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a map says of one reference."""
-
-    right: bool
-    """The box that it means overlaps enough with the true one."""
-    points: bool
-    """Its maximum is in the true box."""
-    area: float
-    """Share of the picture that is in the true box."""
-    by_chance: float
-    """Probability that a box that is chosen without looking is right."""
-
-    @classmethod
-    def by(cls, saliency: Tensor, reference: Reference, size: tuple[int, int]) -> Found:
-        """What a map (rows, columns) says in a picture of some width and height."""
-        assert reference.box is not None
-        box, whole = reference.box, (0.0, 0.0, float(size[0]), float(size[1]))
-        pixels = upsample(saliency, size)
-        boxes: Sequence[Box] = reference.detections
-        chosen = best_detection(pixels, boxes) if boxes else best_box(saliency, size)
-        others = [box_iou(other, box) >= OVERLAP for other in boxes or (whole,)]
-        return cls(
-            right=box_iou(chosen, box) >= OVERLAP,
-            points=points_into(pixels, box),
-            area=area_share(box, size),
-            by_chance=sum(others) / len(others),
-        )
 
 
 def check(recipe: Recipe) -> None:
@@ -200,16 +164,13 @@ def ground(
                 except ValueError as error:
                     unread.left_out.append(f"{reference.place}: {error}")
                     continue
-                found.append(Found.by(saliency, reference, size))
+                found.append(ground_thing(saliency, reference.box, reference.detections, size))
                 texts.append(reference.captions[0])
                 detected += bool(reference.detections)
     if not found:
         raise ValueError(f"grounding: no box is in its picture; the first: {unread.left_out[0]}")
     return {
-        "accuracy": 100 * sum(one.right for one in found) / len(found),
-        "chance": 100 * sum(one.by_chance for one in found) / len(found),
-        "pointing": 100 * sum(one.points for one in found) / len(found),
-        "pointing_chance": 100 * sum(one.area for one in found) / len(found),
+        **grounding_accuracies(found),
         "references": len(found),
         "with_detections": detected,
         "texts_cut": count_cut(tokenizer, texts, reading.text_length),

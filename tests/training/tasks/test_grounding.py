@@ -93,6 +93,8 @@ def test_broken_references_are_left_out_with_a_reason(tmp_path: Path) -> None:
         "field 'box' is outside of the picture": {**sized, "box": [1, -4, 3, 4]},
         "field 'width' must be a positive number, got 'wide'": {**sized, "width": "wide"},
         "field 'height' must be a positive number, got 0": {**sized, "height": 0},
+        "field 'height' must be a positive number, got True": {**sized, "height": True},
+        "field 'height' must be a positive number, got 1000": {**sized, "height": 10**400},
         "field 'detections' must be a list of boxes, got int": {**GOOD, "detections": 3},
         "field 'detections': box 1 must have an area": {
             **GOOD,

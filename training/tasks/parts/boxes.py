@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,77 @@ OVERLAP = 0.5
 """Intersection over union from which a box counts as the right one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grounded:
+    """What a saliency map says of where one thing is."""
+
+    right: bool
+    """The box that it means overlaps enough with the true one."""
+    points: bool
+    """Its maximum is in the true box."""
+    area: float
+    """Share of the picture that is in the true box."""
+    by_chance: float
+    """Probability that a box that is chosen without looking is right."""
+
+
+def ground_thing(
+    saliency: Tensor, box: Box, detections: Sequence[Box], size: tuple[int, int]
+) -> Grounded:
+    """Compare what a map means with the true box; a flat map means nothing.
+
+    Args:
+        saliency: ``(rows, columns)``.
+        box: the true one.
+        detections: boxes to choose from by `best_detection`; where there are none, the box is
+            `best_box`, and chance is that of the whole picture.
+        size: width and height of the picture.
+    """
+    pixels = upsample(saliency, size)
+    chosen = best_detection(pixels, detections) if detections else best_box(saliency, size)
+    others = detections or [(0.0, 0.0, float(size[0]), float(size[1]))]
+    flat = bool((saliency == saliency[0, 0]).all())
+    return Grounded(
+        right=not flat and box_iou(chosen, box) >= OVERLAP,
+        points=not flat and points_into(pixels, box),
+        area=area_share(box, size),
+        by_chance=sum(box_iou(other, box) >= OVERLAP for other in others) / len(others),
+    )
+
+
+def grounding_accuracies(found: Sequence[Grounded]) -> dict[str, float]:
+    """Shares in percent: `accuracy` of boxes, `pointing`, and what both are by chance.
+
+    `chance` is that of a random detection, or of the whole picture; `pointing_chance` the mean
+    share of the picture that is in the true box, as that of a random point.
+    """
+    if not found:
+        raise ValueError("accuracies: must be of at least one reference, got none")
+    sums = {
+        "accuracy": sum(one.right for one in found),
+        "chance": sum(one.by_chance for one in found),
+        "pointing": sum(one.points for one in found),
+        "pointing_chance": sum(one.area for one in found),
+    }
+    return {name: 100 * total / len(found) for name, total in sums.items()}
+
+
+def to_number(value: object) -> float:
+    """A number as a float; NaN for all that is none, or is too large for one."""
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        return math.nan
+
+
 def parse_box(value: object, what: str = "box") -> Box:
     """A box from four numbers; a ValueError where they are none, or have no area."""
     listed = list(value) if isinstance(value, list | tuple) else []
-    numbers = [x for x in listed if isinstance(x, int | float) and not isinstance(x, bool)]
-    if len(listed) != 4 or len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+    numbers = [x for x in map(to_number, listed) if math.isfinite(x)]
+    if len(listed) != 4 or len(numbers) != 4:
         raise ValueError(f"{what} must be 4 numbers: left, top, width, height, got {value!r:.80}")
-    x, y, width, height = map(float, numbers)
+    x, y, width, height = numbers
     if width <= 0 or height <= 0:
         raise ValueError(f"{what} must have an area, got {value!r}")
     return x, y, width, height
@@ -118,9 +183,7 @@ def best_box(saliency: Tensor, size: tuple[int, int]) -> Box:
 
 
 def points_into(pixels: Tensor, box: Box) -> bool:
-    """Whether the centre of the pixel that matters most is in a box; a flat map points nowhere."""
-    if bool((pixels == pixels[0, 0]).all()):
-        return False
+    """Whether the centre of the pixel that matters most is in a box; of equal ones the first."""
     y, x = divmod(int(pixels.argmax()), pixels.shape[1])
     left, top, width, height = box
     return left <= x + 0.5 < left + width and top <= y + 0.5 < top + height

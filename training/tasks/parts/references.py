@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from svitt_ops.training.data.annotations import Entry, Form, Record
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.tasks.parts.boxes import Box, check_inside, parse_box
+from svitt_ops.training.tasks.parts.boxes import Box, check_inside, parse_box, to_number
 
 TEXTS = ("text", "caption", "sentence")
 BOX = ("box", "bbox")
@@ -61,7 +62,8 @@ def _reference(record: Record) -> Reference:
     detections: tuple[Box, ...] = ()
     if record.content.get(DETECTIONS) not in (None, ""):
         detections = _boxes(record.value(DETECTIONS), f"field {DETECTIONS!r}")
-    size = tuple(_length(record, side) for side in SIZE if record.content.get(side) is not None)
+    missing = (None, "")  # cells of a table are empty
+    size = [_length(record, side) for side in SIZE if record.content.get(side) not in missing]
     if len(size) == len(SIZE):
         check_inside(box, (size[0], size[1]), f"field {name!r}")
     return Reference(**{**found, "box": box, "detections": detections})
@@ -126,9 +128,9 @@ def _boxes(value: object, what: str) -> tuple[Box, ...]:
 def _length(record: Record, name: str) -> float:
     value: Any = record.content[name]
     try:
-        length = float(value)
-    except (TypeError, ValueError):
-        length = 0.0
-    if isinstance(value, bool) or not 0 < length < float("inf"):
-        raise ValueError(f"field {name!r} must be a positive number, got {value!r}")
+        length = float(value) if isinstance(value, str) else to_number(value)
+    except ValueError:
+        length = math.nan
+    if not 0 < length < math.inf:
+        raise ValueError(f"field {name!r} must be a positive number, got {value!r:.80}")
     return length

@@ -9,12 +9,15 @@ import torch
 
 from svitt_ops.training.tasks.parts.boxes import (
     Box,
+    Grounded,
     area_share,
     best_box,
     best_detection,
     box_iou,
     box_scores,
     check_inside,
+    ground_thing,
+    grounding_accuracies,
     parse_box,
     points_into,
     upsample,
@@ -39,6 +42,8 @@ def test_overlap() -> None:
         ([1, 2, 3, "4"], "must be 4 numbers"),
         ([1, 2, 3, True], "must be 4 numbers"),
         ([1, 2, 3, math.nan], "must be 4 numbers"),
+        ([1, 2, 3, math.inf], "must be 4 numbers"),
+        ([1, 2, 3, 10**400], "must be 4 numbers"),
         ([1, 2, 0, 4], "must have an area"),
         ([1, 2, 3, -4], "must have an area"),
     ],
@@ -95,7 +100,36 @@ def test_maps_become_pixels() -> None:
     assert (y // 5, x // 10) == (1, 2)
     assert points_into(pixels, (20, 5, 10, 5))
     assert not points_into(pixels, (0, 0, 20, 20))
-    assert not points_into(torch.zeros(20, 40), (0, 0, 40, 20))
     assert best_box(saliency, (40, 20)) == (20, 5, 10, 5)
     with pytest.raises(ValueError, match=r"saliency: must be a floating map \(rows, columns\)"):
         upsample(torch.zeros(1, 4, 4), (4, 4))
+
+
+def test_what_a_map_says_of_a_thing() -> None:
+    saliency = torch.zeros(4, 4)
+    saliency[1, 1:3] = 1
+    size, box = (40, 40), (10.0, 10.0, 20.0, 10.0)
+    found = ground_thing(saliency, box, [], size)
+    assert found == Grounded(right=True, points=True, area=0.125, by_chance=0)
+    large = (0.0, 0.0, 40.0, 30.0)
+    found = ground_thing(saliency, large, [], size)
+    assert (found.right, found.points, found.area, found.by_chance) == (False, True, 0.75, 1)
+    others = [(0.0, 20.0, 20.0, 20.0), (10.0, 10.0, 20.0, 12.0), (30.0, 0.0, 10.0, 10.0)]
+    found = ground_thing(saliency, box, others, size)
+    assert (found.right, found.by_chance) == (True, pytest.approx(1 / 3))
+    assert not ground_thing(saliency, box, others[::2], size).right
+    for flat in (torch.zeros(4, 4), torch.ones(4, 4)):
+        for true in (large, others[0]):
+            found = ground_thing(flat, true, others, size)
+            assert not (found.right or found.points)
+
+
+def test_shares_of_things() -> None:
+    found = [
+        Grounded(right=True, points=False, area=0.5, by_chance=0.25),
+        Grounded(right=False, points=False, area=0.1, by_chance=0.5),
+    ]
+    shares = {"accuracy": 50, "chance": 37.5, "pointing": 0, "pointing_chance": 30}
+    assert grounding_accuracies(found) == pytest.approx(shares)
+    with pytest.raises(ValueError, match="must be of at least one reference, got none"):
+        grounding_accuracies([])
