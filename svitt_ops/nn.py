@@ -29,7 +29,9 @@ class RelativePositionBias3D(nn.Module):
         grid: T frames, H rows, W columns of tokens.
         num_heads: columns of the table.
         num_global: global tokens before the grid's.
-        std: of the normal noise that fills the table; 0 fills it with zeros.
+        std: of the normal noise that fills the table; 0 fills it with zeros. An offset's is the sum
+            of what is drawn for its frames, its rows and its columns: drawn for itself, noise would
+            average out over space, and a head would begin with no direction in time.
     """
 
     codes: Tensor
@@ -61,12 +63,16 @@ class RelativePositionBias3D(nn.Module):
         self.register_buffer("codes", position_codes(grid, device=device), persistent=False)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill the table."""
-        if self.std:
-            nn.init.normal_(self.table, std=self.std)
-        else:
-            nn.init.zeros_(self.table)
+        nn.init.normal_(self.table, std=self.std)
+        sizes = [2 * size - 1 for size in self.grid]
+        offsets = self.table[: math.prod(sizes)].unflatten(0, sizes).zero_()
+        for axis in range(3):
+            shape = [size if k == axis else 1 for k, size in enumerate(sizes)]
+            noise = torch.randn(*shape, self.num_heads, device=offsets.device)
+            offsets += noise * (self.std / math.sqrt(3))
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, num_heads={self.num_heads}, num_global={self.num_global}"

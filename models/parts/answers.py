@@ -77,11 +77,12 @@ class AnswersQuestions(FusedTowers):
         answer_mask: Tensor,
         answers_per_question: Tensor | None = None,
         answer_weights: Tensor | None = None,
+        clip_numbers: Tensor | None = None,
     ) -> QuestionAnsweringOutput:
         """Loss of a batch of questions and their answers: ``sum_a w_a loss_a / batch``.
 
         Args:
-            pixel_values: ``(batch, frames, 3, image_size, image_size)``.
+            pixel_values: ``(clips, frames, 3, image_size, image_size)``.
             input_ids: ``(batch, tokens)``, the questions.
             attention_mask: ``(batch, tokens)``, 0 at padding.
             answer_ids: ``(answers, answer tokens)``: [CLS], the answer, [SEP], padding; those to
@@ -89,9 +90,13 @@ class AnswersQuestions(FusedTowers):
             answer_mask: ``(answers, answer tokens)``, 0 at padding.
             answers_per_question: int64 ``(batch,)``, adding up to ``answers``; by default one each.
             answer_weights: ``(answers,)``, such as how often the answer was given; by default 1.
+            clip_numbers: int64 ``(batch,)``, the clip that each question is about; by default they
+                have one each, in order.
         """
-        video = self.encode_video(pixel_values)
-        states = self.encode_questions(input_ids, attention_mask, video.states)
+        video = self.encode_video(pixel_values).states
+        if clip_numbers is not None:
+            video = video[clip_numbers]
+        states = self.encode_questions(input_ids, attention_mask, video)
         losses = self.answer_losses(
             states, attention_mask, answer_ids, answer_mask, answers_per_question
         )

@@ -7,6 +7,7 @@
 - fusion layers never prune;
 - ranking of answers counts their first token twice, and where clips are merged it takes a softmax
   of merged probabilities (`rank_answers`);
+- re-ranking in retrieval goes by the match head's logit of "yes", not by its distance from "no";
 - negatives of the contrastive loss are those of the own process;
 - `expand_frames` takes the nearest offset rounded down;
 - Morton and Hilbert orders are those of `token_order(..., compat="svitt-official")`.
@@ -14,7 +15,7 @@ Windows of several local blocks mix up two neighbours' keys there, which no publ
 the configuration refuses.
 
 `compat="singularity-official"` is what of this concerns a dense model of single frames: the ranking
-of answers, and the negatives.
+of answers, re-ranking, and the negatives.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ class TwoTowers(PreTrainedModel):
         super()._init_weights(module)
         # Guarded by transformers: what was loaded from a checkpoint stays.
         if isinstance(module, RelativePositionBias3D):
-            module.reset_parameters()
+            if not getattr(module.table, "_is_hf_initialized", False):
+                module.reset_parameters()
             module.codes = so.position_codes(module.grid, device=module.codes.device)
         elif isinstance(module, Residual) and module.scale is not None:
             nn.init.constant_(module.scale, module.initial_scale)

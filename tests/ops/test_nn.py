@@ -94,6 +94,21 @@ def test_cross_attention_is_attention() -> None:
     torch.testing.assert_close(module(tokens, context, key_padding_mask=ignored), wanted)
 
 
+def test_noise_of_a_table_has_a_direction_along_each_axis() -> None:
+    torch.manual_seed(0)
+    bias = RelativePositionBias3D((8, 8, 8), 64, num_global=2, std=1.5)
+    offsets = bias.table[: 15**3].detach().unflatten(0, (15, 15, 15))
+    for axis in range(3):
+        others = [k for k in range(3) if k != axis]
+        # Noise of each offset's own would leave a fifteenth of its deviation in these means.
+        mean = offsets.mean(others)
+        assert abs((mean - mean.mean(0)).std() * 3**0.5 - 1.5) < 0.15
+        torch.testing.assert_close(
+            offsets.diff(dim=axis).std(others), torch.zeros(14, 64), rtol=0, atol=1e-5
+        )
+    assert abs(offsets.std() - 1.5) < 0.15 and 1.0 < bias.table[15**3 :].std() < 2.0
+
+
 def test_modules_save_move_and_compile() -> None:
     bias = RelativePositionBias3D(GRID, 2, num_global=2, std=0.5)
     assert bias.table.shape == (3 * 5 * 9 + 8, 2) and "codes" not in bias.state_dict()

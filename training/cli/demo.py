@@ -48,7 +48,7 @@ MARKER = "demo.json"
 SPLITS = ("train", "validation", "test")
 CANDIDATES = 13  # that are ranked anew: of 100 clips as large a share as 128 of MSR-VTT's 1,000
 TEXT_LENGTH = 16
-STAGES = ("demo-4f", "demo-8f", "demo-8f-hard", "demo-qa")
+STAGES = ("demo-4f", "demo-4f-match", "demo-8f", "demo-qa")
 STAGE_FOLDERS = tuple(name.removeprefix("demo-") for name in STAGES)
 TOKENIZER = "tokenizer"
 VOCABULARY = 200  # pieces of the tokenizer at most, enough for every word to be one
@@ -173,8 +173,8 @@ def demo_corpus(motion: bool = False) -> CorpusSpec:
     """What the demo films: 201 scenes to train on and 50 to test on, or 70 and 20 with motion."""
     if motion:  # there are fewer scenes; this seed leaves some with each shape to train on
         few = {"validation_scenes": 6, "test_scenes": 20}
-        return CorpusSpec(motion=True, train_films=8, seed=1, **few)
-    return CorpusSpec()
+        return CorpusSpec(motion=True, frames=8, train_films=16, seed=1, **few)
+    return CorpusSpec(frames=8, train_films=12)
 
 
 def evaluate_demo(

@@ -29,7 +29,7 @@ Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Order = tuple[int, ...]
 Spot = NDArray[np.float64]
-Shot = tuple[Picture, Mask]
+Shots = tuple[Picture, Mask]  # (frames, size, size, 3), (frames, 2, size, size)
 
 COLORS = {
     "red": (220, 40, 40),
@@ -38,10 +38,13 @@ COLORS = {
     "yellow": (230, 220, 50),
     "purple": (170, 50, 200),
     "cyan": (50, 210, 220),
+    "brown": (150, 90, 40),
+    "pink": (240, 120, 180),
 }
-SHAPES = ("square", "circle", "triangle", "cross")
+SHAPES = ("square", "circle", "cross")  # which a single patch of 8 pixels tells apart
 COUNTS = ("none", "one", "two")
 ORDERS: tuple[Order, ...] = ((0, 1), (1, 0))
+TRIES = 50  # places that are drawn at once
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 # Opposite directions would bring the shape back, and both orders to the same place.
 TURNS = tuple(
@@ -139,32 +142,35 @@ class Film:
         return f"A {first[0]} {first[1]} moves {first[2]}, then {second[2]}."
 
     def questions(self, order: Order) -> list[dict[str, str]]:
-        """Questions about an order, with their types and answers.
+        """Questions about what the caption of an order names, with their types and answers.
 
         The first of them has two answers, between which the order decides. The next ask for the
-        color of each thing whose shape no other has, and the last how many things have a shape: for
-        every number that some shape has, one of these.
+        color of each thing, and the last how many things have a shape: for every number that some
+        shape has, one of these.
         """
-        first = self.events[order[0]]
-        asked = [("order", "What comes first?", f"{first[0]} {first[1]}")]
-        if first[2:]:
-            asked = [("order", f"Where does the {first[1]} move first?", first[2])]
-        numbers = Counter(shape for _, shape in self.things)
-        for color, shape in self.things:
-            if numbers[shape] == 1:
-                asked.append(("colour", f"What colour is the {shape}?", color))
         rng = np.random.default_rng((*self.seed, 2))
+        guess = ORDERS[rng.integers(2)]
+        right = "yes" if guess == order else "no"
+        asked = [("order", self.caption(guess).replace(".", "?"), right)]
+        named = self.things[:-1]
+        numbers = Counter(shape for _, shape in named)
+        said = self.caption(order).replace(".", "?")
+        for color, shape in named:
+            blank = said.replace(f"A {color} {shape}", f"What colour {shape}")
+            blank = blank.replace(f"a {color} {shape}", f"what colour {shape}")
+            asked.append(("colour", blank, color))
+        others = [shape for shape in SHAPES if shape != self.distractor[1]]
         for number, word in enumerate(COUNTS):
-            if shapes := [shape for shape in SHAPES if numbers[shape] == number]:
+            if shapes := [shape for shape in others if numbers[shape] == number]:
                 shape = str(rng.choice(shapes))
                 plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
                 asked.append(("count", f"How many {plural} are there?", word))
         keys = ("question_type", "question", "answer")
         return [dict(zip(keys, one, strict=True)) for one in asked]
 
-    def shoot(self, spec: CorpusSpec) -> dict[Order, list[Picture]]:
-        """The pictures of each order."""
-        return {order: [shot[0] for shot in shots] for order, shots in self._shoot(spec).items()}
+    def shoot(self, spec: CorpusSpec) -> dict[Order, Picture]:
+        """The pictures of each order, uint8 ``(frames, size, size, 3)``."""
+        return {order: pictures for order, (pictures, _) in self._shoot(spec).items()}
 
     def masks(self, spec: CorpusSpec) -> dict[Order, Mask]:
         """Of each order, the pixels of what the caption names, and those of the distractor.
@@ -172,30 +178,30 @@ class Film:
         Returns:
             bool ``(frames, 2, size, size)`` each.
         """
-        shots = self._shoot(spec)
-        return {order: np.stack([shot[1] for shot in shots[order]]) for order in shots}
+        return {order: masks for order, (_, masks) in self._shoot(spec).items()}
 
-    def _shoot(self, spec: CorpusSpec) -> dict[Order, list[Shot]]:
+    def _shoot(self, spec: CorpusSpec) -> dict[Order, Shots]:
         half, size = spec.frames // 2, spec.size
         moves = len(self.events[0]) > 2
         rng = np.random.default_rng(self.seed)
         shade = rng.integers(10, 50)  # darker than any color, so that shapes look alike in each
         noise = rng.normal(shade, 6, (size, size, 1))
-        radius = size * rng.uniform(0.19, 0.25) * (0.8 if moves else 1)
-        while True:  # until the distractor is clear of all that is named
+        radius = size * rng.uniform(0.22, 0.25) * (0.8 if moves else 1)
+        clear = np.zeros(TRIES, dtype=bool)
+        while not clear.any():  # a place for the distractor, away from all that is named
             spots = self._paths(rng, spec, radius) if moves else self._places(rng, spec, radius)
-            place = rng.uniform(radius, size - radius, 2)
-            gaps = [abs(path - place).max(-1).min() for path in spots.values()]
-            if min(gaps) > 1.7 * radius:
-                break
-        others = place + rng.normal(0, size / 96, (2, half, 2))
+            places = rng.uniform(radius, size - radius, (TRIES, 1, 2))
+            taken = np.concatenate([path.reshape(-1, 2) for path in spots.values()])
+            clear = abs(places - taken).max(-1).min(1) > 1.7 * radius
+        others = places[clear.argmax()] + rng.normal(0, size / 96, (2, half, 2))
         shots = {}
         for order in ORDERS:
-            shots[order] = [
-                _draw(noise, (self.events[k][:2], spot), (self.distractor, other), radius)
+            events = [
+                _draw(noise, (self.events[k][:2], path), (self.distractor, others[k]), radius)
                 for k, path in zip(order, spots[order], strict=True)
-                for spot, other in zip(path, others[k], strict=True)
             ]
+            pictures, masks = (np.concatenate(part) for part in zip(*events, strict=True))
+            shots[order] = pictures, masks
         return shots
 
     def _places(self, rng: Generator, spec: CorpusSpec, radius: float) -> dict[Order, Spot]:
@@ -255,7 +261,7 @@ def plan(spec: CorpusSpec) -> list[Film]:
     return films
 
 
-def write_video(path: Path, pictures: Sequence[Picture], *, rate: int = 8) -> None:
+def write_video(path: Path, pictures: Picture | Sequence[Picture], *, rate: int = 8) -> None:
     """Encode pictures (height, width, 3) as H.264 in an mp4 file."""
     height, width = pictures[0].shape[:2]
     with av.open(str(path), "w") as container:
@@ -272,27 +278,26 @@ def _draw(
     named: tuple[tuple[str, ...], Spot],
     other: tuple[tuple[str, ...], Spot],
     radius: float,
-) -> Shot:
-    """A frame, and the pixels of what is named and of the other thing, over which that lies."""
+) -> Shots:
+    """Frames, and the pixels of what is named and of the other thing, over which that lies."""
     masks: list[Mask] = []
-    picture = np.broadcast_to(background, (*background.shape[:2], 3))
-    for (color, shape), place in (other, named):
-        masks.append(_inside(shape, place, radius, len(background)))
-        picture = np.where(masks[-1][..., None], np.array(COLORS[color]), picture)
+    pictures = background
+    for (color, shape), places in (other, named):
+        masks.append(_inside(shape, places, radius, len(background)))
+        pictures = np.where(masks[-1][..., None], np.array(COLORS[color]), pictures)
     hidden, seen = masks
-    return picture.clip(0, 255).astype(np.uint8), np.stack([seen, hidden & ~seen])
+    return pictures.clip(0, 255).astype(np.uint8), np.stack([seen, hidden & ~seen], 1)
 
 
-def _inside(shape: str, place: Spot, radius: float, size: int) -> Mask:
+def _inside(shape: str, places: Spot, radius: float, size: int) -> Mask:
+    """``(frames, size, size)``: the pixels of a shape at places ``(frames, 2)``."""
     y, x = np.ogrid[:size, :size]
-    x, y = (x + 0.5 - place[0]) / radius, (y + 0.5 - place[1]) / radius
+    x, y = ((axis + 0.5 - places[:, k, None, None]) / radius for k, axis in enumerate((x, y)))
     inside: Mask
     if shape == "square":
         inside = np.maximum(abs(x), abs(y)) < 0.85
     elif shape == "circle":
-        inside = np.hypot(x, y) < 1
-    elif shape == "triangle":
-        inside = (y < 0.8) & (y > 2 * abs(x) - 1)
+        inside = abs(np.hypot(x, y) - 0.8) < 0.2
     else:
-        inside = (np.minimum(abs(x), abs(y)) < 0.36) & (np.maximum(abs(x), abs(y)) < 1)
+        inside = (np.minimum(abs(x), abs(y)) < 0.26) & (np.maximum(abs(x), abs(y)) < 1)
     return inside

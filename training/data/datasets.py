@@ -128,7 +128,7 @@ class PairDataset(Dataset[Clip]):
     def __getitem__(self, key: Key) -> Clip:
         number, epoch = key
         skipped: list[tuple[str, str]] = []
-        rng = random.Random(f"{self.seed} {epoch} {number}")
+        rng = random.Random(f"{self.seed} {epoch} {self.draws_as(number)}")
         others = self._of_kind[self.items[number].kind]
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -139,6 +139,10 @@ class PairDataset(Dataset[Clip]):
         raise ValueError(
             f"{len(skipped)} files in a row could not be read; the last: {skipped[-1][1]}"
         )
+
+    def draws_as(self, number: int) -> int:
+        """Items for which this is equal make the same random choices in an epoch."""
+        return number
 
     def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> Clip:
         """One item's clip; an `UnusableVideoError` if there is none."""

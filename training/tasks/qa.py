@@ -47,7 +47,7 @@ OPTIONS = {
 }
 INPUTS = (
     *("input_ids", "attention_mask", "answer_ids", "answer_mask"),
-    *("answers_per_question", "answer_weights"),
+    *("answers_per_question", "answer_weights", "clip_numbers"),
 )
 METRICS = ("exact", "vqa")
 SHORTEST_ANSWER = 2  # [CLS], one piece
@@ -62,6 +62,9 @@ class Data(recipes.Data):
     text_length: int = 25
     answer_length: int = 5
     """Tokens of the longest answer, [CLS] and [SEP] among them; longer ones are cut."""
+    share_clips: bool = False
+    """Encode one clip for all questions of a batch about a video, such as `keep_together` makes
+    meet; otherwise each question has a clip of its own, of other frames."""
 
 
 @dataclass(kw_only=True)
@@ -101,15 +104,25 @@ class QuestionClip(Clip):
 
 
 class QuestionDataset(PairDataset):
-    """Questions to train on."""
+    """Questions to train on.
 
-    def __init__(self, questions: Sequence[Question], *given: Any, **more: Any) -> None:
+    Args:
+        share_clips: give all questions about a video the same clip in an epoch.
+    """
+
+    def __init__(
+        self, questions: Sequence[Question], *given: Any, share_clips: bool = False, **more: Any
+    ) -> None:
         super().__init__(questions, *given, **more)
+        self.share_clips = share_clips
         counts = [len(question.answers) for question in questions]
         self._first: NDArray[np.int64] = np.cumsum([0, *counts])
         self._answers = Strings(text for question in questions for text in question.answers)
         weights = [weight for question in questions for weight in question.weights]
         self._weights = np.array(weights, dtype=np.float32)
+
+    def draws_as(self, number: int) -> int:
+        return int(self._ids[number]) if self.share_clips else number
 
     def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> QuestionClip:
         clip = super().read(number, seed, skipped)
@@ -124,9 +137,13 @@ class QuestionCollator(Collator):
 
     answer_length: int = 5
     """Longest answer, in tokens."""
+    share_clips: bool = False
+    """Whether questions about a video have the same clip, which the batch then holds once."""
 
     def __call__(self, clips: Sequence[Any]) -> Batch:
         batch = super().__call__(clips)
+        if self.share_clips:
+            _share(batch, [(clip.pair_id, clip.seed) for clip in clips])
         answers = [answer for clip in clips for answer in clip.answers]
         ids, mask = encode_answers(self.tokenizer, answers, self.answer_length)
         return batch | {
@@ -135,6 +152,21 @@ class QuestionCollator(Collator):
             "answers_per_question": torch.tensor([len(clip.answers) for clip in clips]),
             "answer_weights": torch.tensor([w for clip in clips for w in clip.weights]),
         }
+
+
+def _share(batch: Batch, names: Sequence[tuple[int, int]]) -> None:
+    """Keep the first of the clips of each name, and note which clip every question is about."""
+    numbers: dict[tuple[int, int], int] = {}
+    of_questions = [numbers.setdefault(name, len(numbers)) for name in names]
+    kept = [of_questions.index(number) for number in range(len(numbers))]
+    clips = batch["clips"]
+    batch["clips"] = clips[kept] if isinstance(clips, Tensor) else [clips[k] for k in kept]
+    batch["boxes"] = [batch["boxes"][k] for k in kept]
+    flips = [True] * len(kept)  # unless one of the questions names a side
+    for number, flip in zip(of_questions, batch["flips"], strict=True):
+        flips[number] &= flip
+    batch["flips"] = flips
+    batch["clip_numbers"] = torch.tensor(of_questions)
 
 
 def check(recipe: Recipe) -> None:
@@ -163,14 +195,19 @@ def build_dataset(
     recipe: Recipe, examples: Sequence[Question], config: VideoConfig
 ) -> QuestionDataset:
     """The training questions."""
-    return QuestionDataset(examples, clip_spec(recipe, config), seed=recipe.seed)
+    share = recipe.data.share_clips
+    return QuestionDataset(
+        examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share
+    )
 
 
 def build_collator(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> QuestionCollator:
     """The collator."""
-    return collator(QuestionCollator, recipe, tokenizer, answer_length=recipe.data.answer_length)
+    data = recipe.data
+    more = {"answer_length": data.answer_length, "share_clips": data.share_clips}
+    return collator(QuestionCollator, recipe, tokenizer, **more)
 
 
 def model_inputs(recipe: Recipe, config: VideoConfig, batch: dict[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_recalls_of_every_ensemble() -> None:
     """Through the evaluation that `svitt evaluate retrieval` runs."""
     task = pytest.importorskip("svitt_ops.training.tasks.retrieval")
     case = Case("singularity/retrieval")
-    model, frames = case.model("retrieval"), case["in/eval/video"]
+    model, frames = case.model("retrieval", compat=OFFICIAL), case["in/eval/video"]
     mask, k = case["in/eval/attention_mask"], int(case["in/eval/k_test"])
     text = model.encode_text(case["in/eval/input_ids"], mask)
     clips = model.encode_video(frames.flatten(0, 1)[:, None])

@@ -28,6 +28,7 @@ from svitt_ops.training.tasks.qa import (
     QuestionCollator,
     QuestionDataset,
     answer_questions,
+    model_inputs,
     render,
 )
 
@@ -153,6 +154,37 @@ def test_a_batch_has_the_answers_of_its_questions(corpus: Path) -> None:
     flips = [collate([dataset[2, epoch], dataset[3, epoch]])["flips"] for epoch in range(9)]
     assert not any(first for first, _ in flips)
     assert any(second for _, second in flips)
+
+
+def test_questions_share_the_clip_of_their_video(corpus: Path, answering: Any) -> None:
+    entries = read_annotations(corpus / "train_qa.json", form=QUESTIONS).entries[:6]
+    of_video = [[e.media for e in entries].index(e.media) // 2 for e in entries]
+    assert of_video == [0, 0, 1, 1, 2, 2]
+    model, tokenizer, _ = answering
+    crop = Augmentation(crop_scale=(0.5, 1.0), flip=True)
+    batches = []
+    for share in (True, False):
+        dataset = QuestionDataset(entries, ClipSpec(num_frames=4), seed=3, share_clips=share)
+        collate = QuestionCollator(tokenizer=tokenizer, augmentation=crop, share_clips=share)
+        batches.append(collate([dataset[number, 1] for number in range(6)]))
+    once, each = batches
+    assert "clip_numbers" not in each and len(each["clips"]) == len(each["boxes"]) == 6
+    assert once["clip_numbers"].tolist() == of_video
+    assert len(once["clips"]) == len(once["boxes"]) == len(once["flips"]) == 3
+    # The loss is that of a batch in which every question brings its video's clip along.
+    recipe = load_recipe("qa-msrvtt", ["output=unused", "data.train=[]", "data.short_side=null"])
+    shared = model_inputs(recipe, model.config, once)
+    apart = dict(shared)
+    apart["pixel_values"] = shared["pixel_values"][apart.pop("clip_numbers")]
+    ours, theirs = (model(**inputs) for inputs in (shared, apart))
+    torch.testing.assert_close(ours.answer_losses, theirs.answer_losses)
+    # And a question that names a side keeps the clip from being mirrored for all.
+    sided = [Question(**{**vars(entries[0]), "captions": ("what is left",)}), *entries[1:]]
+    dataset = QuestionDataset(sided, ClipSpec(num_frames=2), share_clips=True)
+    collate = QuestionCollator(tokenizer=tokenizer, augmentation=crop, share_clips=True)
+    flips = [collate([dataset[k, epoch] for k in range(6)])["flips"] for epoch in range(9)]
+    assert not any(first for first, *_ in flips)
+    assert any(second for _, second, _ in flips)
 
 
 def test_a_broken_video_brings_the_answers_of_its_substitute(corpus: Path, tmp_path: Path) -> None:
