@@ -1,11 +1,22 @@
 """Sparse video-text transformers: definitions and losses over `svitt_ops`."""
 
 from svitt_ops.models import convert
+from svitt_ops.models.albef.configuration import ALBEFConfig
+from svitt_ops.models.albef.model import (
+    ALBEFForPreTraining,
+    ALBEFForQuestionAnswering,
+    ALBEFForRetrieval,
+    ALBEFForTextAssignment,
+    ALBEFForVisualEntailment,
+    ALBEFForVisualReasoning,
+    ALBEFModel,
+)
 from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
 from svitt_ops.models.parts.outputs import (
     AnswerRanking,
+    ClassificationOutput,
     FusionOutput,
     MultipleChoiceOutput,
     QuestionAnsweringOutput,
@@ -36,7 +47,16 @@ from svitt_ops.models.systems import register
 register()
 
 __all__ = [
+    "ALBEFConfig",
+    "ALBEFForPreTraining",
+    "ALBEFForQuestionAnswering",
+    "ALBEFForRetrieval",
+    "ALBEFForTextAssignment",
+    "ALBEFForVisualEntailment",
+    "ALBEFForVisualReasoning",
+    "ALBEFModel",
     "AnswerRanking",
+    "ClassificationOutput",
     "EdgeCount",
     "FrozenConfig",
     "FrozenForRetrieval",

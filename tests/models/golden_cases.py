@@ -14,6 +14,7 @@ import svitt_ops as so
 from svitt_ops.models.parts import pairs
 from svitt_ops.models.parts.key_maps import placed, rename
 from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
+from svitt_ops.models.parts.released_images import IMAGE_CHECKPOINT
 from svitt_ops.models.singularity.convert import RULES
 from svitt_ops.models.systems import load_system
 
@@ -29,7 +30,7 @@ ANSWERS = {
     "answer_weights": "in/weights",
 }
 LIST = {"answer_ids": "in/rank/answer_ids", "answer_mask": "in/rank/answer_mask"}
-NAMES = {"svitt": OFFICIAL_CHECKPOINT, "singularity": RULES}
+NAMES = {"svitt": OFFICIAL_CHECKPOINT, "singularity": RULES, "albef": IMAGE_CHECKPOINT}
 
 
 class Case:
@@ -65,6 +66,8 @@ class Case:
         """Of the configuration."""
         given = self.meta["config"]
         vision, text, sparse = given["vision"], given["text"], given.get("sparse")
+        if "num_frames" not in given:
+            return self._image_fields(given, vision, text)
         values = {
             "image_size": given["image_size"],
             "patch_size": given["patch_size"],
@@ -89,6 +92,29 @@ class Case:
             values |= {name: sparse[name] for name in ("block_size", "num_local", "num_random")}
             values |= {name: sparse[name] for name in ("keep_rate", "prune_layers")}
         return values
+
+    def _image_fields(self, given: Any, vision: Any, text: Any) -> dict[str, Any]:
+        """Of the configuration of a system with a momentum twin."""
+        return {
+            "image_size": given["image_size"],
+            "patch_size": given["patch_size"],
+            "hidden_size": vision["width"],
+            "num_attention_heads": vision["heads"],
+            "num_hidden_layers": vision["layers"],
+            "intermediate_size": vision["width"] * vision["mlp_ratio"],
+            "text_hidden_size": text["width"],
+            "text_num_attention_heads": text["heads"],
+            "text_num_hidden_layers": text["layers"],
+            "fusion_layer": text.get("fusion_layer", 0),
+            "text_intermediate_size": text["intermediate"],
+            "vocab_size": text["vocab"],
+            "max_position_embeddings": text["max_positions"],
+            "projection_dim": given["embed_dim"],
+            "decoder_layers": given.get("decoder_layers", 6),
+            "momentum": given["momentum"],
+            "queue_size": given["queue"],
+            "alpha": given["alpha"],
+        }
 
     def model(self, task: str = "pretraining", **changes: Any) -> Any:
         """Loaded as the authors' file is, with the case's patterns if it has any."""
