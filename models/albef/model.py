@@ -88,26 +88,29 @@ class ALBEFForVisualEntailment(ALBEFModel, DistilsClasses):
     classes = ALBEFClasses.classes
 
 
-class ALBEFPairs(ReadsTwoImages, ALBEFModel, Classifies):
+class ALBEFPairs(ALBEFModel, ReadsTwoImages, Classifies):
     """What the twin of the reasoning model is."""
 
     classes = ("false", "true")
 
 
-class ALBEFForVisualReasoning(ReadsTwoImages, ALBEFModel, DistilsClasses):
+class ALBEFForVisualReasoning(ALBEFModel, ReadsTwoImages, DistilsClasses):
     """Whether a text is true of two images, `pixel_values` ``(batch, 2, 3, height, width)``."""
 
     teacher_class = ALBEFPairs
     classes = ALBEFPairs.classes
 
 
-class ALBEFForTextAssignment(ReadsTwoImages, ALBEFModel):
+class ALBEFForTextAssignment(ALBEFModel, ReadsTwoImages):
     """Pretraining of the doubled layers: which of two images a text belongs to, if to any.
 
     A text has its own image and a similar one, in either order, or two similar ones. A third each.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(match_head|token_head|class_head)\.", r"^temperature$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (as the base's)
+        r"^(match_head|token_head|class_head|text_projection)\.",
+        r"^temperature$",
+    ]
 
     def build(self, config: Any) -> None:
         super().build(config)

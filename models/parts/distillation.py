@@ -197,10 +197,9 @@ class DistilsAnswers(HasTeacher, AnswersQuestions):
         *,
         alpha: float | None = None,
     ) -> QuestionAnsweringOutput:
-        """Loss of a batch of questions; arguments as of `AnswersQuestions.forward`, and:
+        """Loss of a batch of questions and answers; arguments as of `AnswersQuestions.forward`.
 
-        Args:
-            alpha: share of the twin in the targets; by default the one of this step.
+        ``alpha`` is the share of the twin in the targets, by default the one of this step.
         """
         share = self.share_of_teacher(alpha) * self.config.distils_answers
         answers = (answer_ids, answer_mask, answers_per_question)

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svitt_ops.models.parts.pairs import MatchesPairs
-from svitt_ops.nn import merge_heads, split_heads
+from svitt_ops.nn import BlockSparseSelfAttention, CrossAttention, merge_heads, split_heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WordMaps:
     """Grad-CAM of words on the patches of their images.
 
@@ -42,7 +42,7 @@ class WordMaps:
 
 
 @contextmanager
-def keep_attention(module: nn.Module) -> Iterator[list[Tensor]]:
+def keep_attention(module: CrossAttention | BlockSparseSelfAttention) -> Iterator[list[Tensor]]:
     """Compute one module's attention step by step; its maps are what the list comes to hold.
 
     Args:
@@ -98,8 +98,8 @@ class GroundsWords(MatchesPairs):
             text_states: ``(batch, tokens, text_hidden_size)`` of `encode_text`.
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
-            layer: which, from 0 and counted from the first text layer; by default the third of
-                four quarters' first: layer 8 of 12, as the authors have it.
+            layer: which, counted from 0 at the first text layer; by default the one at two thirds
+                of all, if it fuses: 8 of 12, as the authors have it.
 
         Raises:
             ValueError: ``layer`` is no fusion layer.
@@ -109,7 +109,8 @@ class GroundsWords(MatchesPairs):
         layer = max(first, 2 * (last + 1) // 3) if layer is None else layer
         if not first <= layer <= last:
             raise ValueError(
-                f"{type(self).__name__}: layer must be a fusion layer, {first} to {last}, got {layer}"
+                f"{type(self).__name__}: layer must be a fusion layer, {first} to {last}, "
+                f"got {layer}"
             )
         attention = self.fusion.layers[layer - first].cross_attention
         with torch.enable_grad(), keep_attention(attention) as maps:
@@ -118,8 +119,8 @@ class GroundsWords(MatchesPairs):
             (kept,) = maps
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), kept)
         real = (attention_mask != 0)[:, None, :, None]
-        found = (x[..., 1:] * real for x in (kept.detach(), gradient.clamp(min=0)))
-        return WordMaps(*found, logits.detach())
+        attended, gradient = (x[..., 1:] * real for x in (kept.detach(), gradient.clamp(min=0)))
+        return WordMaps(attention=attended, gradient=gradient, logits=logits.detach())
 
 
 def class_maps(

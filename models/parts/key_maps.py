@@ -97,7 +97,7 @@ VIT: Rules = (
 
 def split_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with every packed projection (`qkv`) as those of query, key and value."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if ".qkv." in name:
             parts = zip(("query", "key", "value"), value.chunk(3), strict=True)

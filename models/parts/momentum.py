@@ -21,7 +21,7 @@ TRAINING_ONLY = ("teacher.", "queue.", "steps")
 
 
 class FeatureQueue(nn.Module):
-    """The last embeddings that a teacher made of pictures and of texts, with the ids of their pairs.
+    """The last embeddings that a teacher made of pictures and texts, and the ids of their pairs.
 
     Fresh queues hold random vectors of length 1, as the authors' do, whose ids are no pair's.
 
@@ -80,9 +80,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order; alike in number on each, and without gradient."""
     if not _shared():
         return rows.detach()
-    found = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(found, rows.detach().contiguous())
-    return found
+    rows = rows.detach().contiguous()
+    found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, rows)
+    return torch.cat(found)
 
 
 def _shared() -> bool:
@@ -93,8 +94,8 @@ class HasTeacher(TwoTowers):
     """A model and its momentum twin, which is the mean of its weights over its last steps.
 
     The twin has no gradient, so no optimizer has it, and `save_pretrained` leaves it out, with the
-    queues: weights for use hold the model once. `training_state` is what a run goes on from besides.
-    From weights without a twin it starts as a copy.
+    queues: weights for use hold the model once. `training_state` is what a run goes on from
+    besides. From weights without a twin it starts as a copy.
     """
 
     teacher_class: ClassVar[type[TwoTowers]]

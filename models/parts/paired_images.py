@@ -108,9 +108,8 @@ class ReadsTwoImages(FusedTowers):
     @torch.no_grad()
     def start_missing(self, missing: Sequence[str]) -> list[str]:
         """Start the second layers of pairs as copies of the first ones, where they have weights."""
-        left, tensors, lacking = super().start_missing(missing), self.state_dict(), set(missing)
-        started = set()
-        for name in left:
+        tensors, lacking, started = self.state_dict(), set(missing), set()
+        for name in missing:
             match = re.fullmatch(r"fusion\.second\.(\d+)\.(.+)", name)
             if match:
                 first = int(match[1]) + self.config.unpaired_layers
@@ -118,4 +117,5 @@ class ReadsTwoImages(FusedTowers):
                 if source not in lacking:
                     tensors[name].copy_(tensors[source])
                     started.add(name)
-        return [name for name in left if name not in started]
+        # A twin then copies what they have come to be.
+        return super().start_missing([name for name in missing if name not in started])

@@ -1,4 +1,4 @@
-"""Checkpoints that the authors of ALBEF, and of what is built on it, released: names and reading."""
+"""Checkpoints that the authors of ALBEF and SIMLA released: their names, and their reading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from svitt_ops.models.parts.resolution import resize_places
 from svitt_ops.models.parts.unpickling import read_tensors
 
 SECOND: Rules = tuple(
-    (name.replace(r"(?:encoder\.layer|layers)", "second"), target.replace("text.layers", "fusion.second"))
+    (
+        name.replace(r"(?:encoder\.layer|layers)", "second"),
+        target.replace("text.layers", "fusion.second"),
+    )
     for name, target in BERT
     if target.startswith("text.layers.")
 )

@@ -144,7 +144,7 @@ class VideoTower(nn.Module):
         return TowerOutput(tokens, indices, tuple(stages))
 
     def _embed(
-        self, pixel_values: Tensor, masked: Tensor | None
+        self, pixel_values: Tensor, masked: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens in order behind [CLS], the order, and the codes of the patches."""
         config, size = self.config, self.config.image_size

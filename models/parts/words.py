@@ -17,7 +17,9 @@ class PredictsWords(FusedTowers):
         super().build(config)
         self.token_head = MaskedTokenHead(config)
 
-    def word_logits(self, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor) -> Tensor:
+    def word_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> Tensor:
         """Logits of the pieces at every place of texts, ``(batch, tokens, vocab_size)``.
 
         Args:

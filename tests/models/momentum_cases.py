@@ -128,5 +128,7 @@ def check_targets(case: Case, model: Any, where: str, ids: Tensor | None = None)
         # The authors leave zeros in place of positives, and divide by their share too.
         drawn = weights.masked_fill(same, -torch.inf).softmax(1)
         assert torch.equal(wanted == 0, same)
-        torch.testing.assert_close(drawn, wanted / wanted.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            drawn, wanted / wanted.sum(1, keepdim=True), rtol=1e-4, atol=1e-6
+        )
     return video, text, taught
