@@ -25,6 +25,15 @@ from svitt_ops.models.parts.outputs import (
 )
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.simla.configuration import SIMLAConfig
+from svitt_ops.models.simla.model import (
+    SIMLAForPreTraining,
+    SIMLAForQuestionAnswering,
+    SIMLAForRetrieval,
+    SIMLAForVisualEntailment,
+    SIMLAForVisualReasoning,
+    SIMLAModel,
+)
 from svitt_ops.models.singularity.configuration import SingularityConfig
 from svitt_ops.models.singularity.model import (
     SingularityForMultipleChoice,
@@ -63,6 +72,13 @@ __all__ = [
     "FusionOutput",
     "MultipleChoiceOutput",
     "QuestionAnsweringOutput",
+    "SIMLAConfig",
+    "SIMLAForPreTraining",
+    "SIMLAForQuestionAnswering",
+    "SIMLAForRetrieval",
+    "SIMLAForVisualEntailment",
+    "SIMLAForVisualReasoning",
+    "SIMLAModel",
     "SViTTConfig",
     "SViTTForMultipleChoice",
     "SViTTForPreTraining",

@@ -65,12 +65,20 @@ class ALBEFConfig(TwoTowersConfig):
     """None, or "albef-official": ranking of answers counts their first token twice, and pretraining
     takes no notice of equal ids, as in the authors' released code."""
 
-    queues_ids: ClassVar[bool] = True
-    """Whether the queues know whose embeddings they hold."""
-    word_axis: ClassVar[int] = -1
-    """Axis over which the distillation of masked words is normalised."""
-    distils_answers: ClassVar[bool] = True
-    """Whether the twin has a share in the targets of answers."""
+    @property
+    def queues_ids(self) -> bool:
+        """Whether the queues know whose embeddings they hold."""
+        return True
+
+    @property
+    def word_axis(self) -> int:
+        """Axis over which the distillation of masked words is normalised."""
+        return -1
+
+    @property
+    def distils_answers(self) -> bool:
+        """Whether the twin has a share in the targets of answers."""
+        return True
 
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""

@@ -6,6 +6,7 @@ Source: ALBEF (NeurIPS 2021), section 4.4; SViTT (CVPR 2023) for several clips.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ class AnswersQuestions(FusedTowers):
         r"^(match_head|video_projection|text_projection|pooler_norm)\.",
         r"^temperature$",
     ]
+
+    @property
+    def decoder_start(self) -> int:
+        """The fusion layer that the decoder's first layer starts from."""
+        return 0
 
     def build(self, config: Any) -> None:
         super().build(config)
@@ -117,7 +123,7 @@ class AnswersQuestions(FusedTowers):
     def start_missing(self, missing: Sequence[str]) -> list[str]:
         """Start a decoder without weights from the text's embeddings and the fusion layers.
 
-        Layer j starts from fusion layer j. A tensor that has no counterpart of its shape with
+        Layer j starts from fusion layer `decoder_start` + j. A tensor that has no counterpart of its shape with
         weights stays as it is.
         """
         tensors, lacking = self.state_dict(), set(missing)
@@ -128,6 +134,11 @@ class AnswersQuestions(FusedTowers):
         for part, start in STARTS.items():
             for name in (name for name in wanted if name.startswith(part)):
                 source = name.replace(part, start, 1)
+                source = re.sub(
+                    r"^fusion\.layers\.(\d+)",
+                    lambda match: f"fusion.layers.{int(match[1]) + self.decoder_start}",
+                    source,
+                )
                 fits = source in tensors and tensors[source].shape == tensors[name].shape
                 if fits and source not in lacking:
                     tensors[name].copy_(tensors[source])

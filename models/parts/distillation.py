@@ -134,6 +134,7 @@ class DistilsWords(DistilsPairs, LearnsFromPairs):
         mlm_labels: Tensor | None = None,
         *,
         alpha: float | None = None,
+        **given: Any,
     ) -> PreTrainingOutput:
         """Losses of a batch of pairs.
 
@@ -148,6 +149,7 @@ class DistilsWords(DistilsPairs, LearnsFromPairs):
             mlm_input_ids: ``input_ids`` with masked tokens; needed unless MLM has weight 0.
             mlm_labels: ``(batch, tokens)``, what was masked, -100 elsewhere.
             alpha: share of the twin in the targets; by default the one of this step.
+            given: for the losses that a system has besides.
         """
         if self.config.official:  # which has no ids in pretraining
             pair_ids = None
@@ -161,7 +163,23 @@ class DistilsWords(DistilsPairs, LearnsFromPairs):
             losses["mlm"] = self.word_loss(
                 ids, labels, attention_mask, video.states, taught[0].states, share
             )
+        losses |= self.more_losses(
+            pixel_values, input_ids, attention_mask, video, text, taught, share, **given
+        )
         return self._weighted(video, text, losses)
+
+    def more_losses(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        video: VideoOutput,
+        text: TextOutput,
+        taught: tuple[VideoOutput, TextOutput],
+        alpha: float,
+    ) -> dict[str, Tensor]:
+        """The losses that a system has besides, by name."""
+        return {}
 
     def word_loss(
         self,

@@ -22,6 +22,7 @@ class MatchesPairs(FusedTowers):
     """A learned temperature and the match head: what finds, and ranks what is found."""
 
     _keys_to_ignore_on_load_unexpected = [r"^token_head\."]  # noqa: RUF012
+    output_class: ClassVar[type[PreTrainingOutput]] = PreTrainingOutput
     losses: ClassVar[tuple[str, ...]] = ("vtc", "vtm")
     """The losses that `forward` has, of those that the configuration weighs."""
 
@@ -103,7 +104,7 @@ class MatchesPairs(FusedTowers):
                 f"{type(self).__name__}: loss_weights must be positive for one of "
                 f"{', '.join(self.losses)}, got {self.config.loss_weights}"
             )
-        return PreTrainingOutput(
+        return self.output_class(
             loss=sum(weight[name] * loss for name, loss in losses.items()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             video_embeds=video.embeds,

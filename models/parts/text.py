@@ -84,7 +84,11 @@ class TextEmbeddings(nn.Module):
             raise ValueError(
                 f"TextTower: input_ids must have at most {longest} tokens, got {length}"
             )
-        embedded = self.word(input_ids) + self.position.weight[:length]
+        return self.place(self.word(input_ids))
+
+    def place(self, vectors: Tensor) -> Tensor:
+        """What becomes of vectors ``(batch, tokens, dim)`` that stand for tokens."""
+        embedded = vectors + self.position.weight[: vectors.shape[1]]
         if self.token_type is not None:
             embedded = embedded + self.token_type.weight[0]
         out: Tensor = self.dropout(self.norm(embedded))

@@ -15,6 +15,7 @@ from svitt_ops.models.parts import pairs
 from svitt_ops.models.parts.key_maps import placed, rename
 from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
 from svitt_ops.models.parts.released_images import IMAGE_CHECKPOINT
+from svitt_ops.models.simla.convert import RULES as OF_SIMLA
 from svitt_ops.models.singularity.convert import RULES
 from svitt_ops.models.systems import load_system
 
@@ -30,7 +31,12 @@ ANSWERS = {
     "answer_weights": "in/weights",
 }
 LIST = {"answer_ids": "in/rank/answer_ids", "answer_mask": "in/rank/answer_mask"}
-NAMES = {"svitt": OFFICIAL_CHECKPOINT, "singularity": RULES, "albef": IMAGE_CHECKPOINT}
+NAMES = {
+    "svitt": OFFICIAL_CHECKPOINT,
+    "singularity": RULES,
+    "albef": IMAGE_CHECKPOINT,
+    "simla": OF_SIMLA,
+}
 
 
 class Case:
@@ -95,7 +101,14 @@ class Case:
 
     def _image_fields(self, given: Any, vision: Any, text: Any) -> dict[str, Any]:
         """Of the configuration of a system with a momentum twin."""
-        return {
+        of_simla = {}
+        if self.system == "simla":
+            of_simla["unpaired_layers"] = given.get("unshared_layers", 0)
+            of_simla["type_vocab_size"] = 2 if text.get("token_type_embeddings") is True else 0
+            of_simla["masked_patches"] = 16
+            if "mim_vocab" in given:
+                of_simla["image_vocab_size"] = given["mim_vocab"]
+        return of_simla | {
             "image_size": given["image_size"],
             "patch_size": given["patch_size"],
             "hidden_size": vision["width"],

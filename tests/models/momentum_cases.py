@@ -11,7 +11,8 @@ from torch import Tensor
 from svitt_ops.models.parts import distillation
 from svitt_ops.models.parts.key_maps import placed, rename
 from svitt_ops.models.parts.paired_images import ReadsTwoImages
-from svitt_ops.models.parts.released_images import IMAGE_CHECKPOINT, _in_pairs
+from svitt_ops.models.parts.released_images import _in_pairs
+from svitt_ops.models.simla.convert import RULES
 
 PAIRS = {
     "pixel_values": "in/image",
@@ -47,7 +48,7 @@ def official(name: str, model: Any, get: Callable[[str], Tensor]) -> Tensor:
     if name.endswith("pos_embed"):
         halves = (name.replace("pos_embed", x) for x in ("cls_position", "patch_positions"))
         return torch.cat([official(x, model, get) for x in halves], 1)
-    target = placed(rename(name, IMAGE_CHECKPOINT), model.config)
+    target = placed(rename(name, RULES), model.config)
     assert target, name
     return get(target)
 

@@ -1,0 +1,33 @@
+"""SIMLA: one encoder, aligned at several levels with images (ECCV 2022)."""
+
+from svitt_ops.models.simla.configuration import SIMLAConfig
+from svitt_ops.models.simla.convert import TASKS, load_official
+from svitt_ops.models.simla.model import (
+    SIMLAForPreTraining,
+    SIMLAForQuestionAnswering,
+    SIMLAForRetrieval,
+    SIMLAForVisualEntailment,
+    SIMLAForVisualReasoning,
+    SIMLAModel,
+)
+from svitt_ops.models.parts.conversion import RELEASED, load_bert
+from svitt_ops.models.parts.system import Source, System
+
+SYSTEM = System(
+    config=SIMLAConfig,
+    base=SIMLAModel,
+    models=TASKS,
+    load_official=load_official,
+    sources={"bert": Source(released=RELEASED["bert"], load=load_bert)},
+)
+__all__ = [
+    "SYSTEM",
+    "SIMLAConfig",
+    "SIMLAForPreTraining",
+    "SIMLAForQuestionAnswering",
+    "SIMLAForRetrieval",
+    "SIMLAForVisualEntailment",
+    "SIMLAForVisualReasoning",
+    "SIMLAModel",
+    "load_official",
+]
