@@ -123,8 +123,8 @@ class AnswersQuestions(FusedTowers):
     def start_missing(self, missing: Sequence[str]) -> list[str]:
         """Start a decoder without weights from the text's embeddings and the fusion layers.
 
-        Layer j starts from fusion layer `decoder_start` + j. A tensor that has no counterpart of its shape with
-        weights stays as it is.
+        Layer j starts from fusion layer `decoder_start` + j. A tensor that has no counterpart of
+        its shape with weights stays as it is.
         """
         tensors, lacking = self.state_dict(), set(missing)
         wanted = {name for name in tensors if name.startswith("decoder.")}

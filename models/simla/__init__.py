@@ -1,5 +1,7 @@
 """SIMLA: one encoder, aligned at several levels with images (ECCV 2022)."""
 
+from svitt_ops.models.parts.conversion import RELEASED, load_bert
+from svitt_ops.models.parts.system import Source, System
 from svitt_ops.models.simla.configuration import SIMLAConfig
 from svitt_ops.models.simla.convert import TASKS, load_official
 from svitt_ops.models.simla.model import (
@@ -10,8 +12,6 @@ from svitt_ops.models.simla.model import (
     SIMLAForVisualReasoning,
     SIMLAModel,
 )
-from svitt_ops.models.parts.conversion import RELEASED, load_bert
-from svitt_ops.models.parts.system import Source, System
 
 SYSTEM = System(
     config=SIMLAConfig,

@@ -24,7 +24,7 @@ from svitt_ops.models.parts.paired_images import ReadsTwoImages
 from svitt_ops.models.parts.words import PredictsWords
 from svitt_ops.models.simla.configuration import SIMLAConfig
 from svitt_ops.models.simla.masking import block_masks, keyword_targets, votes_of_heads
-from svitt_ops.models.simla.tokenizer import ImageTokenizer
+from svitt_ops.models.simla.tokenizer import ImageTokenizer, start
 
 
 @dataclass
@@ -144,6 +144,13 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
         if config.weights["mim"] and config.momentum is not None:
             found = ImageTokenizer(config.grid_size, config.image_vocab_size)
             self.tokenizer = found.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if self.tokenizer is not None and any(module is x for x in self.tokenizer.modules()):
+            start(module)
+        else:
+            super()._init_weights(module)
 
     def forward(
         self,

@@ -107,6 +107,7 @@ class ImageTokenizer(nn.Module):
             nn.Conv2d(4 * width, 3 * STRIDE**2, 1),
             nn.PixelShuffle(STRIDE),
         )
+        self.apply(start)
 
     def pixels(self, pixel_values: Tensor) -> Tensor:
         """Images ``(batch, 3, h, w)``, or with one frame, as the encoder reads them."""
@@ -136,12 +137,28 @@ class ImageTokenizer(nn.Module):
         return F.l1_loss(made, pixels)
 
 
+@torch.no_grad()
+def start(module: nn.Module) -> None:
+    """Draw a module's weights so that its outputs are as large as its inputs.
+
+    Sums of weights are 0, so that what all places have in common does not decide their tokens.
+    """
+    if isinstance(module, nn.Conv2d):
+        weight = module.weight
+        nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+        weight.sub_(weight.mean((1, 2, 3), keepdim=True))
+        nn.init.zeros_(cast(Tensor, module.bias))
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)
+
+
 def load_dalle(tokenizer: ImageTokenizer, source: str | Path | Mapping[str, Any]) -> None:
     """Take over the weights of DALL-E's encoder.
 
     Args:
         tokenizer: changed in place; with ``width=256, depth=2`` and 8192 tokens, as that one has.
-        source: file with the encoder's state dict, or its tensors by name.
+        source: the state dict of the published encoder, or a file with it; the published file holds
+            the module itself, which is not read here: that would run code.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape.
