@@ -42,6 +42,15 @@ from svitt_ops.models.singularity.model import (
     SingularityForRetrieval,
     SingularityModel,
 )
+from svitt_ops.models.softmask.configuration import SoftMaskConfig
+from svitt_ops.models.softmask.model import (
+    SoftMaskForPreTraining,
+    SoftMaskForQuestionAnswering,
+    SoftMaskForRetrieval,
+    SoftMaskForVisualEntailment,
+    SoftMaskForVisualReasoning,
+    SoftMaskModel,
+)
 from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.model import (
     SViTTForMultipleChoice,
@@ -92,6 +101,13 @@ __all__ = [
     "SingularityForQuestionAnswering",
     "SingularityForRetrieval",
     "SingularityModel",
+    "SoftMaskConfig",
+    "SoftMaskForPreTraining",
+    "SoftMaskForQuestionAnswering",
+    "SoftMaskForRetrieval",
+    "SoftMaskForVisualEntailment",
+    "SoftMaskForVisualReasoning",
+    "SoftMaskModel",
     "SparsityRow",
     "TextOutput",
     "VideoOutput",

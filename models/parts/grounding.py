@@ -99,7 +99,8 @@ class GroundsWords(MatchesPairs):
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
             layer: which, counted from 0 at the first text layer; by default the one at two thirds
-                of all, if it fuses: 8 of 12, as the authors have it.
+                of all, if it fuses: 8 of 12, as the authors have it. In the last one the logit
+                depends on [CLS] alone, so the maps of all other words are zero.
 
         Raises:
             ValueError: ``layer`` is no fusion layer.

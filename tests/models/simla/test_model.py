@@ -208,7 +208,7 @@ def test_visual_tokens(make: Make, pairs: dict[str, Tensor]) -> None:
     assert found.shape == (6, 16) and found.unique().numel() > 2
     assert torch.equal(found, tokenizer.tokens(images[:, None]))
     pixels = tokenizer.pixels(images)
-    assert pixels.shape == (6, 3, 32, 32) and 0.1 <= pixels.min() and pixels.max() <= 0.9 + 1e-6
+    assert pixels.shape == (6, 3, 32, 32) and pixels.min() >= 0.1 and pixels.max() <= 0.9 + 1e-6
     optimizer = torch.optim.Adam(tokenizer.parameters(), 1e-2)
     losses = []
     for _ in range(30):

@@ -8,6 +8,7 @@ import torch
 from running import DENSE, StopAt, losses
 from safetensors.torch import load_file
 
+from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.saving import TRAINING_STATE
 
@@ -23,19 +24,32 @@ MODEL = {
 }
 
 
+OF_SYSTEMS: dict[str, dict[str, Any]] = {
+    "albef": {},
+    "simla": {"fusion_layer": 0, "unpaired_layers": 0, "masked_patches": 2, "image_vocab_size": 8},
+    "softmask": {"mask_layer": 1},
+}
+
+
 @pytest.fixture
 def make(make_recipe: Any, tmp_path: Path) -> Any:
-    options = ("system=albef", "run.save_steps=3", "optimizer.lr=1e-2")
-    return lambda name: make_recipe(tmp_path / name, *options, **MODEL)
+    options = ("run.save_steps=3", "optimizer.lr=1e-2")
+
+    def recipe(name: str, *more: str, system: str = "albef") -> Any:
+        model = MODEL | OF_SYSTEMS[system]
+        return make_recipe(tmp_path / name, f"system={system}", *options, *more, **model)
+
+    return recipe
 
 
-def test_stopped_and_resumed(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", OF_SYSTEMS)
+def test_stopped_and_resumed(system: str, make: Any, tmp_path: Path) -> None:
     """The twin, the queues and the share of the twin go on as they were."""
-    whole = pretrain(make("whole"))
+    whole = pretrain(make("whole", system=system))
     assert len(losses(whole)) == 6 and all(len(parts) == 4 for parts in losses(whole).values())
-    stopped = pretrain(make("stopped"), callbacks=[StopAt(3)])
+    stopped = pretrain(make("stopped", system=system), callbacks=[StopAt(3)])
     assert len(losses(stopped)) == 3
-    resumed = pretrain(make("stopped"))
+    resumed = pretrain(make("stopped", system=system))
     assert resumed.began_at == 3
     assert losses(resumed) == {step: x for step, x in losses(whole).items() if step > 3}
     one, other = (
@@ -66,3 +80,22 @@ def test_a_checkpoint_without_the_twin_is_refused(make: Any, tmp_path: Path) -> 
     (tmp_path / "run" / "checkpoint-3" / TRAINING_STATE).unlink()
     with pytest.raises(ValueError, match=r"training_state.safetensors: must hold the \d+ tensors"):
         pretrain(make("run"))
+
+
+def test_retrieval_from_a_pretrained_model(make: Any, corpus: Path, tmp_path: Path) -> None:
+    start = pretrain(make("start"))
+    recipe = make(
+        "tuned",
+        "task=retrieval",
+        f"init.checkpoint={start.folder}",
+        "tokenizer.train_vocab_size=null",
+        f"data.validation=[{{annotations: {corpus / 'test.json'}}}]",
+    )
+    recipe.model = {"momentum": 0.9, "queue_size": 5}
+    tuned = pretrain(recipe)
+    assert type(tuned.model).__name__ == "ALBEFForRetrieval" and len(tuned.model.queue.ids) == 5
+    assert tuned.best is not None
+    model, _, _ = load_trained(tuned.folder)
+    for name, x in tuned.model.named_parameters():
+        if not name.startswith("teacher."):
+            assert torch.equal(model.get_parameter(name), x)
