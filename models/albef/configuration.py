@@ -26,6 +26,12 @@ class ALBEFConfig(TwoTowersConfig):
 
     image_size: int = 256
     """Height and width of an image, in pixels."""
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    """Mean of the three colours, of pixels from 0 to 1, that the tower's weights want taken out:
+    CLIP's, as the authors have it. What `encode_video` takes has mean and deviation 0.5 taken out,
+    as for every model here."""
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    """Standard deviation of the three colours that these weights want."""
     num_frames: int = 1
     """Fixed: an image is one frame."""
     layer_norm_eps: float = 1e-6
@@ -87,6 +93,12 @@ class ALBEFConfig(TwoTowersConfig):
             if getattr(self, name) != value:
                 wanted = f"{value}: {type(self).__name__} is of images, and dense"
                 self._refuse(name, wanted, getattr(self, name))
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                self._refuse(name, "three numbers", values)
+        if min(self.image_std) <= 0:
+            self._refuse("image_std", "three positive numbers", self.image_std)
         self._check_counts("queue_size")
         self._check_counts("alpha_warmup_steps", "unpaired_layers", least=0)
         if self.unpaired_layers > self.num_fusion_layers:

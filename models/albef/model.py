@@ -38,15 +38,24 @@ class ALBEFModel(FusedTowers):
 
         Args:
             pixel_values: ``(batch, 3, image_size, image_size)``, or with one frame,
-                ``(batch, 1, 3, image_size, image_size)``; normalised as the tower's weights want it
-                (DeiT's and ALBEF's: ImageNet's or CLIP's mean and deviation).
+                ``(batch, 1, 3, image_size, image_size)``; normalised to mean 0.5 and deviation 0.5,
+                from which they come to the mean and deviation of the configuration.
             masked: bool ``(batch, n)``, patches that a mask token takes the place of.
         """
         frames = pixel_values[:, None] if pixel_values.dim() == 4 else pixel_values
-        found = self.video(frames, masked)
+        found = self.video(self._normalized(frames), masked)
         states = self.video_norm(found.tokens)
         embeds = embed(self.video_projection, self.pool(states)) if self.projects else None
         return VideoOutput(embeds=embeds, states=states, indices=found.indices)
+
+    def _normalized(self, frames: Tensor) -> Tensor:
+        """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, as the tower's weights want them."""
+        mean, std = self.config.image_mean, self.config.image_std
+        if set(mean) == set(std) == {0.5}:
+            return frames
+        scale = frames.new_tensor([0.5 / s for s in std])[:, None, None]
+        shift = frames.new_tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
+        return torch.addcmul(shift[:, None, None], frames, scale)
 
 
 class ALBEFForRetrieval(ALBEFModel, DistilsPairs, GroundsWords):

@@ -101,7 +101,7 @@ class Case:
 
     def _image_fields(self, given: Any, vision: Any, text: Any) -> dict[str, Any]:
         """Of the configuration of a system with a momentum twin."""
-        of_simla = {}
+        of_simla: dict[str, Any] = {}
         if self.system == "simla":
             of_simla["unpaired_layers"] = given.get("unshared_layers", 0)
             of_simla["type_vocab_size"] = 2 if text.get("token_type_embeddings") is True else 0
@@ -124,6 +124,8 @@ class Case:
             "max_position_embeddings": text["max_positions"],
             "projection_dim": given["embed_dim"],
             "decoder_layers": given.get("decoder_layers", 6),
+            "image_mean": [0.5] * 3,  # the cases hold what the tower gets
+            "image_std": [0.5] * 3,
             "momentum": given["momentum"],
             "queue_size": given["queue"],
             "alpha": given["alpha"],

@@ -94,6 +94,18 @@ def test_one_frame_is_an_image(make: Make, pairs: dict[str, Tensor]) -> None:
     assert model.encode_video(torch.zeros(1, 3, 48, 48)).states.shape == (1, 37, 32)
 
 
+def test_images_come_to_the_weights_mean_and_deviation(
+    make: Make, pairs: dict[str, Tensor]
+) -> None:
+    model = ALBEFForRetrieval(make()).eval()
+    given = torch.rand(3, 3, 32, 32)
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in (model.config.image_mean, model.config.image_std)
+    )
+    wanted = model.video_norm(model.video(((given - mean) / std)[:, None]).tokens)
+    torch.testing.assert_close(model.encode_video(given * 2 - 1).states, wanted)
+
+
 def test_a_pair_shares_keys_and_values(
     make: Make, pairs: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -179,6 +191,8 @@ def test_only_one_layer_leaves_the_fused_kernels(make: Make, pairs: dict[str, Te
         ({"keep_rate": 0.7}, "keep_rate must be 1: .*, got 0.7"),
         ({"momentum": 1.5}, "momentum must be a number from 0 to 1, got 1.5"),
         ({"alpha": -1}, "alpha must be a number from 0 to 1, got -1"),
+        ({"image_mean": [0.5]}, r"image_mean must be three numbers, got \[0.5\]"),
+        ({"image_std": [1, 1, 0]}, "image_std must be three positive numbers, got .*"),
         ({"queue_size": 0}, "queue_size must be an integer of at least 1, got 0"),
         ({"unpaired_layers": 3}, "unpaired_layers must be 0 to 2, got 3"),
         ({"compat": "svitt-official"}, "compat must be one of .*, got 'svitt-official'"),
