@@ -11,7 +11,7 @@ from svitt_ops.models.albef.model import (
     ALBEFForVisualReasoning,
     ALBEFModel,
 )
-from svitt_ops.models.parts.conversion import RELEASED, load_bert
+from svitt_ops.models.parts.conversion import RELEASED, load_bert, load_vit
 from svitt_ops.models.parts.system import Source, System
 
 SYSTEM = System(
@@ -19,7 +19,10 @@ SYSTEM = System(
     base=ALBEFModel,
     models=TASKS,
     load_official=load_official,
-    sources={"bert": Source(released=RELEASED["bert"], load=load_bert)},
+    sources={
+        "vit": Source(released=RELEASED["vit"], load=load_vit),
+        "bert": Source(released=RELEASED["bert"], load=load_bert),
+    },
 )
 __all__ = [
     "SYSTEM",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from golden_cases import FOLDER, Case
 from momentum_cases import official
 from torch import Tensor
+from transformers import ViTConfig, ViTModel
 
-from svitt_ops.models import ALBEFConfig
+from svitt_ops.models import ALBEFConfig, ALBEFForPreTraining
 from svitt_ops.models.albef import load_official
+from svitt_ops.models.parts.conversion import load_vit
 
 TASKS = {
     "pretrain": "pretraining",
@@ -142,3 +145,27 @@ def test_files_that_are_no_albef() -> None:
     state["temp"] = torch.tensor(torch.nan)
     with pytest.raises(ValueError, match="temp must be finite"):
         load_official(state, Case("albef/pretrain").config())
+
+
+def test_a_vit_of_transformers(tmp_path: Path) -> None:
+    """The tower of the same weights has the same states; it starts the recipe's `init.vit`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+    given = ViTConfig(
+        **sizes, patch_size=8, intermediate_size=128, layer_norm_eps=1e-6, initializer_range=0.3
+    )
+    vit = ViTModel(given).eval()
+    model = ALBEFForPreTraining(deep()).eval()
+    assert not load_vit(model, vit).missing
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = vit(images).last_hidden_state
+        torch.testing.assert_close(model.encode_video(images).states, wanted, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.teacher.video_norm.weight, model.video_norm.weight)
+    vit.save_pretrained(tmp_path)
+    other = ALBEFForPreTraining(deep(image_size=48))
+    assert not load_vit(other, tmp_path).missing
+    assert torch.equal(other.video.cls_token, model.video.cls_token)
+    assert other.video.patch_positions.shape == (1, 36, 32)
+    with pytest.raises(ValueError, match="load_vit: patch_size must be 8, that of the weights in"):
+        load_vit(ALBEFForPreTraining(deep(patch_size=16)), vit)
