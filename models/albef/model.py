@@ -121,6 +121,11 @@ class ALBEFForTextAssignment(ALBEFModel, ReadsTwoImages):
         r"^temperature$",
     ]
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss may depend on some parameters only: projections have no gradient here."""
+        return True
+
     def build(self, config: Any) -> None:
         super().build(config)
         self.assignment_head = nn.Linear(config.text_hidden_size, 3)

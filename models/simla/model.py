@@ -50,6 +50,11 @@ class SIMLAModel(ALBEFModel):
     config_class = SIMLAConfig
     config: SIMLAConfig
 
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss may depend on some parameters only: the mask token is for pretraining."""
+        return True
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding.
 
@@ -144,6 +149,17 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
         if config.weights["mim"] and config.momentum is not None:
             found = ImageTokenizer(config.grid_size, config.image_vocab_size)
             self.tokenizer = found.requires_grad_(False)
+
+    def fit_frames(self, num_frames: int) -> None:
+        """Let the tokenizer have the grid of the model's patches."""
+        super().fit_frames(num_frames)
+        if isinstance(self.tokenizer, ImageTokenizer):
+            self.tokenizer.grid_size = self.config.grid_size
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a loss may depend on some parameters only: those of a loss of weight 0."""
+        return not all(self.config.weights.values())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -91,7 +91,13 @@ def test_one_frame_is_an_image(make: Make, pairs: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="VideoTower: pixel_values must have 1 to 1 frames, got 2"):
         model.encode_video(pixels[:, None].repeat(1, 2, 1, 1, 1))
     change_image_size(model, 48)
-    assert model.encode_video(torch.zeros(1, 3, 48, 48)).states.shape == (1, 37, 32)
+    larger = torch.zeros(3, 3, 48, 48)
+    assert model.encode_video(larger).states.shape == (3, 37, 32)
+    twin = model.teacher.video
+    assert torch.equal(twin.patch_positions, model.video.patch_positions)
+    assert not twin.patch_positions.requires_grad and model.video.patch_positions.requires_grad
+    model.before_step()
+    assert model(larger, pairs["input_ids"], pairs["attention_mask"]).loss.isfinite()
 
 
 def test_images_come_to_the_weights_mean_and_deviation(

@@ -104,9 +104,20 @@ def test_every_parameter_learns(make: Make, pairs: dict[str, Tensor]) -> None:
 
 def test_a_loss_of_weight_0_is_left_out(make: Make, pairs: dict[str, Tensor]) -> None:
     model = SIMLAForPreTraining(make(loss_weights={"mim": 0, "psl": 0}))
+    assert not SIMLAForPreTraining(make()).leaves_parameters_unused
+    assert SIMLAForRetrieval(make()).leaves_parameters_unused
     output = model(**pairs)
     assert output.loss_mim is None and output.loss_psl is None and model.tokenizer is None
     assert model.leaves_parameters_unused
+
+
+def test_pretraining_at_another_resolution(
+    make: Make, pairs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    SIMLAForPreTraining(make(max_position_embeddings=40)).save_pretrained(tmp_path)
+    model = SIMLAForPreTraining.from_pretrained(tmp_path, image_size=48)
+    larger = pairs | {"pixel_values": F.interpolate(pairs["pixel_values"], (48, 48))}
+    assert model.train()(**larger).loss.isfinite()
 
 
 def test_texts_alone_and_over_images_share_the_encoder(
