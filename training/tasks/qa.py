@@ -196,9 +196,7 @@ def build_dataset(
 ) -> QuestionDataset:
     """The training questions."""
     share = recipe.data.share_clips
-    return QuestionDataset(
-        examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share
-    )
+    return QuestionDataset(examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share)
 
 
 def build_collator(
