@@ -37,7 +37,8 @@ class Classifies(FusedTowers):
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their labels."""
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 (as the base's)
-        r"^(match_head|token_head|video_projection|text_projection|pooler_norm|decoder)\.",
+        r"^(match_head|token_head|assignment_head|pooler_norm|decoder)\.",
+        r"^(video|text)_projection\.",
         r"^temperature$",
     ]
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svitt_ops.models.parts.pairs import MatchesPairs
@@ -124,6 +123,28 @@ class GroundsWords(MatchesPairs):
         attended, gradient = (x[..., 1:] * real for x in (kept.detach(), gradient.clamp(min=0)))
         return WordMaps(attention=attended, gradient=gradient, logits=logits.detach())
 
+    def ground(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        layer: int | None = None,
+    ) -> Tensor:
+        """Where images have what texts mean, ``(batch, grid_size, grid_size)``: `WordMaps.texts`.
+
+        Args:
+            pixel_values: as `encode_video` takes them.
+            input_ids: ``(batch, tokens)``.
+            attention_mask: ``(batch, tokens)``, 0 at padding.
+            layer: as of `word_maps`.
+        """
+        with torch.no_grad():
+            video = self.encode_video(pixel_values).states
+            text = self.encode_text(input_ids, attention_mask).states
+        maps = self.word_maps(text, attention_mask, video, layer=layer).texts
+        return maps.unflatten(1, (-1, self.config.grid_size))
+
 
 def class_maps(
     model: MatchesPairs, pixel_values: Tensor, text_embeds: Tensor, *, layer: int
@@ -158,38 +179,3 @@ def class_maps(
         (gradient,) = torch.autograd.grad(score, kept)
     found = kept.detach() * gradient.clamp(min=0)
     return found[:, :, 0, 1:].mean(1)
-
-
-def score_boxes(maps: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """How much of a map lies in boxes: its sum there, over the square root of their area.
-
-    The map is resized to the image, bicubic; edges of boxes are rounded down to whole pixels.
-
-    Args:
-        maps: ``(g, g)``, of one text, such as a row of `WordMaps.texts`.
-        boxes: ``(boxes, 4)``: x, y, width and height in pixels of the image.
-        image_size: height and width of the image, in pixels.
-
-    Returns:
-        ``(boxes,)``, greater for better boxes.
-
-    Raises:
-        ValueError: a shape is another one, or a box has no area.
-
-    Source:
-        MAttNet (CVPR 2018) for the boxes; ALBEF (NeurIPS 2021) for their scores.
-    """
-    if maps.dim() != 2 or boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(
-            "score_boxes: maps and boxes must have shapes (g, g) and (boxes, 4), "
-            f"got {tuple(maps.shape)} and {tuple(boxes.shape)}"
-        )
-    if (boxes[:, 2:] <= 0).any():
-        raise ValueError(f"score_boxes: boxes must have positive sizes, got {boxes.tolist()}")
-    pixels = F.interpolate(maps[None, None], image_size, mode="bicubic", align_corners=False)[0, 0]
-    starts, ends = boxes[:, :2].long().tolist(), (boxes[:, :2] + boxes[:, 2:]).long().tolist()
-    sums = [
-        pixels[top:bottom, left:right].sum()
-        for (left, top), (right, bottom) in zip(starts, ends, strict=True)
-    ]
-    return torch.stack(sums) / boxes[:, 2:].prod(1).sqrt().to(pixels)

@@ -10,7 +10,7 @@ from svitt_ops.training.tasks.parts.labelled import TEXTS, ClassTask, Labelled, 
 from svitt_ops.training.tasks.parts.pictures import PictureEvaluation
 
 __all__ = ["render"]  # and those that are written here
-HEAD = "entailment"
+HEAD = "visual_entailment"
 OPTIONS: dict[str, object] = {}
 CLASSES = ("contradiction", "neutral", "entailment")
 

@@ -10,7 +10,7 @@ from svitt_ops.training.tasks.parts.labelled import TEXTS, ClassTask, Labelled, 
 from svitt_ops.training.tasks.parts.pictures import PictureEvaluation
 
 __all__ = ["render"]  # and those that are written here
-HEAD = "reasoning"
+HEAD = "visual_reasoning"
 OPTIONS: dict[str, object] = {}
 CLASSES = ("False", "True")
 IMAGES = "images"

@@ -26,7 +26,7 @@ from momentum_cases import (
 
 from svitt_ops.models.albef import model as albef
 from svitt_ops.models.albef.configuration import OFFICIAL
-from svitt_ops.models.parts.grounding import class_maps, score_boxes
+from svitt_ops.models.parts.grounding import class_maps
 from svitt_ops.models.parts.resolution import resize_places
 
 
@@ -107,13 +107,10 @@ def test_word_maps() -> None:
     case.close(found.attention.unflatten(-1, (4, 4)), f"{where}attention")
     case.close(found.gradient.unflatten(-1, (4, 4)), f"{where}gradient_relu")
     case.close(found.texts.unflatten(-1, (4, 4)), f"{where}itm_map")
-    boxes, (height, width) = case["in/gradcam/boxes"], case["in/gradcam/image_size"].tolist()
-    scores = torch.stack(
-        [score_boxes(row.view(4, 4), boxes, (height, width)) for row in found.texts]
+    maps = model.ground(
+        case["in/gradcam/image"], case["in/gradcam/input_ids"], mask, layer=layer
     )
-    best = scores.max(1)
-    case.close(best.values, f"{where}best_score")
-    assert torch.equal(boxes[best.indices].float(), case[f"{where}best_box"])
+    case.close(maps, f"{where}itm_map")
     block = case.meta["gradcam"]["itc_vision_block"]
     maps = class_maps(model, case["in/gradcam/image"], text.embeds, layer=block)
     case.close(maps.unflatten(-1, (4, 4)), f"{where}itc_map")

@@ -18,7 +18,7 @@ from svitt_ops.models import (
     ALBEFForVisualReasoning,
     change_image_size,
 )
-from svitt_ops.models.parts.grounding import class_maps, keep_attention, score_boxes
+from svitt_ops.models.parts.grounding import class_maps, keep_attention
 
 Make = Callable[..., ALBEFConfig]
 TINY: dict[str, Any] = {
@@ -188,19 +188,6 @@ def test_only_one_layer_leaves_the_fused_kernels(make: Make, pairs: dict[str, Te
             model.word_maps(text.states, mask, video.states, layer=wrong)
     with pytest.raises(ValueError, match="class_maps: layer must be 0 to 1, got 2"):
         class_maps(model, pairs["pixel_values"], text.embeds, layer=2)
-
-
-def test_boxes_on_the_map_are_the_best() -> None:
-    found = torch.zeros(4, 4)
-    found[1, 2] = 1
-    boxes = torch.tensor([[20.0, 10, 10, 10], [0, 0, 40, 40], [0, 20, 10, 10]])
-    scores = score_boxes(found, boxes, (40, 40))
-    assert scores.argmax() == 0 and scores[1] > scores[2]
-    torch.testing.assert_close(scores[1], torch.tensor(100.0) / 40, atol=0.1, rtol=0)
-    with pytest.raises(ValueError, match=r"must have shapes \(g, g\) and \(boxes, 4\), got \(4,\)"):
-        score_boxes(found[0], boxes, (40, 40))
-    with pytest.raises(ValueError, match="boxes must have positive sizes"):
-        score_boxes(found, boxes * 0, (40, 40))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Boxes, and those that a map means, against the plain sums."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,3 +136,25 @@ def test_shares_of_things() -> None:
     assert grounding_accuracies(found) == pytest.approx(shares)
     with pytest.raises(ValueError, match="must be of at least one reference, got none"):
         grounding_accuracies([])
+
+
+def test_boxes_of_the_authors() -> None:
+    """Their best boxes, scores, overlaps and accuracy, from their maps."""
+    path = Path(__file__).parents[3] / "golden" / "albef" / "retrieval"
+    with np.load(path.with_suffix(".npz")) as file:
+        given = {key: torch.from_numpy(file[key]) for key in file if "/gradcam/" in key}
+    height, width = given["in/gradcam/image_size"].tolist()
+    boxes = [parse_box(box) for box in given["in/gradcam/boxes"].tolist()]
+    true = [parse_box(box) for box in given["in/gradcam/true_boxes"].tolist()]
+    found = []
+    for k, saliency in enumerate(given["out/gradcam/itm_map"]):
+        pixels = upsample(saliency, (width, height))
+        best = best_detection(pixels, boxes)
+        assert best == tuple(given["out/gradcam/best_box"][k].tolist())
+        score = float(box_scores(pixels, [best])[0])
+        assert score == pytest.approx(float(given["out/gradcam/best_score"][k]), rel=1e-5)
+        overlap = float(given["out/gradcam/iou"][k])
+        assert box_iou(best, true[k]) == pytest.approx(overlap, rel=1e-6)
+        found.append(ground_thing(saliency, true[k], boxes, (width, height)))
+    theirs = json.loads(path.with_suffix(".json").read_text())["grounding_accuracy"]
+    assert [100.0 * one.right for one in found] == list(theirs.values())
