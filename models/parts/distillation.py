@@ -18,7 +18,7 @@ from svitt_ops.models.parts.losses import (
     match_loss,
     mean_of_labels,
 )
-from svitt_ops.models.parts.momentum import FeatureQueue, HasTeacher
+from svitt_ops.models.parts.momentum import FeatureQueue, HasTeacher, other_rows
 from svitt_ops.models.parts.outputs import (
     PreTrainingOutput,
     QuestionAnsweringOutput,
@@ -104,21 +104,39 @@ class DistilsPairs(HasTeacher, MatchesPairs):
         alpha: float,
     ) -> Tensor:
         """Mean of both directions' losses; pictures first in ``embeds`` and ``keys``."""
-        queue, both = self.queue, []
-        for one, other, older in ((0, 1, queue.text), (1, 0, queue.video)):
-            both.append(
-                so.queue_info_nce(
-                    embeds[one],
-                    keys[other],
-                    older.to(keys[other].dtype),
-                    self.temperature,
-                    teacher_query=keys[one] if alpha else None,
-                    alpha=alpha,
-                    query_ids=ids,
-                    queue_ids=None if ids is None else queue.ids,
-                )
+        *older, older_ids = self.other_keys(keys, ids)
+        both = [
+            so.queue_info_nce(
+                embeds[one],
+                keys[1 - one],
+                older[1 - one],
+                self.temperature,
+                teacher_query=keys[one] if alpha else None,
+                alpha=alpha,
+                query_ids=ids,
+                queue_ids=older_ids,
             )
+            for one in (0, 1)
+        ]
         return (both[0] + both[1]) / 2
+
+    def other_keys(
+        self, keys: tuple[Tensor, Tensor], ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a batch is contrasted with besides its own keys: pictures', texts', and their ids.
+
+        These are the queues', and before them those of the processes that share the batch.
+        """
+        queue = self.queue
+        video, text = (x.to(keys[0].dtype) for x in (queue.video, queue.text))
+        older = None if ids is None else queue.ids
+        if self.group() is not None:
+            video, text = (
+                torch.cat([other_rows(new), old])
+                for new, old in zip(keys, (video, text), strict=True)
+            )
+            older = None if ids is None else torch.cat([other_rows(ids), queue.ids])
+        return video, text, older
 
 
 class DistilsWords(DistilsPairs, LearnsFromPairs):

@@ -86,6 +86,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def other_rows(rows: Tensor) -> Tensor:
+    """The same without this process's own."""
+    found, own = gather_rows(rows), dist.get_rank() if _shared() else 0
+    return torch.cat([found[: own * len(rows)], found[(own + 1) * len(rows) :]])
+
+
 def _shared() -> bool:
     return dist.is_available() and dist.is_initialized()
 

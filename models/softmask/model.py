@@ -102,22 +102,23 @@ class SoftMaskForPreTraining(ALBEFForPreTraining):
         gamma = self.config.focal_gamma
         if not gamma:
             return super().contrast(embeds, keys, ids, alpha)
-        queue, batch = self.queue, len(embeds[0])
-        if ids is None:
-            positives = torch.eye(batch, batch + len(queue.ids), device=embeds[0].device) > 0
+        *older, older_ids = self.other_keys(keys, ids)
+        batch = len(embeds[0])
+        if ids is None or older_ids is None:
+            positives = torch.eye(batch, batch + len(older[0]), device=embeds[0].device) > 0
         else:
-            positives = ids[:, None] == torch.cat([ids, queue.ids])
+            positives = ids[:, None] == torch.cat([ids, older_ids])
         both = [
             focal_contrast(
                 embeds[one],
-                torch.cat([keys[other], older.to(keys[other].dtype)]),
+                torch.cat([keys[1 - one], older[1 - one]]),
                 self.temperature,
                 positives,
                 keys[one],
                 alpha,
                 gamma,
             )
-            for one, other, older in ((0, 1, queue.text), (1, 0, queue.video))
+            for one in (0, 1)
         ]
         return (both[0] + both[1]) / 2
 

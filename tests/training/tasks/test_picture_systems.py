@@ -237,7 +237,7 @@ def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: 
         else tune(task, tmp_path / name, *options, "data.validation=[]", **model)
         for name in ("two", "one")
     )
-    path, command = write(two, tmp_path / "two.yaml"), "finetune"
+    path = write(two, tmp_path / "two.yaml")
     command = "pretrain" if task == "pretrain" else "finetune"
     process = torchrun("-m", "svitt_ops.training", command, "--config", str(path))
     wanted = {step: parts[0] for step, parts in losses(pretrain(one)).items()}
@@ -249,6 +249,8 @@ def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: 
     mine, theirs = _states(tmp_path / "one", tmp_path / "two", step=3)
     assert mine.keys() == theirs.keys()
     for name, x in mine.items():
+        if name.endswith("key.bias"):  # without effect: Adam makes steps of what rounding leaves
+            continue
         torch.testing.assert_close(theirs[name], x, rtol=1e-4, atol=1e-5, msg=name)
     if task != "entailment":
         assert int(mine["queue.next"]) == 3 * 8 % 20
