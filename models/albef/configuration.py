@@ -68,8 +68,9 @@ class ALBEFConfig(TwoTowersConfig):
     alpha_warmup_steps: int = 0
     """Steps in which `alpha` grows linearly from 0; the authors' are those of the first epoch."""
     compat: str | None = None
-    """None, or "albef-official": ranking of answers counts their first token twice, and pretraining
-    takes no notice of equal ids, as in the authors' released code."""
+    """None, or "albef-official": ranking of answers counts their first token twice, pretraining
+    takes no notice of equal ids, and each process contrasts its part of a batch with the queues and
+    its own keys, not those of the other processes, as in the authors' released code."""
 
     @property
     def queues_ids(self) -> bool:

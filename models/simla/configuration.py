@@ -54,7 +54,8 @@ class SIMLAConfig(ALBEFConfig):
     compat: str | None = None
     """None, or "simla-official": the distillation of masked words is normalised over the text's
     places, the twin reads the model's own words and images for masked patches and labels, queues do
-    not know ids, answers have no distillation, and their ranking counts the first token twice."""
+    not know ids, processes contrast with their own keys and the queues alone, answers have no
+    distillation, and their ranking counts the first token twice."""
 
     @property
     def queues_ids(self) -> bool:

@@ -107,9 +107,7 @@ def test_word_maps() -> None:
     case.close(found.attention.unflatten(-1, (4, 4)), f"{where}attention")
     case.close(found.gradient.unflatten(-1, (4, 4)), f"{where}gradient_relu")
     case.close(found.texts.unflatten(-1, (4, 4)), f"{where}itm_map")
-    maps = model.ground(
-        case["in/gradcam/image"], case["in/gradcam/input_ids"], mask, layer=layer
-    )
+    maps = model.ground(case["in/gradcam/image"], case["in/gradcam/input_ids"], mask, layer=layer)
     case.close(maps, f"{where}itm_map")
     block = case.meta["gradcam"]["itc_vision_block"]
     maps = class_maps(model, case["in/gradcam/image"], text.embeds, layer=block)

@@ -95,6 +95,7 @@ def test_retrieval_from_a_pretrained_model(make: Any, corpus: Path, tmp_path: Pa
     tuned = pretrain(recipe)
     assert type(tuned.model).__name__ == "ALBEFForRetrieval" and len(tuned.model.queue.ids) == 5
     assert tuned.best is not None
+    assert not any(p.requires_grad for p in tuned.model.teacher.parameters())
     model, _, _ = load_trained(tuned.folder)
     for name, x in tuned.model.named_parameters():
         if not name.startswith("teacher."):

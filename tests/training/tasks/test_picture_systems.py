@@ -59,6 +59,16 @@ CASES = [
     ("softmask", "entailment"),
     ("softmask", "grounding"),
 ]
+SHARED: dict[str, Any] = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
+"""Matching draws its negatives from the pairs of a process; masked words differ in number."""
+DETERMINED: dict[str, dict[str, Any]] = {
+    "simla": {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "mim": 0, "psl": 1}},
+    "softmask": {
+        "loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "soft": 0},
+        **dict.fromkeys(("jitter", "grayscale_rate", "blur_rate"), 0.0),
+    },
+}
+"""What a system draws besides is left out."""
 IMAGES = ("data.keep_together=null", "data.positives=video", "data.text_length=20")
 
 
@@ -161,7 +171,7 @@ def test_layers_and_detections_of_grounding(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Maps of any fusion layer, before any tuning; the layer is refused by the model's own words."""
+    """Maps of any fusion layer, of a model that was pretrained alone."""
     target = tmp_path / "found.json"
     words = ["evaluate", "grounding", str(pretrained[system]), "--cpu", "--workers", "0"]
     words += ["--annotations", str(pictures / "test-grounding.json"), "--json", str(target)]
@@ -172,6 +182,7 @@ def test_layers_and_detections_of_grounding(
     chosen = json.loads(target.read_text())
     assert chosen["with_detections"] == chosen["references"] == free["references"]
     assert 33 < chosen["chance"] < 50 and chosen["pointing_chance"] == free["pointing_chance"]
+    assert cli.main([*words, "--bf16"]) == 0
     assert cli.main([*words, "--layer", "3"]) == 2
     assert "layer must be a fusion layer, " in capsys.readouterr().err
 
@@ -223,16 +234,19 @@ main(["pretrain", "--config", sys.argv[1]])
     assert int(one["steps"]) == 8 and int(one["queue.next"]) == 8 * 8 % 20
 
 
-@pytest.mark.parametrize("task", ["pretrain", "retrieval", "entailment"])
-def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("system", "task"),
+    [(system, "pretrain") for system in OF_SYSTEMS]
+    + [("albef", "retrieval"), ("albef", "entailment")],
+)
+def test_two_ranks_equal_one_process(
+    system: str, task: str, make: Any, tune: Any, tmp_path: Path
+) -> None:
     """Losses, the twin, and the queues with the ids of their pairs."""
     options = ["optimizer.steps=3", "run.save_steps=3"]
-    # Matching draws its negatives from the pairs of a process, and words are masked apart.
-    model: dict[str, Any] = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
-    if task == "entailment":
-        model = {}
+    model = {} if task == "entailment" else SHARED | DETERMINED.get(system, {})
     two, one = (
-        make(tmp_path / name, *options, **model)
+        make(tmp_path / name, *options, system=system, **model)
         if task == "pretrain"
         else tune(task, tmp_path / name, *options, "data.validation=[]", **model)
         for name in ("two", "one")
