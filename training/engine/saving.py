@@ -154,7 +154,7 @@ class SavingTrainer(Trainer):
         if self._weights is None:
             super().save_model(output_dir, _internal_call)
         else:
-            self._save(output_dir, state_dict=self._weights)
+            self._save(output_dir, state_dict=dict(self._weights))  # whose names are removed
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._moments:
