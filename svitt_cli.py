@@ -41,7 +41,7 @@ Unusable videos are skipped, counted and listed in the output folder. A run that
 where its last checkpoint was when the same command is given again.
 """
 FINETUNE = """\
-Train a pretrained model for a task, retrieval or qa or multiple_choice, as a recipe says:
+Train a pretrained model for a task, such as retrieval or qa, as a recipe says:
 
   svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small \\
       data.annotations=my.json data.root=videos
@@ -52,8 +52,8 @@ data.validation the model is evaluated after every epoch, and its best weights a
 folder `best` of the output. All else is as in `svitt pretrain`.
 """
 EVALUATE = """\
-Find videos by text and texts by video, answer questions, or choose among texts, in annotation
-files like those of training:
+Find videos by text and texts by video, answer questions, choose among texts, judge statements about
+pictures, or find what texts mean in them, in annotation files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
@@ -226,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="evaluate a trained model", description=EVALUATE, formatter_class=raw
     )
     found.add_argument(
-        "task", metavar="TASK", help="retrieval (R@1/5/10 both ways), qa or multiple-choice"
+        "task",
+        metavar="TASK",
+        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment or"
+        " grounding",
     )
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
@@ -235,13 +238,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="JSON",
         help='{"video": path, "caption": text or texts}, in any form that training reads; for qa'
-        ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number',
+        ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number,'
+        ' for reasoning "images": two paths, "sentence" and "label", for entailment "sentence" and'
+        ' "label", for grounding "text" and "box": left, top, width, height',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
     switch = argparse.BooleanOptionalAction
     found.add_argument("--paragraph", action=switch, help="join a video's captions to one")
-    found.add_argument("--protocol", metavar="P", help="such as msrvtt-1ka, didemo or agqa")
+    found.add_argument("--protocol", metavar="P", help="such as msrvtt-1ka, flickr30k or vqa2")
     some = found.add_argument_group("options of some tasks", argument_default=argparse.SUPPRESS)
     some.add_argument("--clips", type=int, help="clips of each video (default: the run's, else 1)")
     some.add_argument("--strided", action=switch, help="clips take every n-th frame")
@@ -265,6 +270,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     some.add_argument(
         "--answer-length", type=int, metavar="N", help="tokens of an answer (default: the run's)"
+    )
+    some.add_argument(
+        "--metric",
+        choices=("exact", "vqa"),
+        help="what is right: any answer that was given, or VQA's official accuracy, to questions"
+        " that several people answered (default: the run's, else exact)",
+    )
+    some.add_argument(
+        "--folds",
+        type=int,
+        metavar="N",
+        help="search this many parts of the corpus apart, and say the mean (default: 1)",
+    )
+    some.add_argument(
+        "--detections",
+        metavar="FILE",
+        help="boxes to choose from, a JSON object of lists by image (default: the run's)",
+    )
+    some.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="fusion layer that boxes are found by, from 0 (default: the run's, else the model's)",
     )
     some.add_argument(
         "--probe",

@@ -1,11 +1,22 @@
 """Sparse video-text transformers: definitions and losses over `svitt_ops`."""
 
 from svitt_ops.models import convert
+from svitt_ops.models.albef.configuration import ALBEFConfig
+from svitt_ops.models.albef.model import (
+    ALBEFForPreTraining,
+    ALBEFForQuestionAnswering,
+    ALBEFForRetrieval,
+    ALBEFForTextAssignment,
+    ALBEFForVisualEntailment,
+    ALBEFForVisualReasoning,
+    ALBEFModel,
+)
 from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
 from svitt_ops.models.parts.outputs import (
     AnswerRanking,
+    ClassificationOutput,
     FusionOutput,
     MultipleChoiceOutput,
     QuestionAnsweringOutput,
@@ -14,6 +25,15 @@ from svitt_ops.models.parts.outputs import (
 )
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.simla.configuration import SIMLAConfig
+from svitt_ops.models.simla.model import (
+    SIMLAForPreTraining,
+    SIMLAForQuestionAnswering,
+    SIMLAForRetrieval,
+    SIMLAForVisualEntailment,
+    SIMLAForVisualReasoning,
+    SIMLAModel,
+)
 from svitt_ops.models.singularity.configuration import SingularityConfig
 from svitt_ops.models.singularity.model import (
     SingularityForMultipleChoice,
@@ -21,6 +41,15 @@ from svitt_ops.models.singularity.model import (
     SingularityForQuestionAnswering,
     SingularityForRetrieval,
     SingularityModel,
+)
+from svitt_ops.models.softmask.configuration import SoftMaskConfig
+from svitt_ops.models.softmask.model import (
+    SoftMaskForPreTraining,
+    SoftMaskForQuestionAnswering,
+    SoftMaskForRetrieval,
+    SoftMaskForVisualEntailment,
+    SoftMaskForVisualReasoning,
+    SoftMaskModel,
 )
 from svitt_ops.models.svitt.configuration import SViTTConfig
 from svitt_ops.models.svitt.model import (
@@ -36,13 +65,29 @@ from svitt_ops.models.systems import register
 register()
 
 __all__ = [
+    "ALBEFConfig",
+    "ALBEFForPreTraining",
+    "ALBEFForQuestionAnswering",
+    "ALBEFForRetrieval",
+    "ALBEFForTextAssignment",
+    "ALBEFForVisualEntailment",
+    "ALBEFForVisualReasoning",
+    "ALBEFModel",
     "AnswerRanking",
+    "ClassificationOutput",
     "EdgeCount",
     "FrozenConfig",
     "FrozenForRetrieval",
     "FusionOutput",
     "MultipleChoiceOutput",
     "QuestionAnsweringOutput",
+    "SIMLAConfig",
+    "SIMLAForPreTraining",
+    "SIMLAForQuestionAnswering",
+    "SIMLAForRetrieval",
+    "SIMLAForVisualEntailment",
+    "SIMLAForVisualReasoning",
+    "SIMLAModel",
     "SViTTConfig",
     "SViTTForMultipleChoice",
     "SViTTForPreTraining",
@@ -56,6 +101,13 @@ __all__ = [
     "SingularityForQuestionAnswering",
     "SingularityForRetrieval",
     "SingularityModel",
+    "SoftMaskConfig",
+    "SoftMaskForPreTraining",
+    "SoftMaskForQuestionAnswering",
+    "SoftMaskForRetrieval",
+    "SoftMaskForVisualEntailment",
+    "SoftMaskForVisualReasoning",
+    "SoftMaskModel",
     "SparsityRow",
     "TextOutput",
     "VideoOutput",

@@ -45,7 +45,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
 """What the folders of a layer may import of it besides themselves; its own files, anything."""
 SHARED = (["parts"], ["systems"])
 """Of models, what data, engine and tasks may import."""
-PARENTS: dict[str, set[str]] = {}
+PARENTS: dict[str, set[str]] = {"simla": {"albef"}, "softmask": {"albef"}}
 """Systems that derive from another, which they may import."""
 SEARCHED = ("svitt_ops.training.tasks", "svitt_ops.training.tasks.")
 """Where modules are found by name, so that no file has to know one: it is named, they are not."""

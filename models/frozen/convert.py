@@ -11,7 +11,14 @@ from torch import Tensor
 from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
 from svitt_ops.models.parts.conversion import convert_into
-from svitt_ops.models.parts.key_maps import Rules, below, renamed, sizes
+from svitt_ops.models.parts.key_maps import (
+    VIT,
+    Rules,
+    below,
+    renamed,
+    sizes,
+    split_projections,
+)
 from svitt_ops.models.parts.loading import check_fixed, check_share
 from svitt_ops.models.parts.resolution import resize_places
 from svitt_ops.models.parts.unpickling import read_tensors
@@ -19,20 +26,10 @@ from svitt_ops.models.parts.unpickling import read_tensors
 _BLOCK = r"blocks\.(\d+)\."
 _LAYER = r"transformer\.layer\.(\d+)\."
 VIDEO: Rules = (
-    (r"cls_token", r"video.cls_token"),
-    (r"cls_position", r"video.cls_position"),
-    (r"patch_positions", r"video.patch_positions"),
-    (r"patch_embed\.proj\.(.+)", r"video.patches.\1"),
-    (_BLOCK + r"norm1\.(.+)", r"video.layers.\1.norm_before.\2"),
-    (_BLOCK + r"norm2\.(.+)", r"video.layers.\1.norm_after.\2"),
+    *VIT,
     (_BLOCK + r"norm3\.(.+)", r"video.layers.\1.norm_time.\2"),
-    (_BLOCK + r"attn\.(query|key|value)\.(.+)", r"video.layers.\1.attention.\2.\3"),
-    (_BLOCK + r"attn\.proj\.(.+)", r"video.layers.\1.attention.out.\2"),
     (_BLOCK + r"timeattn\.(query|key|value)\.(.+)", r"video.layers.\1.attention_over_time.\2.\3"),
     (_BLOCK + r"timeattn\.proj\.(.+)", r"video.layers.\1.attention_over_time.out.\2"),
-    (_BLOCK + r"mlp\.fc1\.(.+)", r"video.layers.\1.mlp.up.\2"),
-    (_BLOCK + r"mlp\.fc2\.(.+)", r"video.layers.\1.mlp.down.\2"),
-    (r"norm\.(.+)", r"video_norm.\1"),
     (r"(?:head|pre_logits)\..+", ""),
 )
 DISTILBERT: Rules = (
@@ -116,12 +113,5 @@ def _split(
         "video_model.cls_position": position[None, :1],
         "video_model.patch_positions": patches,
     }
-    for name, value in tensors.items():
-        if name in (places, times):
-            continue
-        if ".qkv." in name:
-            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-            found |= {name.replace("qkv", part): x.contiguous() for part, x in parts}
-        else:
-            found[name] = value
-    return time.shape[0], found
+    others = {name: x for name, x in tensors.items() if name not in (places, times)}
+    return time.shape[0], found | split_projections(others)

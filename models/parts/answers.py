@@ -6,6 +6,7 @@ Source: ALBEF (NeurIPS 2021), section 4.4; SViTT (CVPR 2023) for several clips.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from svitt_ops.models.parts.decoder import AnswerDecoder
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.heads import MaskedTokenHead
 from svitt_ops.models.parts.layers import in_fp32
-from svitt_ops.models.parts.losses import IGNORED
+from svitt_ops.models.parts.losses import IGNORED, distilled_cross_entropies
 from svitt_ops.models.parts.outputs import AnswerRanking, QuestionAnsweringOutput
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,11 @@ class AnswersQuestions(FusedTowers):
         r"^(match_head|video_projection|text_projection|pooler_norm)\.",
         r"^temperature$",
     ]
+
+    @property
+    def decoder_start(self) -> int:
+        """The fusion layer that the decoder's first layer starts from."""
+        return 0
 
     def build(self, config: Any) -> None:
         super().build(config)
@@ -100,15 +106,20 @@ class AnswersQuestions(FusedTowers):
         losses = self.answer_losses(
             states, attention_mask, answer_ids, answer_mask, answers_per_question
         )
+        return self._weighted_answers(losses, answer_weights, states)
+
+    def _weighted_answers(
+        self, losses: Tensor, weights: Tensor | None, states: Tensor
+    ) -> QuestionAnsweringOutput:
         weighted = losses
-        if answer_weights is not None:
-            if answer_weights.shape != losses.shape:
+        if weights is not None:
+            if weights.shape != losses.shape:
                 raise ValueError(
                     f"{type(self).__name__}: answer_weights must have shape "
-                    f"{tuple(losses.shape)}, got {tuple(answer_weights.shape)}"
+                    f"{tuple(losses.shape)}, got {tuple(weights.shape)}"
                 )
-            weighted = losses * answer_weights
-        loss = weighted.sum() / len(input_ids)
+            weighted = losses * weights
+        loss = weighted.sum() / len(states)
         return QuestionAnsweringOutput(
             loss=loss, loss_lm=loss, answer_losses=losses, question_states=states
         )
@@ -117,8 +128,8 @@ class AnswersQuestions(FusedTowers):
     def start_missing(self, missing: Sequence[str]) -> list[str]:
         """Start a decoder without weights from the text's embeddings and the fusion layers.
 
-        Layer j starts from fusion layer j. A tensor that has no counterpart of its shape with
-        weights stays as it is.
+        Layer j starts from fusion layer `decoder_start` + j. A tensor that has no counterpart of
+        its shape with weights stays as it is.
         """
         tensors, lacking = self.state_dict(), set(missing)
         wanted = {name for name in tensors if name.startswith("decoder.")}
@@ -128,6 +139,11 @@ class AnswersQuestions(FusedTowers):
         for part, start in STARTS.items():
             for name in (name for name in wanted if name.startswith(part)):
                 source = name.replace(part, start, 1)
+                source = re.sub(
+                    r"^fusion\.layers\.(\d+)",
+                    lambda match: f"fusion.layers.{int(match[1]) + self.decoder_start}",
+                    source,
+                )
                 fits = source in tensors and tensors[source].shape == tensors[name].shape
                 if fits and source not in lacking:
                     tensors[name].copy_(tensors[source])
@@ -148,6 +164,9 @@ class AnswersQuestions(FusedTowers):
         answer_ids: Tensor,
         answer_mask: Tensor,
         answers_per_question: Tensor | None = None,
+        *,
+        teacher_logits: Tensor | None = None,
+        alpha: float = 0.0,
     ) -> Tensor:
         """Loss of every answer, summed over its tokens: ``(answers,)``.
 
@@ -158,6 +177,26 @@ class AnswersQuestions(FusedTowers):
                 the first question come first.
             answer_mask: ``(answers, answer tokens)``, 0 at padding.
             answers_per_question: int64 ``(batch,)``, answers to each; by default one.
+            teacher_logits: of a teacher's `answer_logits`; needed where ``alpha > 0``.
+            alpha: share of the teacher in the targets.
+        """
+        logits = self.answer_logits(
+            question_states, question_mask, answer_ids, answer_mask, answers_per_question
+        )
+        labels = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, IGNORED)
+        return distilled_cross_entropies(logits, labels, teacher_logits, alpha).sum(1)
+
+    def answer_logits(
+        self,
+        question_states: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, fp32 ``(answers, answer tokens - 1, vocab_size)``.
+
+        Arguments as of `answer_losses`.
         """
         batch, count = question_states.shape[0], len(answer_ids)
         self._check_answers(answer_ids, answer_mask)
@@ -168,12 +207,8 @@ class AnswersQuestions(FusedTowers):
             rows = rows.repeat_interleave(answers_per_question, output_size=count)
             question_states, ignored = question_states[rows], ignored[rows]
         decoded = self.decoder(answer_ids[:, :-1], question_states, ignored)
-        logits = self.token_head(decoded, self.decoder.embeddings.word.weight).float()
-        labels = answer_ids[:, 1:].masked_fill(answer_mask[:, 1:] == 0, IGNORED)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return losses.view(labels.shape).sum(1)
+        logits: Tensor = self.token_head(decoded, self.decoder.embeddings.word.weight).float()
+        return logits
 
     @torch.no_grad()
     def rank_answers(

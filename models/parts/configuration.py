@@ -30,6 +30,8 @@ class VideoConfig(PreTrainedConfig):
     the patches."""
     key_bias: ClassVar[bool] = False
     """Whether the key projections have a bias; BEiT's have none."""
+    masks_patches: ClassVar[bool] = False
+    """Whether the video tower has a token that takes the place of masked patches."""
     compats: ClassVar[tuple[str | None, ...]] = (None, OFFICIAL)
     """Values of `compat`."""
 

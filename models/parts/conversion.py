@@ -22,6 +22,7 @@ from svitt_ops.models.parts.key_maps import (
     BEIT_DROPPED,
     BERT,
     BERT_DROPPED,
+    VIT,
     Rules,
     below,
     placed,
@@ -38,6 +39,7 @@ from svitt_ops.models.parts.loading import (
     say_left_out,
     say_missing,
 )
+from svitt_ops.models.parts.resolution import resize_places
 from svitt_ops.models.parts.two_towers import TwoTowers
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 RELEASED = {
     "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
     "bert": "google-bert/bert-base-uncased",
+    "vit": "facebook/deit-base-patch16-224",
 }
 """What the papers start from, by type of model."""
 
@@ -97,6 +100,42 @@ def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     check_share("load_beit", len(found.loaded), len(found.missing), _name(source))
     found.report("BEiT")
     return found
+
+
+def load_vit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
+    """Take over the weights of a ViT or DeiT as those of an image tower with absolute positions.
+
+    Positions of another resolution are interpolated to the model's. A mask token keeps its values.
+
+    Args:
+        model: changed in place; its tower has absolute positions, and one frame.
+        source: a transformers' ViT model, which DeiT without distillation is, or the folder of one.
+
+    Raises:
+        ValueError: the folder holds no ViT, or one of other sizes than the model.
+    """
+    from transformers import ViTModel
+
+    tensors, heads = _read_transformers(ViTModel, source, "load_vit")
+    found = {name.removeprefix("vit."): value for name, value in tensors.items()}
+    places = found.pop("embeddings.position_embeddings")
+    found["cls_position"] = places[:, :1]
+    found["patch_positions"] = resize_places(places[:, 1:], model.config.grid_size)
+    own = ("cls_position", "patch_positions")
+    rules: Rules = (
+        *(rule for rule in VIT if rule[0] in own),
+        (r"layernorm\.(.+)", r"video_norm.\1"),
+        (r"pooler\..+", ""),
+        *BEIT,
+        *BEIT_DROPPED,
+    )
+    shown = sizes(renamed(found, rules)) | {"num_attention_heads": heads}
+    check_fixed("load_vit", shown, model.config, _name(source))
+    loaded = convert_into(model, found, rules, parts=("video.", "video_norm."))
+    told = replace(loaded, missing=tuple(x for x in loaded.missing if x != "video.mask_token"))
+    check_share("load_vit", len(told.loaded), len(told.missing), _name(source))
+    told.report("ViT")
+    return told
 
 
 def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:

@@ -16,7 +16,9 @@ from svitt_ops.models.parts.resolution import resize_offsets, resize_places
 from svitt_ops.nn import RelativePositionBias3D
 
 if TYPE_CHECKING:
+    from svitt_ops.models.parts.configuration import VideoConfig
     from svitt_ops.models.parts.two_towers import TwoTowers
+    from svitt_ops.models.parts.video import VideoTower
 
 Mode = Literal["nearest-exact", "nearest"]
 Model = TypeVar("Model", bound="TwoTowers")
@@ -76,9 +78,18 @@ def change_image_size(model: Model, image_size: int) -> Model:
 
 def _fit(model: Model, num_frames: int, image_size: int, mode: Mode) -> Model:
     """Resize whatever depends on the frames or on the grid of patches."""
-    config, tower = model.config, model.video
+    config = model.config
     old_grid = config.grid_size
     config.num_frames, config.image_size = num_frames, image_size
+    teacher = getattr(model, "teacher", None)
+    for tower in [model.video, *([] if teacher is None else [teacher.video])]:
+        _fit_tower(tower, config, old_grid, mode)
+    model.fit_frames(num_frames)
+    return model
+
+
+def _fit_tower(tower: VideoTower, config: VideoConfig, old_grid: int, mode: Mode) -> None:
+    """Resize a tower's tables and positions to a configuration."""
     grid = (config.tower_frames, config.grid_size, config.grid_size)
     for layer in tower.layers:
         bias = layer.attention.bias
@@ -95,8 +106,6 @@ def _fit(model: Model, num_frames: int, image_size: int, mode: Mode) -> Model:
         places = resize_places(_resize(old.detach(), config.tower_frames, mode), config.grid_size)
         tower.patch_positions = _like(old, places)
     tower.reset_positions(tower.cls_token.device)
-    model.fit_frames(num_frames)
-    return model
 
 
 def frames_of_bias_table(rows: int, grid_size: int) -> int:

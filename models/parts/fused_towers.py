@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,15 +15,20 @@ from svitt_ops.models.parts.two_towers import TwoTowers
 class FusedTowers(TwoTowers):
     """The towers and the fusion layers."""
 
+    norms_pooled: ClassVar[bool] = True
+    """Whether a clip's vector, pooled from the tower's tokens, has a norm of its own."""
+    fusion_class: ClassVar[type[nn.Module]] = FusionEncoder
+    """The fusion layers."""
+
     # Without a word: it is what this class is for.
     _keys_to_ignore_on_load_unexpected = [r"^(match_head|token_head|decoder)\.", r"^temperature$"]  # noqa: RUF012
 
     def build(self, config: Any) -> None:
         super().build(config)
         self.video_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        if self.projects:
+        if self.projects and self.norms_pooled:
             self.pooler_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.fusion = FusionEncoder(config)
+        self.fusion = self.fusion_class(config)
 
     def encode_video(self, pixel_values: Tensor) -> VideoOutput:
         """Encode clips.

@@ -76,6 +76,35 @@ BERT_DROPPED: Rules = (
         "",
     ),  # tied, and the same as cls.predictions.bias
 )
+_BLOCK = r"blocks\.(\d+)\."
+
+VIT: Rules = (
+    (r"cls_token", r"video.cls_token"),
+    (r"cls_position", r"video.cls_position"),
+    (r"patch_positions", r"video.patch_positions"),
+    (r"mask_token", r"video.mask_token"),
+    (r"patch_embed\.proj\.(.+)", r"video.patches.\1"),
+    (_BLOCK + r"norm1\.(.+)", r"video.layers.\1.norm_before.\2"),
+    (_BLOCK + r"norm2\.(.+)", r"video.layers.\1.norm_after.\2"),
+    (_BLOCK + r"attn\.(query|key|value)\.(.+)", r"video.layers.\1.attention.\2.\3"),
+    (_BLOCK + r"attn\.proj\.(.+)", r"video.layers.\1.attention.out.\2"),
+    (_BLOCK + r"mlp\.fc1\.(.+)", r"video.layers.\1.mlp.up.\2"),
+    (_BLOCK + r"mlp\.fc2\.(.+)", r"video.layers.\1.mlp.down.\2"),
+    (r"norm\.(.+)", r"video_norm.\1"),
+)
+"""timm's names of a ViT, after `split_projections`."""
+
+
+def split_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with every packed projection (`qkv`) as those of query, key and value."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if ".qkv." in name:
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            found |= {name.replace("qkv", part): x.contiguous() for part, x in parts}
+        else:
+            found[name] = value
+    return found
 
 
 def below(prefix: str, rules: Rules) -> Rules:
@@ -109,9 +138,10 @@ def rename(name: str, rules: Rules) -> str | None:
 
 def placed(target: str | None, config: TwoTowersConfig) -> str | None:
     """The model's name; text layers from the first fusion layer on are the fusion encoder's."""
-    layer = re.match(r"text\.layers\.(\d+)(\..+)", target or "")
-    if layer and int(layer[1]) >= config.fusion_layer:
-        return f"fusion.layers.{int(layer[1]) - config.fusion_layer}{layer[2]}"
+    layer = re.match(r"(teacher\.)?text\.layers\.(\d+)(\..+)", target or "")
+    if layer and int(layer[2]) >= config.fusion_layer:
+        number = int(layer[2]) - config.fusion_layer
+        return f"{layer[1] or ''}fusion.layers.{number}{layer[3]}"
     return target
 
 

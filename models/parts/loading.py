@@ -44,6 +44,8 @@ PARTS = (
     ("match_head.", "the match head starts"),
     ("token_head.", "the head for masked tokens starts"),
     ("decoder.", "the answer decoder starts"),
+    ("class_head.", "the class head starts"),
+    ("assignment_head.", "the head of text assignment starts"),
     ("video_projection.", "the embeddings of clips start"),
     ("text_projection.", "the embeddings of texts start"),
     ("temperature", "the temperature starts"),
@@ -160,8 +162,13 @@ def load_folder(
             f"{who}: {name} of {source} must have shape {tuple(shape)}, that of its config.json, "
             f"got {tuple(found)}"
         )
-    names = list(model.state_dict())
-    missing = model.start_missing([name for name in names if name in info["missing_keys"]])
+    for name, parameter in model.named_parameters():
+        if name.startswith(model.training_only):  # transformers makes missing ones trainable
+            parameter.requires_grad_(False)
+    state, absent = model.state_dict(), info["missing_keys"]
+    names = [name for name in state if not name.startswith(model.training_only)]
+    missing = model.start_missing([name for name in state if name in absent])
+    info["missing_keys"] = {name for name in absent if name in names}
     check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)

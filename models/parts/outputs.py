@@ -115,3 +115,20 @@ class MultipleChoiceOutput(ModelOutput):
 
     choices: Tensor | None = None
     scores: Tensor | None = None
+
+
+@dataclass
+class ClassificationOutput(ModelOutput):
+    """Classes of texts about pictures.
+
+    Attributes:
+        loss: `loss_class`, the only one; None without labels.
+        loss_class: cross-entropy, of targets that a momentum twin may have a share in.
+        logits: ``(batch, classes)``.
+        states: ``(batch, text_hidden_size)``, what the logits come from.
+    """
+
+    loss: Tensor | None = None
+    loss_class: Tensor | None = None
+    logits: Tensor | None = None
+    states: Tensor | None = None

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 import svitt_ops as so
 from svitt_ops.models.parts.fused_towers import FusedTowers
-from svitt_ops.models.parts.heads import MaskedTokenHead
 from svitt_ops.models.parts.layers import in_fp32
 from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, match_loss
 from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.words import PredictsWords, check_masked
 
 
 class MatchesPairs(FusedTowers):
     """A learned temperature and the match head: what finds, and ranks what is found."""
 
     _keys_to_ignore_on_load_unexpected = [r"^token_head\."]  # noqa: RUF012
+    output_class: ClassVar[type[PreTrainingOutput]] = PreTrainingOutput
     losses: ClassVar[tuple[str, ...]] = ("vtc", "vtm")
     """The losses that `forward` has, of those that the configuration weighs."""
 
@@ -103,7 +104,7 @@ class MatchesPairs(FusedTowers):
                 f"{type(self).__name__}: loss_weights must be positive for one of "
                 f"{', '.join(self.losses)}, got {self.config.loss_weights}"
             )
-        return PreTrainingOutput(
+        return self.output_class(
             loss=sum(weight[name] * loss for name, loss in losses.items()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             video_embeds=video.embeds,
@@ -111,15 +112,11 @@ class MatchesPairs(FusedTowers):
         )
 
 
-class LearnsFromPairs(MatchesPairs):
+class LearnsFromPairs(MatchesPairs, PredictsWords):
     """A learned temperature and the heads of VTC, VTM and MLM."""
 
     _keys_to_ignore_on_load_unexpected = []  # noqa: RUF012
     losses = ("vtc", "vtm", "mlm")
-
-    def build(self, config: Any) -> None:
-        super().build(config)
-        self.token_head = MaskedTokenHead(config)
 
     def forward(
         self,
@@ -144,13 +141,7 @@ class LearnsFromPairs(MatchesPairs):
         text = self.encode_text(input_ids, attention_mask)
         losses = self._pair_losses(video, text, attention_mask, pair_ids)
         if self.config.weights["mlm"]:
-            if mlm_input_ids is None or mlm_labels is None:
-                raise ValueError(
-                    f"{type(self).__name__}: mlm_input_ids and mlm_labels must be given unless "
-                    "loss_weights['mlm'] is 0, got None"
-                )
-            masked = self.text(mlm_input_ids, attention_mask)
-            fused = self.fuse(masked, attention_mask, video.states)
-            logits = self.token_head(fused.states, self.text.embeddings.word.weight)
-            losses["mlm"] = cross_entropy(logits.flatten(0, 1), mlm_labels.flatten())
+            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels)
+            logits = self.word_logits(ids, attention_mask, video.states)
+            losses["mlm"] = cross_entropy(logits.flatten(0, 1), labels.flatten())
         return self._weighted(video, text, losses)

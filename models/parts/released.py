@@ -84,6 +84,35 @@ def load_released(
         )
     frames, _ = bias_geometry(table, tensors, config.grid_size)
     changes = fields(tensors, frames, name)
+    return load_into_kind(
+        kind, config, tensors, rules, changes, name=name, compat=compat, frames=frames
+    )
+
+
+def load_into_kind(
+    kind: type[Any],
+    config: TwoTowersConfig,
+    tensors: Mapping[str, Tensor],
+    rules: Rules,
+    changes: dict[str, Any],
+    *,
+    name: object,
+    compat: str | None,
+    frames: int | None = None,
+) -> Any:
+    """A model of a kind with weights under the authors' names, for evaluation.
+
+    Args:
+        kind: class of the model.
+        config: of the model, but for ``changes``.
+        tensors: by the authors' names.
+        rules: from these names to ours.
+        changes: fields of the configuration that the file says.
+        name: of the file.
+        compat: that of the configuration, if it is to be another one.
+        frames: of the relative position bias among ``tensors``.
+    """
+    who, named = "load_official", renamed(tensors, rules)
     shown = sizes(named)
     if not issubclass(kind, AnswersQuestions):
         shown.pop("decoder_layers", None)

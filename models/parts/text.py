@@ -41,20 +41,25 @@ class TextLayer(GradientCheckpointingLayer):
         ignored: Tensor | None = None,
         video: Tensor | None = None,
         saliency: Literal["cls", "mean"] | None = None,
+        video_ignored: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the states, and what `saliency` asks for, ``(batch, 1 + n)``.
 
         Args:
             states: ``(batch, tokens, dim)``.
             ignored: bool ``(batch, tokens)``, True at padding; by default there is none.
-            video: ``(batch, 1 + n, hidden_size)``.
+            video: ``(batch, 1 + n, hidden_size)``; without one, the layer attends over the text
+                alone.
             saliency: which attention over the video to return.
+            video_ignored: bool ``(batch, 1 + n)``, True where the video has padding.
         """
         attended = self.attention(states, states, key_padding_mask=ignored)
         states = self.attention_norm(states + self.dropout(attended))
         scores = None
-        if self.cross_attention is not None:
-            found = self.cross_attention(states, video, return_saliency=saliency)
+        if self.cross_attention is not None and video is not None:
+            found = self.cross_attention(
+                states, video, key_padding_mask=video_ignored, return_saliency=saliency
+            )
             seen, scores = found if saliency else (found, None)
             states = self.cross_norm(states + self.dropout(seen))
         return self.mlp_norm(states + self.dropout(self.mlp(states))), scores
@@ -79,7 +84,11 @@ class TextEmbeddings(nn.Module):
             raise ValueError(
                 f"TextTower: input_ids must have at most {longest} tokens, got {length}"
             )
-        embedded = self.word(input_ids) + self.position.weight[:length]
+        return self.place(self.word(input_ids))
+
+    def place(self, vectors: Tensor) -> Tensor:
+        """What becomes of vectors ``(batch, tokens, dim)`` that stand for tokens."""
+        embedded = vectors + self.position.weight[: vectors.shape[1]]
         if self.token_type is not None:
             embedded = embedded + self.token_type.weight[0]
         out: Tensor = self.dropout(self.norm(embedded))

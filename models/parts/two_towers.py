@@ -26,6 +26,10 @@ class TwoTowers(PreTrainedModel):
     projects: ClassVar[bool] = True
     """Whether clips and texts have embeddings; False: there are no projections."""
 
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of tensors that only training needs: `save_pretrained` leaves them
+    out, `training_state` holds them."""
+
     config_class = TwoTowersConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
@@ -38,6 +42,15 @@ class TwoTowers(PreTrainedModel):
         super().__init__(config)
         self.build(config)
         self.post_init()
+        self._keys_to_ignore_on_save = set(self.training_state())
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training goes on from, besides the weights: tensors by name, none for most models.
+
+        They go back with ``load_state_dict(..., strict=False)``.
+        """
+        state = self.state_dict()
+        return {name: x for name, x in state.items() if name.startswith(self.training_only)}
 
     def build(self, config: Any) -> None:
         """Make the parts, whose weights are drawn once all are made; a system adds its own."""
@@ -114,7 +127,7 @@ class TwoTowers(PreTrainedModel):
             module.reset_positions(module.cls_token.device)
             nn.init.zeros_(module.cls_token)
             std = self.config.initializer_range
-            for positions in (module.cls_position, module.patch_positions):
+            for positions in (module.cls_position, module.patch_positions, module.mask_token):
                 if positions is not None:
                     nn.init.normal_(positions, std=std)
         elif isinstance(module, MaskedTokenHead):

@@ -92,6 +92,9 @@ class VideoTower(nn.Module):
         dim = config.hidden_size
         self.patches = nn.Conv2d(3, dim, config.patch_size, config.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.mask_token: nn.Parameter | None = None
+        if config.masks_patches:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.cls_position: nn.Parameter | None = None
         self.patch_positions: nn.Parameter | None = None
         if config.position == "absolute":
@@ -109,10 +112,16 @@ class VideoTower(nn.Module):
         self.register_buffer("order", order.to(device), persistent=False)
         self.register_buffer("codes", codes.to(device), persistent=False)
 
-    def forward(self, pixel_values: Tensor) -> TowerOutput:
-        """Encode clips ``(batch, frames, 3, image_size, image_size)``."""
+    def forward(self, pixel_values: Tensor, masked: Tensor | None = None) -> TowerOutput:
+        """Encode clips.
+
+        Args:
+            pixel_values: ``(batch, frames, 3, image_size, image_size)``.
+            masked: bool ``(batch, patches)``, True where the mask token takes a patch's place; only
+                for a tower that has one.
+        """
         config = self.config
-        tokens, order, codes = self._embed(pixel_values)
+        tokens, order, codes = self._embed(pixel_values, masked)
         table_codes = codes if config.position == "relative" else None
         indices = order.expand(tokens.shape[0], -1)
         generator = None if self.training else eval_generator(config)
@@ -134,7 +143,9 @@ class VideoTower(nn.Module):
                 stages.append(indices)
         return TowerOutput(tokens, indices, tuple(stages))
 
-    def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _embed(
+        self, pixel_values: Tensor, masked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens in order behind [CLS], the order, and the codes of the patches."""
         config, size = self.config, self.config.image_size
         if pixel_values.dim() != 5 or pixel_values.shape[2:] != (3, size, size):
@@ -153,6 +164,8 @@ class VideoTower(nn.Module):
             order, codes = (x.to(order.device) for x in self._positions(frames))
         patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
         patches = patches.reshape(batch, order.shape[0], -1)
+        if masked is not None:
+            patches = self._masked(patches, masked)
         cls: Tensor = self.cls_token
         if self.patch_positions is not None and self.cls_position is not None:
             patches = patches + self.patch_positions[:frames].flatten(0, 1)
@@ -162,6 +175,17 @@ class VideoTower(nn.Module):
         # Under autocast the stream stays fp32; what is computed from it is not.
         tokens = torch.cat([cls.expand(batch, -1, -1), patches.to(cls.dtype)], 1)
         return tokens, order, codes
+
+    def _masked(self, patches: Tensor, masked: Tensor) -> Tensor:
+        """Patches ``(batch, n, dim)`` with the mask token in some places."""
+        if self.mask_token is None:
+            raise ValueError("VideoTower: masked must be None: the tower has no mask token")
+        if masked.shape != patches.shape[:2] or masked.dtype != torch.bool:
+            raise ValueError(
+                f"VideoTower: masked must be bool of shape {tuple(patches.shape[:2])}, "
+                f"got {masked.dtype} of {tuple(masked.shape)}"
+            )
+        return torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
 
     def _positions(self, frames: int) -> tuple[Tensor, Tensor]:
         grid = (frames, self.config.grid_size, self.config.grid_size)

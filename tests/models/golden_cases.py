@@ -14,6 +14,8 @@ import svitt_ops as so
 from svitt_ops.models.parts import pairs
 from svitt_ops.models.parts.key_maps import placed, rename
 from svitt_ops.models.parts.released import OFFICIAL_CHECKPOINT
+from svitt_ops.models.parts.released_images import IMAGE_CHECKPOINT
+from svitt_ops.models.simla.convert import RULES as OF_SIMLA
 from svitt_ops.models.singularity.convert import RULES
 from svitt_ops.models.systems import load_system
 
@@ -29,7 +31,12 @@ ANSWERS = {
     "answer_weights": "in/weights",
 }
 LIST = {"answer_ids": "in/rank/answer_ids", "answer_mask": "in/rank/answer_mask"}
-NAMES = {"svitt": OFFICIAL_CHECKPOINT, "singularity": RULES}
+NAMES = {
+    "svitt": OFFICIAL_CHECKPOINT,
+    "singularity": RULES,
+    "albef": IMAGE_CHECKPOINT,
+    "simla": OF_SIMLA,
+}
 
 
 class Case:
@@ -65,6 +72,8 @@ class Case:
         """Of the configuration."""
         given = self.meta["config"]
         vision, text, sparse = given["vision"], given["text"], given.get("sparse")
+        if "num_frames" not in given:
+            return self._image_fields(given, vision, text)
         values = {
             "image_size": given["image_size"],
             "patch_size": given["patch_size"],
@@ -89,6 +98,38 @@ class Case:
             values |= {name: sparse[name] for name in ("block_size", "num_local", "num_random")}
             values |= {name: sparse[name] for name in ("keep_rate", "prune_layers")}
         return values
+
+    def _image_fields(self, given: Any, vision: Any, text: Any) -> dict[str, Any]:
+        """Of the configuration of a system with a momentum twin."""
+        of_simla: dict[str, Any] = {}
+        if self.system == "simla":
+            of_simla["unpaired_layers"] = given.get("unshared_layers", 0)
+            of_simla["type_vocab_size"] = 2 if text.get("token_type_embeddings") is True else 0
+            of_simla["masked_patches"] = 16
+            if "mim_vocab" in given:
+                of_simla["image_vocab_size"] = given["mim_vocab"]
+        return of_simla | {
+            "image_size": given["image_size"],
+            "patch_size": given["patch_size"],
+            "hidden_size": vision["width"],
+            "num_attention_heads": vision["heads"],
+            "num_hidden_layers": vision["layers"],
+            "intermediate_size": vision["width"] * vision["mlp_ratio"],
+            "text_hidden_size": text["width"],
+            "text_num_attention_heads": text["heads"],
+            "text_num_hidden_layers": text["layers"],
+            "fusion_layer": text.get("fusion_layer", 0),
+            "text_intermediate_size": text["intermediate"],
+            "vocab_size": text["vocab"],
+            "max_position_embeddings": text["max_positions"],
+            "projection_dim": given["embed_dim"],
+            "decoder_layers": given.get("decoder_layers", 6),
+            "image_mean": [0.5] * 3,  # the cases hold what the tower gets
+            "image_std": [0.5] * 3,
+            "momentum": given["momentum"],
+            "queue_size": given["queue"],
+            "alpha": given["alpha"],
+        }
 
     def model(self, task: str = "pretraining", **changes: Any) -> Any:
         """Loaded as the authors' file is, with the case's patterns if it has any."""

@@ -31,6 +31,6 @@ def test_sources_of_the_paper() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"system must be one of frozen, .*svitt.*, got 'parts'"):
+    with pytest.raises(ValueError, match=r"system must be one of albef, .*svitt.*, got 'parts'"):
         load_system("parts")
     assert system_of("bert") is None

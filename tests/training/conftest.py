@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
-# For films.py and running.py.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "engine")]
+# For films.py, running.py and picturing.py.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "engine", "tasks")]
 
 from svitt_ops.training.corpora.shapes import COLORS, SHAPES, CorpusSpec, plan, write_video
 from svitt_ops.training.data.annotations import read_annotations

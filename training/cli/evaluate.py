@@ -24,11 +24,14 @@ from svitt_ops.training.engine.task import Evaluable, load_task, task_names
 
 log = logging.getLogger(__name__)
 SETTINGS = ("annotations", "root", "kind", "paragraph", "bf16")
-OF_SOME_TASKS = {"answer_length", "answers", "clips", "merge", "probe", "strided", "top_k"}
+OF_SOME_TASKS = {
+    *("answer_length", "answers", "clips", "detections", "folds", "layer"),
+    *("merge", "metric", "probe", "strided", "top_k"),
+}
 """Options that are absent unless they were given."""
 OF_ALL_TASKS = {"frames": None, "text_length": None, "resize": None, "paragraph": False}
 """Options that change numbers; the model's own, or the run's, where nothing is said."""
-FILES = ("answers",)
+FILES = ("answers", "detections")
 """Options that name a file."""
 
 
@@ -74,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         known = ", ".join(task_names()).replace("_", "-")
         raise ValueError(f"TASK must be one of {known}, got {arguments.task!r}")
     at_least(arguments, frames=1, text_length=1, clips=1, top_k=0, batch_size=1, workers=0)
-    at_least(arguments, answer_length=2)
+    at_least(arguments, answer_length=2, folds=1, layer=0)
     if arguments.kind == "image":
         for option, one in (("probe", False), ("clips", 1)):
             if getattr(arguments, option, one) != one:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -58,6 +58,8 @@ class Form(Generic[Example]):
     """Fields of which every entry has one."""
     parse: Callable[[Record], Example]
     """What a record says; a ValueError where it cannot be used."""
+    media: tuple[str, ...] = ()
+    """Fields of files, where they are others than those of a video or of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,11 @@ class Record:
     def media(self) -> tuple[str, ...]:
         """The paths of its files."""
         field = self.field(*_media_fields(self.kind))
-        return tuple(self.files.find(name, field) for name in self.texts(field))
+        return self.paths(self.texts(field), field)
+
+    def paths(self, names: Iterable[str], field: str) -> tuple[str, ...]:
+        """The paths of files that a field names."""
+        return tuple(self.files.find(name, field) for name in names)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -118,16 +124,32 @@ class Record:
                 raise ValueError(f"field {field!r} is empty")
             yield text
 
-    def options(self, field: str) -> list[str]:
-        """A list of whole texts; in a table without lists, it is written as JSON."""
+    def value(self, field: str) -> Any:
+        """The value of a field; a list that is written as JSON, as in a table, is one."""
         value = self.content[field]
         if isinstance(value, str) and value.lstrip().startswith("["):
             try:
-                value = json.loads(value)
+                return json.loads(value)
             except ValueError:
                 raise ValueError(f"field {field!r} must be a list, got {value[:40]!r}") from None
-        listed = replace(self, content={field: value})
+        return value
+
+    def options(self, field: str) -> list[str]:
+        """A list of whole texts; in a table without lists, it is written as JSON."""
+        listed = replace(self, content={field: self.value(field)})
         return [self.whole(text, field) for text in listed.texts(field)]
+
+    def label(self, *classes: str) -> int:
+        """The number of the class that the field `label` names, in capitals or not."""
+        field = self.field("label", "gold_label")
+        value = self.content[field]
+        names = [name.lower() for name in classes]
+        name = value.strip().lower() if isinstance(value, str) else str(value).lower()
+        if name not in names:
+            raise ValueError(
+                f"field {field!r} must be one of {', '.join(classes)}, got {value!r:.80}"
+            )
+        return names.index(name)
 
     def clean(self, texts: Sequence[str], field: str) -> tuple[str, ...]:
         """Clean texts that have words, one at least."""
@@ -214,7 +236,7 @@ def read_annotations(
         )
         return form.parse(record)
 
-    for row in read_rows(file, _media_fields(kind), form.texts):
+    for row in read_rows(file, form.media or _media_fields(kind), form.texts):
         try:
             entries.append(parse(row))
         except ValueError as error:

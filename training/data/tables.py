@@ -71,7 +71,7 @@ def read_rows(path: Path, media: Sequence[str], texts: Sequence[str]) -> list[Ro
     wanted = (*media, *texts)
     beginning = text[:4096].lstrip()[:1]
     if beginning in ("[", "{", '"') and not (beginning == '"' and _delimiter(text, wanted)):
-        return _json(path, text, texts)
+        return _json(path, text, media, texts)
     if beginning and (delimiter := _delimiter(text, wanted)):
         return _csv(path, text, delimiter)
     first = text.strip().split("\n")[0].strip()
@@ -104,7 +104,7 @@ def _text(path: Path, content: bytes) -> str:
     return text
 
 
-def _json(path: Path, text: str, texts: Sequence[str]) -> list[Row]:
+def _json(path: Path, text: str, fields: Sequence[str], texts: Sequence[str]) -> list[Row]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -124,7 +124,7 @@ def _json(path: Path, text: str, texts: Sequence[str]) -> list[Row]:
     if isinstance(content, dict):
         if isinstance(content.get("sentences"), list) and isinstance(content.get("videos"), list):
             return _sentences(path, content)
-        media = {"video", "image"} & set(content)
+        media = ({"video", "image", *fields} - {"video_id", "image_id"}) & set(content)
         name = next((name for name in texts if name in content), None)
         if name is not None and len(media) == 1:
             if isinstance(content[media.pop()], list) and isinstance(content[name], list):

@@ -129,8 +129,9 @@ def _check_init(recipe: Recipe) -> None:
     init = recipe.init
     if init.checkpoint is not None:
         _check_checkpoint(recipe, Path(init.checkpoint))
-        if init.beit or init.bert:
-            log.warning("init.beit and init.bert are not read: init.checkpoint has all weights")
+        if unread := [f"init.{kind}" for kind in ("beit", "vit", "bert") if getattr(init, kind)]:
+            names = " and ".join(unread)
+            log.warning("%s not read: init.checkpoint has all weights", names)
         return
     sources = load_system(recipe.system).sources
     for kind, folder in vars(init).items():

@@ -48,6 +48,8 @@ class Init:
     """Folder of an earlier run (its frames are expanded to this run's), or an official file."""
     beit: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BEiT, for the video tower."""
+    vit: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face ViT or DeiT, for an image tower of ALBEF's."""
     bert: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 
@@ -22,6 +23,9 @@ from svitt_ops.training.engine.checkpoints import (
 from svitt_ops.training.engine.finite import first_not_finite
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.sharding import gather, read_sharding
+
+TRAINING_STATE = "training_state.safetensors"
+"""File of a checkpoint with the tensors of a model that weights for use do without."""
 
 
 class SavingTrainer(Trainer):
@@ -75,6 +79,7 @@ class SavingTrainer(Trainer):
             with writing(output / name):
                 super()._save_checkpoint(model, trial)
                 if self.is_world_process_zero():
+                    self._save_training_state(partial / name)
                     text = recipe_text(self.recipe)
                     (partial / name / RECIPE).write_text(text, encoding="utf-8")
         except ValueError as error:
@@ -91,6 +96,28 @@ class SavingTrainer(Trainer):
         except ValueError as error:
             problem = str(error)
         self.agree(problem, partial=partial)
+
+    def _save_training_state(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        state = model.training_state()
+        if self._weights is not None:  # of shards
+            state = {name: self._weights[name] for name in state}
+        if state:
+            save_file({name: x.contiguous() for name, x in state.items()}, folder / TRAINING_STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        target: Any = self.model if model is None else model
+        wanted, path = set(target.training_state()), Path(resume_from_checkpoint) / TRAINING_STATE
+        if not wanted:
+            return
+        state = load_file(path) if path.is_file() else {}
+        if set(state) != wanted:
+            raise ValueError(
+                f"{path}: must hold the {len(wanted)} tensors that the model trains with, "
+                f"got {len(state)}; remove the checkpoint to go on from an earlier one"
+            )
+        target.load_state_dict(state, strict=False)
 
     def agree(self, problem: str, found: Any = None, *, partial: Path | None = None) -> Any:
         """Go on when every process has come here, or stop all if one has a problem.
@@ -127,7 +154,7 @@ class SavingTrainer(Trainer):
         if self._weights is None:
             super().save_model(output_dir, _internal_call)
         else:
-            self._save(output_dir, state_dict=self._weights)
+            self._save(output_dir, state_dict=dict(self._weights))  # whose names are removed
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._moments:

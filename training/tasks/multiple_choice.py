@@ -22,6 +22,7 @@ from svitt_ops.training.tasks.parts.asking import Asking, those_without
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import ClipEvaluation, Reading, evaluating
 from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, under_options
+from svitt_ops.training.tasks.parts.ranks import are_first
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs
 from svitt_ops.training.tasks.retrieval import build_collator
@@ -203,9 +204,8 @@ def _scores(
 
 
 def _are_right(scores: Tensor, choices: Sequence[Choice]) -> Tensor:
-    answers = torch.tensor([choice.answer for choice in choices], device=scores.device)[:, None]
-    others = scores.scatter(1, answers, -torch.inf)
-    return scores.gather(1, answers)[:, 0] > others.amax(1)
+    answers = torch.tensor([choice.answer for choice in choices], device=scores.device)
+    return are_first(scores, answers)
 
 
 def evaluate(

@@ -37,17 +37,19 @@ from svitt_ops.training.tasks.parts.questions import (
 )
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
+from svitt_ops.training.tasks.parts.vqa import LEAST, best_constant, vqa_accuracy
 
 HEAD = "question_answering"
 FORM = QUESTIONS
 OPTIONS = {
     **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
-    **{"answers": None, "answer_length": 5},
+    **{"answers": None, "answer_length": 5, "metric": "exact"},
 }
 INPUTS = (
     *("input_ids", "attention_mask", "answer_ids", "answer_mask"),
     *("answers_per_question", "answer_weights", "clip_numbers"),
 )
+METRICS = ("exact", "vqa")
 SHORTEST_ANSWER = 2  # [CLS], one piece
 
 
@@ -65,13 +67,27 @@ class Data(recipes.Data):
     meet; otherwise each question has a clip of its own, of other frames."""
 
 
+@dataclass(kw_only=True)
+class QuestionEvaluation(Evaluation):
+    """The same, and what counts as right."""
+
+    metric: str = "exact"
+    """"exact": an answer that anybody gave, or "vqa": the more people gave it, VQA's accuracy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise ValueError(f"evaluation: metric must be one of {known}, got {self.metric!r}")
+
+
 @dataclass
 class Recipe(recipes.Recipe):
     """Fine-tuning for questions."""
 
     task: str = "qa"
     data: Data = field(default_factory=Data)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: QuestionEvaluation = field(default_factory=QuestionEvaluation)
     """How the questions of `data.validation` are answered, and those of a test by default."""
 
 
@@ -180,9 +196,7 @@ def build_dataset(
 ) -> QuestionDataset:
     """The training questions."""
     share = recipe.data.share_clips
-    return QuestionDataset(
-        examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share
-    )
+    return QuestionDataset(examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share)
 
 
 def build_collator(
@@ -243,6 +257,7 @@ def validate(
         settings=recipe.evaluation,
         reading=Reading.of_recipe(recipe),
         answer_length=recipe.data.answer_length,
+        metric=recipe.evaluation.metric,
     )
     of_types = {f"accuracy_{name}": row["accuracy"] for name, row in found["by_type"].items()}
     return {"score": found["accuracy"], "accuracy": found["accuracy"], **of_types}
@@ -256,6 +271,7 @@ def answer_questions(
     settings: Evaluation | None = None,
     reading: Reading | None = None,
     answer_length: int = 5,
+    metric: str = "exact",
     order: str = "normal",
     seed: int = 0,
     without: Mapping[str, str] | None = None,
@@ -269,6 +285,7 @@ def answer_questions(
         settings: clips, their merging, and `top_k`, the answers that are decoded whole; 0: all.
         reading: of clips and questions.
         answer_length: longest answer, in tokens.
+        metric: what counts as right, see `QuestionEvaluation`.
         order: of the frames, see `sampling.reorder`.
         seed: of shuffled orders.
         without: files to leave out.
@@ -284,6 +301,7 @@ def answer_questions(
     """
     settings, reading = settings or Evaluation(), reading or Reading()
     questions = those_without(asked.questions, without or {})
+    _check_people(questions, metric)
     asking = Asking("qa", questions, settings, reading)
     chosen = torch.full((len(questions),), -1)
     with evaluating(model, bf16=reading.bf16) as device:
@@ -295,7 +313,7 @@ def answer_questions(
             chosen[numbers] = found.cpu()
     texts = [question.captions[0] for question in questions]
     return {
-        **_facts(questions, chosen, asked),
+        **_facts(questions, chosen, asked, metric),
         **asking.facts(),
         "texts_cut": count_cut(tokenizer, texts, reading.text_length),
         "answers_cut": int((_full_lengths(tokenizer, asked.answers) > answer_length).sum()),
@@ -333,16 +351,18 @@ def _full_lengths(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
     return encode_answers(tokenizer, answers, 10**6)[1].sum(1)
 
 
-def _facts(questions: Sequence[Question], chosen: Tensor, asked: Asked) -> dict[str, Any]:
+def _facts(
+    questions: Sequence[Question], chosen: Tensor, asked: Asked, metric: str
+) -> dict[str, Any]:
     """Accuracies of the questions that were answered."""
     answered = [k for k, number in enumerate(chosen.tolist()) if number >= 0]
-    right = {k: asked.answers[int(chosen[k])] in questions[k].answers for k in answered}
-    types: dict[str, list[bool]] = {}
-    given: Counter[str] = Counter()
-    for k in answered:
-        types.setdefault(questions[k].type, []).append(right[k])
-        given.update(questions[k].answers)
-    total = sum(right.values())
+    right, chance = _score(
+        [questions[k] for k in answered], [asked.answers[int(chosen[k])] for k in answered], metric
+    )
+    types: dict[str, list[float]] = {}
+    for k, score in zip(answered, right, strict=True):
+        types.setdefault(questions[k].type, []).append(score)
+    total = sum(right)
     return {
         "accuracy": 100 * total / len(answered),
         "accuracy_all": 100 * total / (len(answered) + len(asked.left_out)),
@@ -350,10 +370,38 @@ def _facts(questions: Sequence[Question], chosen: Tensor, asked: Asked) -> dict[
             name: {"accuracy": 100 * sum(found) / len(found), "questions": len(found)}
             for name, found in sorted(types.items())
         },
-        "chance": 100 * max(given.values()) / len(answered),
+        "chance": 100 * chance,
         "questions": len(answered),
         "answers": len(asked.answers),
     }
+
+
+def _check_people(questions: Sequence[Question], metric: str) -> None:
+    """Refuse a metric that is none, or that asks for more answers to a question than it has."""
+    if metric not in METRICS:
+        raise ValueError(f"qa: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    few = [question for question in questions if sum(question.counts) < LEAST]
+    if metric == "vqa" and few:
+        raise ValueError(
+            f"qa: the metric vqa needs the answers of at least {LEAST} people to every question,"
+            f" got {sum(few[0].counts)} in {few[0].place}"
+        )
+
+
+def _score(
+    questions: Sequence[Question], answers: Sequence[str], metric: str
+) -> tuple[list[float], float]:
+    """How right each answer is, and the best constant answer in the mean, from 0 to 1."""
+    if metric == "vqa":
+        given = [dict(zip(q.answers, q.counts, strict=True)) for q in questions]
+        scores = [vqa_accuracy(*pair) for pair in zip(answers, given, strict=True)]
+        return scores, best_constant(given)[1]
+    known = Counter(answer for question in questions for answer in question.answers)
+    right = [
+        float(answer in question.answers)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    return right, max(known.values()) / len(questions)
 
 
 def evaluate(
@@ -376,6 +424,7 @@ def evaluate(
             settings=Evaluation.of(options),
             reading=Reading.of(reading, options),
             answer_length=options.answer_length,
+            metric=options.metric,
             order=order,
             without=without,
         )

@@ -27,6 +27,7 @@ from svitt_ops.training.tasks.parts.encoding import (
     encode_gallery_videos,
 )
 from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
+from svitt_ops.training.tasks.parts.folds import fold_gallery, mean_of_folds
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, probe_orders
 from svitt_ops.training.tasks.parts.ranks import recalls
@@ -37,7 +38,10 @@ from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs, read_
 __all__ = ["build_dataset", "model_inputs", "read_examples"]  # and those that are written here
 log = logging.getLogger(__name__)
 HEAD = "retrieval"
-OPTIONS = {"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False}
+OPTIONS = {
+    **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
+    "folds": 1,
+}
 
 
 @dataclass
@@ -189,8 +193,11 @@ def evaluate(
     """What `retrieval`, or with `--probe` `probe_retrieval`, finds in a corpus."""
     gallery, settings = build_gallery(examples), Evaluation.of(options)
     how = Reading.of(reading, options)
+    if options.probe and options.folds > 1:
+        raise ValueError("--folds: must be 1 with --probe")
     if not options.probe:
-        return _search(model, tokenizer, gallery, settings, how)
+        parts = fold_gallery(gallery, options.folds)
+        return mean_of_folds([_search(model, tokenizer, part, settings, how) for part in parts])
     more = _options(how)
     return probe_retrieval(
         model, tokenizer, gallery, settings=settings, short_side=how.short_side, **more
@@ -233,6 +240,8 @@ def render(facts: dict[str, Any]) -> str:
                 rows.append(("  before re-ranking", *row))
     first = next(iter(orders.values()))
     lines = [f"{first['texts']} texts, {first['videos']} videos", *format_rows(rows)]
+    if first.get("folds", 1) > 1:
+        lines[0] += f", the mean of {first['folds']} parts"
     lines += delta_lines(facts)
     if cut := first.get("texts_cut"):
         lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")

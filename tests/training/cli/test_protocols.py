@@ -8,12 +8,15 @@ import pytest
 
 from svitt_ops.training import cli
 from svitt_ops.training.cli.evaluate import OF_ALL_TASKS, choose
+from svitt_ops.training.corpora.pictures import build_pictures
+from svitt_ops.training.corpora.scenes import PictureSpec
 from svitt_ops.training.data.text import save_tokenizer
 from svitt_ops.training.engine.protocols import load_protocol, shipped_protocols
 from svitt_ops.training.engine.recipes import load_recipe, shipped_recipes
 from svitt_ops.training.engine.task import Evaluable, load_task
 
 NAMES = ["agqa", "anet", "anet-qa", "charades", "didemo"]
+NAMES += ["flickr30k", "coco-1k", "coco-5k", "vqa2", "nlvr2", "snli-ve", "refcoco-plus"]
 NAMES += ["msrvtt-1ka", "msrvtt-7k", "msrvtt-mc", "msrvtt-qa", "ssv2-label", "ssv2-template"]
 TABLE_A4 = {  # text, batch, rate, epochs, multimodal keep rate
     "retrieval-msrvtt": (32, 48, 1e-5, 15, 0.1),
@@ -32,11 +35,24 @@ def test_every_protocol_rules_what_its_task_knows() -> None:
     for name in NAMES:
         protocol = load_protocol(name)
         task = load_task(protocol.task, Evaluable)
-        told = {"answers", "probe"}  # a file, and another question
+        told = {"answers", "detections", "probe"}  # files, and another question
         assert protocol.values.keys() == (OF_ALL_TASKS.keys() | task.OPTIONS.keys()) - told, name
         for key, value in protocol.values.items():
             default = task.OPTIONS.get(key)
             assert value is None or default is None or type(value) is type(default), (name, key)
+
+
+def test_protocols_of_pictures() -> None:
+    values = {name: load_protocol(name).values for name in NAMES}
+    assert [values[f"coco-{k}k"]["folds"] for k in (1, 5)] == [5, 1]
+    tops = [values[name]["top_k"] for name in ("flickr30k", "coco-1k", "coco-5k", "vqa2")]
+    assert tops == [128, 256, 256, 128]
+    assert values["vqa2"]["metric"] == "vqa"
+    assert values["refcoco-plus"]["layer"] == 8
+    assert [load_protocol(name).task for name in ("nlvr2", "snli-ve")] == [
+        "reasoning",
+        "entailment",
+    ]
 
 
 @pytest.mark.parametrize("name", TABLE_A4)
@@ -95,3 +111,26 @@ def test_what_the_numbers_were_measured_with(
     assert cli.main([*words, "charade"]) == 2
     assert "did you mean 'charades'?" in capsys.readouterr().err
     assert cli.main([*words, "charades", "--no-strided", "--no-paragraph"]) == 0
+
+
+def test_pictures_are_searched_in_parts(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer, _ = trained
+    model.save_pretrained(tmp_path / "run")
+    save_tokenizer(tokenizer, tmp_path / "run")
+    spec = PictureSpec(train_pictures=10, validation_pictures=10, test_pictures=20, size=32)
+    annotations = build_pictures(tmp_path, spec)["test"]
+    target = tmp_path / "found.json"
+    words = ["evaluate", "retrieval", str(tmp_path / "run"), "--cpu", "--workers", "0"]
+    words += ["--annotations", str(annotations), "--kind", "image", "--json", str(target)]
+    assert cli.main([*words, "--protocol", "coco-1k"]) == 0
+    assert "40 texts, 20 videos, the mean of 5 parts" in capsys.readouterr().out
+    parts = json.loads(target.read_text())
+    assert (parts["settings"]["folds"], parts["settings"]["sources"]["folds"]) == (5, "protocol")
+    assert parts["video_to_text"]["R10"] == 100  # of eight texts
+    assert cli.main([*words, "--protocol", "coco-5k"]) == 0
+    whole = json.loads(target.read_text())
+    assert parts["mean"] > whole["mean"]
+    assert cli.main([*words, "--folds", "21"]) == 2
+    assert "--folds: must be 1 to 20, the number of videos, got 21" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_weights_that_are_not_read_are_named(
     recipe = make_recipe(tmp_path / "run", "init.checkpoint=small", "init.bert=no")
     recipe.model = {}
     gate.check_run(recipe)
-    assert "init.beit and init.bert are not read" in caplog.text
+    assert "init.bert not read: init.checkpoint has all weights" in caplog.text
 
 
 def test_folders_of_models(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_they_are_trained_and_evaluated(
     assert cli.main([*words, "--merge", "max"]) == 2
     assert "--merge: is no option of own-task" in capsys.readouterr().err
     assert cli.main(["evaluate", "retrieval", *words[2:]]) == 2
-    assert "model: must be a folder with a svitt" in capsys.readouterr().err
+    assert "model: must be a folder with a albef or svitt" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("own")
@@ -120,7 +120,7 @@ def test_their_values_are_checked() -> None:
     [
         ("task=none", "recipe: task must be one of .*pretrain.*, got 'none'"),
         ("task=parts", "recipe: task must be one of .*pretrain.*, got 'parts'"),
-        ("system=parts", "recipe: system must be one of frozen, .*svitt.*, got 'parts'"),
+        ("system=parts", "recipe: system must be one of albef, .*svitt.*, got 'parts'"),
     ],
 )
 def test_a_name_that_is_none(override: str, line: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, sparsity_table
+from svitt_ops.training import cli
 from svitt_ops.training.engine.recipes import (
     Corpus,
     Recipe,
@@ -72,6 +73,52 @@ def test_stages_of_singularity() -> None:
     for task in ("retrieval", "qa"):
         recipe = load_recipe(f"singularity-{task}-msrvtt")
         assert (recipe.task, recipe.init.checkpoint) == (task, second.output)
+
+
+OF_PICTURES = {  # size, text, batch, rate, its floor, epochs
+    "albef-pretrain": (256, 25, 512, 1e-4, 1e-5, 30),
+    "simla-pretrain": (256, 25, 512, 1e-4, 1e-5, 30),
+    "softmask-pretrain": (256, 25, 1024, 2e-4, 2e-5, 30),
+    **{
+        f"{system}-retrieval-{corpus}": (384, 30, 256, 1e-5, 1e-6, epochs)
+        for system in ("albef", "simla", "softmask")
+        for corpus, epochs in (("flickr30k", 10), ("coco", 5))
+    },
+    "albef-qa-vqa2": (384, 25, 256, 2e-5, 1e-6, 8),
+    "albef-text-assignment": (256, 25, 512, 2e-5, 1e-5, 1),
+    "albef-reasoning-nlvr2": (384, 40, 128, 2e-5, 1e-6, 10),
+    "albef-entailment-snli-ve": (384, 40, 256, 2e-5, 1e-6, 5),
+    "albef-grounding-refcoco-plus": (384, 40, 256, 1e-5, 1e-6, 5),
+}
+
+
+@pytest.mark.parametrize("name", OF_PICTURES)
+def test_recipes_of_pictures(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(name)
+    optimizer, system = recipe.optimizer, name.partition("-")[0]
+    found = (recipe.model["image_size"], recipe.data.text_length, optimizer.batch_size)
+    floor = pytest.approx(optimizer.lr * optimizer.min_lr_ratio)
+    assert (*found, optimizer.lr, floor, optimizer.epochs) == OF_PICTURES[name]
+    assert (recipe.system, optimizer.weight_decay) == (system, 0.02)
+    assert all(corpus.kind == "image" for corpus in recipe.data.train)
+    command = "pretrain" if name.endswith("pretrain") else "finetune"
+    if command == "pretrain":
+        assert (optimizer.mask_probability, recipe.tokenizer.append_sep) == (0.15, False)
+        assert optimizer.warmup_steps == (1000 if system == "softmask" else 2000)
+    else:
+        before = "albef-text-assignment" if recipe.task == "reasoning" else f"{system}-pretrain"
+        assert recipe.init.checkpoint == load_recipe(before).output
+    assert cli.main([command, "--config", name, "--show"]) == 0
+    assert f"task: {recipe.task}\n" in capsys.readouterr().out
+
+
+def test_recipes_of_albef_are_those_of_its_kin() -> None:
+    for name in ("qa-vqa2", "reasoning-nlvr2", "entailment-snli-ve", "grounding-refcoco-plus"):
+        for system in ("simla", "softmask"):
+            overrides = [f"system={system}", f"init.checkpoint=runs/{system}"]
+            assert load_recipe(f"albef-{name}", overrides).system == system
+    with pytest.raises(ValueError, match="system must be one of albef, which have a model for"):
+        load_recipe("albef-text-assignment", ["system=simla"])
 
 
 def test_a_recipe_of_another_system() -> None:

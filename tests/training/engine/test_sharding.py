@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from running import ENOUGH, losses, torchrun, write
+from running import DENSE, ENOUGH, losses, torchrun, write
 from safetensors.torch import load_file
 
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.run import pretrain
+from svitt_ops.training.engine.saving import TRAINING_STATE
 from svitt_ops.training.engine.sharding import Sharding, read_sharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,3 +91,28 @@ def test_what_is_asked_for(
     for option in ("cpu_offload=true", "version=1"):
         with pytest.raises(ValueError, match=f"^recipe: run.trainer.fsdp_config has {option[:7]}"):
             read("fsdp=true", f"fsdp_config.{option}")
+
+
+@pytest.mark.timeout(ENOUGH)
+def test_a_twin_and_its_queues_are_sharded_too(make_recipe: Any, tmp_path: Path) -> None:
+    """Losses, twin and queues of one process; a run that goes on has the same, bit by bit."""
+    model = {**DENSE, **ALONE, "bias_init_std": 0.0, "num_frames": 1}
+    model |= {"queue_size": 20, "momentum": 0.5, "alpha_warmup_steps": 2}
+    options = ("system=albef", "optimizer.steps=4", "run.save_steps=2")
+    output, shards = tmp_path / "two", "run.trainer.fsdp=full_shard"
+    path = write(make_recipe(output, *options, shards, **model), tmp_path / "two.yaml")
+    command = ("-m", "svitt_ops.training", "pretrain", "--config", str(path))
+    assert torchrun(*command).wait(timeout=ENOUGH) == 0
+    one = pretrain(make_recipe(tmp_path / "one", *options, **model))
+    found, state = logged(output), load_file(output / "checkpoint-4" / TRAINING_STATE)
+    assert found == pytest.approx({k: x[0] for k, x in losses(one).items()}, rel=1e-5)
+    wanted = load_file(tmp_path / "one" / "checkpoint-4" / TRAINING_STATE)
+    assert state.keys() == wanted.keys()
+    for name, x in wanted.items():
+        torch.testing.assert_close(state[name], x, rtol=1e-3, atol=1e-4, msg=name)
+    for name in ("checkpoint-4", "final"):
+        shutil.rmtree(output / name)
+    assert torchrun(*command).wait(timeout=ENOUGH) == 0
+    assert logged(output) == found
+    again = load_file(output / "checkpoint-4" / TRAINING_STATE)
+    assert all(torch.equal(again[name], x) for name, x in state.items())

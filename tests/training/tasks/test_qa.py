@@ -68,6 +68,11 @@ def test_several_answers_weigh_by_how_often_they_were_given(tmp_path: Path) -> N
     listed = b'video,question,answer\na.mp4,who,"[""yes"", ""no""]"\n'
     (found,) = read(tmp_path, listed).entries
     assert (found.answers, found.type) == (("yes", "no"), "who")
+    assert found.counts == (1, 1)
+    (found,) = read(tmp_path, [{**GOOD, "answer": given, "dataset": "vqa"}]).entries
+    assert (found.counts, found.weights) == ((3, 1), (0.75, 0.25))
+    (found,) = read(tmp_path, [{**GOOD, "dataset": "vg"}]).entries
+    assert (found.counts, found.weights) == ((1,), (0.5,))
     (found,) = read(tmp_path, [{**GOOD, "question": "Seen a dog?"}]).entries
     assert found.type == "other"
 
@@ -227,6 +232,30 @@ def test_what_accuracy_counts(answering: Any, corpus: Path, monkeypatch: Any) ->
     text = render(found)
     assert "1 more have an answer that is not in the list" in text
     assert "colour" in text
+
+
+def test_the_official_accuracy(answering: Any, corpus: Path, monkeypatch: Any) -> None:
+    model, tokenizer, questions = answering
+    answers = read_answers(corpus / "answers.json")
+    said = {"answers": (answers[0], "other"), "weights": (0.2, 0.8), "counts": (2, 8)}
+    asked = Asked.of([Question(**{**vars(q), **said}) for q in questions], answers)
+
+    def first(*given: Any, **options: Any) -> Any:
+        ranking = type(model).rank_answers(model, *given, **options)
+        return type(ranking)(answers=ranking.answers * 0, scores=ranking.scores)
+
+    monkeypatch.setattr(model, "rank_answers", first)
+    found = answer_questions(model, tokenizer, asked, metric="vqa")
+    assert found["accuracy"] == pytest.approx(60)  # two of ten
+    assert found["chance"] == pytest.approx(100)
+    assert answer_questions(model, tokenizer, asked)["accuracy"] == 100
+    few = Asked.of(questions, answers)
+    with pytest.raises(ValueError, match=r"qa: the metric vqa .* at least 4 people .* got 1 in "):
+        answer_questions(model, tokenizer, few, metric="vqa")
+    with pytest.raises(ValueError, match="qa: metric must be one of exact, vqa, got 'soft'"):
+        answer_questions(model, tokenizer, few, metric="soft")
+    with pytest.raises(ValueError, match=r"evaluation: metric must be one of .*, got 'soft'"):
+        load_recipe(None, ["task=qa", "evaluation.metric=soft"])
 
 
 @pytest.mark.parametrize("merge", ["logsumexp", "mean", "max", "concat"])

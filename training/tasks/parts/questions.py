@@ -19,6 +19,8 @@ TYPE = ("question_type", "type")
 """Fields of what kind of question it is; without them its first word says it."""
 FIRST_WORDS = ("what", "who", "how", "when", "where", "why", "which", "is", "are", "do", "does")
 OTHER = "other"
+VISUAL_GENOME, ITS_WEIGHT = "vg", 0.5
+"""Value of the field `dataset` of questions that ALBEF trains on besides VQA's; their weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class Question(Entry):
     answers: tuple[str, ...]
     """Each once, as `clean_answer` has it."""
     weights: tuple[float, ...]
-    """Of each answer, its share of those that were given."""
+    """Of each answer, its share of those that were given; half of it for those of Visual Genome."""
+    counts: tuple[int, ...]
+    """Of each answer, how many people gave it."""
     type: str
     place: str
     """Where it stands."""
@@ -46,13 +50,15 @@ def _question(record: Record) -> Question:
     if not all(answers):
         raise ValueError("field 'answer' has no words")
     counts = Counter(answers)
+    weight = ITS_WEIGHT if record.content.get("dataset") == VISUAL_GENOME else 1.0
     return Question(
         media=media,
         captions=asked,
         kind=record.kind,
         together=record.together,
         answers=tuple(counts),
-        weights=tuple(count / len(answers) for count in counts.values()),
+        weights=tuple(weight * count / len(answers) for count in counts.values()),
+        counts=tuple(counts.values()),
         type=_type_of(record, asked[0]),
         place=record.place,
     )

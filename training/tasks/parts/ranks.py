@@ -58,6 +58,20 @@ def best_ranks(scores: Tensor, positives: Tensor) -> Tensor:
     return (ahead & ~positives).sum(1)
 
 
+def are_first(scores: Tensor, answers: Tensor) -> Tensor:
+    """Whether the right candidate of each row has a higher score than every other one.
+
+    Args:
+        scores: floating ``(queries, candidates)``.
+        answers: int64 ``(queries,)``, the number of the right candidate.
+
+    Returns:
+        bool ``(queries,)``.
+    """
+    others = scores.scatter(1, answers[:, None], -torch.inf)
+    return scores.gather(1, answers[:, None])[:, 0] > others.amax(1)
+
+
 def recall_table(ranks: Tensor) -> dict[str, float]:
     """R@1/5/10 and their mean, in percent."""
     table = {f"R{k}": (ranks < k).double().mean().item() * 100 for k in RECALLS}

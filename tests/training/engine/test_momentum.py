@@ -1,0 +1,102 @@
+"""A model with a momentum twin in the engine: killed and resumed, and what it leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import DENSE, StopAt, losses
+from safetensors.torch import load_file
+
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.run import pretrain
+from svitt_ops.training.engine.saving import TRAINING_STATE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = {
+    **DENSE,
+    "bias_init_std": 0.0,
+    "num_frames": 1,
+    "queue_size": 12,
+    "momentum": 0.5,
+    "alpha_warmup_steps": 5,
+    "text_dropout": 0.1,
+}
+
+
+OF_SYSTEMS: dict[str, dict[str, Any]] = {
+    "albef": {},
+    "simla": {"fusion_layer": 0, "unpaired_layers": 0, "masked_patches": 2, "image_vocab_size": 8},
+    "softmask": {"mask_layer": 1},
+}
+
+
+@pytest.fixture
+def make(make_recipe: Any, tmp_path: Path) -> Any:
+    options = ("run.save_steps=3", "optimizer.lr=1e-2")
+
+    def recipe(name: str, *more: str, system: str = "albef") -> Any:
+        model = MODEL | OF_SYSTEMS[system]
+        return make_recipe(tmp_path / name, f"system={system}", *options, *more, **model)
+
+    return recipe
+
+
+@pytest.mark.parametrize("system", OF_SYSTEMS)
+def test_stopped_and_resumed(system: str, make: Any, tmp_path: Path) -> None:
+    """The twin, the queues and the share of the twin go on as they were."""
+    whole = pretrain(make("whole", system=system))
+    assert len(losses(whole)) == 6 and all(len(parts) == 4 for parts in losses(whole).values())
+    stopped = pretrain(make("stopped", system=system), callbacks=[StopAt(3)])
+    assert len(losses(stopped)) == 3
+    resumed = pretrain(make("stopped", system=system))
+    assert resumed.began_at == 3
+    assert losses(resumed) == {step: x for step, x in losses(whole).items() if step > 3}
+    one, other = (
+        load_file(tmp_path / name / "checkpoint-6" / TRAINING_STATE)
+        for name in ("whole", "stopped")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert int(one["steps"]) == 6 and int(one["queue.next"]) == 6 * 8 % 12
+
+
+def test_what_a_run_leaves(make: Any, tmp_path: Path) -> None:
+    """One copy of the model for use, and none of the twin in the optimizer."""
+    trained = pretrain(make("run"))
+    run, model = tmp_path / "run", trained.model
+    for folder in (run / "final", run / "checkpoint-6"):
+        stored = load_file(folder / "model.safetensors")
+        assert not any(name.startswith(model.training_only) for name in stored)
+    assert not (run / "final" / TRAINING_STATE).exists()
+    optimizer = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert len(optimizer["state"]) == len(learned) < len(list(model.parameters()))
+    twin, own = (m.fusion.layers[0].mlp.up.weight for m in (model.teacher, model))
+    assert not torch.equal(twin, own)
+
+
+def test_a_checkpoint_without_the_twin_is_refused(make: Any, tmp_path: Path) -> None:
+    pretrain(make("run"), callbacks=[StopAt(3)])
+    (tmp_path / "run" / "checkpoint-3" / TRAINING_STATE).unlink()
+    with pytest.raises(ValueError, match=r"training_state.safetensors: must hold the \d+ tensors"):
+        pretrain(make("run"))
+
+
+def test_retrieval_from_a_pretrained_model(make: Any, corpus: Path, tmp_path: Path) -> None:
+    start = pretrain(make("start"))
+    recipe = make(
+        "tuned",
+        "task=retrieval",
+        f"init.checkpoint={start.folder}",
+        "tokenizer.train_vocab_size=null",
+        f"data.validation=[{{annotations: {corpus / 'test.json'}}}]",
+    )
+    recipe.model = {"momentum": 0.9, "queue_size": 5}
+    tuned = pretrain(recipe)
+    assert type(tuned.model).__name__ == "ALBEFForRetrieval" and len(tuned.model.queue.ids) == 5
+    assert tuned.best is not None
+    assert not any(p.requires_grad for p in tuned.model.teacher.parameters())
+    model, _, _ = load_trained(tuned.folder)
+    for name, x in tuned.model.named_parameters():
+        if not name.startswith("teacher."):
+            assert torch.equal(model.get_parameter(name), x)

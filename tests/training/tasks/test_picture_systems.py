@@ -1,0 +1,276 @@
+"""Systems of pictures: pretrained, tuned for every task, evaluated, killed, shared among ranks."""
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import DENSE, ENOUGH, losses, run, torchrun, write
+from safetensors.torch import load_file
+
+from svitt_ops.training import cli
+from svitt_ops.training.corpora.pictures import build_pictures
+from svitt_ops.training.corpora.scenes import PictureSpec
+from svitt_ops.training.engine.checkpoints import checkpoints
+from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.run import pretrain
+from svitt_ops.training.engine.saving import TRAINING_STATE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = {
+    **DENSE,
+    "bias_init_std": 0.0,
+    "num_frames": 1,
+    "queue_size": 20,  # no multiple of a batch
+    "momentum": 0.5,
+    "alpha_warmup_steps": 2,
+    "decoder_layers": 1,
+}
+OF_SYSTEMS: dict[str, dict[str, Any]] = {
+    "albef": {},
+    "simla": {"fusion_layer": 0, "unpaired_layers": 1, "masked_patches": 2, "image_vocab_size": 8},
+    "softmask": {"mask_layer": 1},
+}
+PREFIXES = {"albef": "ALBEF", "simla": "SIMLA", "softmask": "SoftMask"}
+FILES = {
+    "retrieval": "",
+    "qa": "-questions",
+    "reasoning": "-reasoning",
+    "entailment": "-entailment",
+    "grounding": "-grounding",
+}
+MODELS = {
+    "retrieval": "Retrieval",
+    "qa": "QuestionAnswering",
+    "reasoning": "VisualReasoning",
+    "entailment": "VisualEntailment",
+    "grounding": "Retrieval",
+}
+CHANCES = {"reasoning": 50, "entailment": 100 / 3}
+PROTOCOLS = {"qa": "vqa2", "reasoning": "nlvr2", "entailment": "snli-ve"}
+CASES = [
+    *(("albef", task) for task in FILES),
+    ("simla", "reasoning"),
+    ("simla", "grounding"),
+    ("softmask", "entailment"),
+    ("softmask", "grounding"),
+]
+SHARED: dict[str, Any] = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
+"""Matching draws its negatives from the pairs of a process; masked words differ in number."""
+DETERMINED: dict[str, dict[str, Any]] = {
+    "simla": {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "mim": 0, "psl": 1}},
+    "softmask": {
+        "loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "soft": 0},
+        **dict.fromkeys(("jitter", "grayscale_rate", "blur_rate"), 0.0),
+    },
+}
+"""What a system draws besides is left out."""
+IMAGES = ("data.keep_together=null", "data.positives=video", "data.text_length=20")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    spec = PictureSpec(size=32, train_pictures=20, validation_pictures=10, test_pictures=10)
+    build_pictures(folder, spec)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(make_recipe: Any, pictures: Path) -> Any:
+    """Recipes of pretraining."""
+
+    def recipe(output: Path, *overrides: str, system: str = "albef", **model: Any) -> Any:
+        train = f"data.train=[{{annotations: {pictures / 'train.json'}, kind: image}}]"
+        changes = MODEL | OF_SYSTEMS[system] | model
+        return make_recipe(output, f"system={system}", train, *IMAGES, *overrides, **changes)
+
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def pretrained(make: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each system."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("pretrained")
+    return {
+        system: pretrain(make(folder / system, "optimizer.steps=2", system=system)).folder
+        for system in OF_SYSTEMS
+    }
+
+
+@pytest.fixture
+def tune(make_recipe: Any, pictures: Path, pretrained: dict[str, Path]) -> Any:
+    """Recipes of a task that start from the pretrained model, or from another."""
+
+    def recipe(
+        task: str, output: Path, *overrides: str, system: str = "albef", **model: Any
+    ) -> Any:
+        train, test = (pictures / f"{x}{FILES.get(task, '')}.json" for x in ("train", "test"))
+        validation = f"data.validation=[{{annotations: {test}, kind: image}}]"
+        found = make_recipe(
+            output,
+            f"system={system}",
+            f"task={task}",
+            f"init.checkpoint={pretrained[system]}",
+            "tokenizer.train_vocab_size=null",
+            f"data.train=[{{annotations: {train}, kind: image}}]",
+            *IMAGES,
+            *([validation] if task in FILES else []),
+            *([f"data.answers={pictures / 'answers.json'}"] if task == "qa" else []),
+            *overrides,
+        )
+        found.model = model
+        return found
+
+    return recipe
+
+
+@pytest.mark.parametrize(("system", "task"), CASES)
+def test_from_a_pretrained_model_to_numbers(
+    system: str,
+    task: str,
+    tune: Any,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tune(task, tmp_path / "run", system=system, image_size=24)
+    assert cli.main(["finetune", "--config", str(write(recipe, tmp_path / "recipe.yaml"))]) == 0
+    assert f"{task}: step 6: score" in capsys.readouterr().err
+    model, _, _ = load_trained(tmp_path / "run")
+    assert type(model).__name__ == f"{PREFIXES[system]}For{MODELS[task]}"
+    assert model.config.image_size == 24
+    best = json.loads((tmp_path / "run" / "best" / "validation.json").read_text())
+    target = tmp_path / "found.json"
+    words = ["evaluate", task, str(tmp_path / "run" / "best"), "--cpu", "--workers", "1"]
+    words += ["--kind", "image", "--annotations", str(pictures / f"test{FILES[task]}.json")]
+    assert cli.main([*words, "--json", str(target)]) == 0
+    found = json.loads(target.read_text())
+    assert found["mean" if task == "retrieval" else "accuracy"] == best["score"]
+    assert found["settings"]["sources"]["text_length"] == "run"
+    if task in CHANCES:
+        assert found["chance"] == pytest.approx(CHANCES[task])
+        assert "always the commonest class" in capsys.readouterr().out
+    if task in PROTOCOLS:
+        assert cli.main([*words, "--protocol", PROTOCOLS[task], "--batch-size", "3"]) == 0
+    if task != "qa":
+        assert cli.main([*words, "--metric", "vqa"]) == 2
+        assert f"--metric: is no option of {task}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("system", OF_SYSTEMS)
+def test_layers_and_detections_of_grounding(
+    system: str,
+    pretrained: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Maps of any fusion layer, of a model that was pretrained alone."""
+    target = tmp_path / "found.json"
+    words = ["evaluate", "grounding", str(pretrained[system]), "--cpu", "--workers", "0"]
+    words += ["--annotations", str(pictures / "test-grounding.json"), "--json", str(target)]
+    assert cli.main([*words, "--layer", "1"]) == 0
+    free = json.loads(target.read_text())
+    assert free["with_detections"] == 0 and free["settings"]["layer"] == 1
+    assert cli.main([*words, "--detections", str(pictures / "detections.json")]) == 0
+    chosen = json.loads(target.read_text())
+    assert chosen["with_detections"] == chosen["references"] == free["references"]
+    assert 33 < chosen["chance"] < 50 and chosen["pointing_chance"] == free["pointing_chance"]
+    assert cli.main([*words, "--bf16"]) == 0
+    assert cli.main([*words, "--layer", "3"]) == 2
+    assert "layer must be a fusion layer, " in capsys.readouterr().err
+
+
+def test_text_assignment_comes_before_reasoning(tune: Any, tmp_path: Path, caplog: Any) -> None:
+    assigned = pretrain(tune("text_assignment", tmp_path / "assigned"))
+    assert type(assigned.model).__name__ == "ALBEFForTextAssignment"
+    assert all(math.isfinite(parts[0]) for parts in losses(assigned).values())
+    assert len(losses(assigned)) == 6
+    caplog.clear()
+    options = (f"init.checkpoint={assigned.folder}", "optimizer.steps=1", "optimizer.lr=1e-30")
+    reasoning = pretrain(tune("reasoning", tmp_path / "tuned", *options))
+    (report,) = [x for x in caplog.messages if "no weights" in x or "missing" in x or "random" in x]
+    assert "class_head" in report and "fusion" not in report
+    for name, x in assigned.model.fusion.named_parameters():
+        assert torch.equal(x, reasoning.model.fusion.get_parameter(name))
+    first, second = (
+        x[0].mlp.up.weight for x in (reasoning.model.fusion.layers, reasoning.model.fusion.second)
+    )
+    assert not torch.equal(first, second)  # they went apart while texts were assigned
+
+
+def test_pretraining_killed_and_resumed(make: Any, tmp_path: Path) -> None:
+    """Losses, twin and queues are those of a run that was not killed, bit by bit."""
+    options = ("optimizer.steps=9", "run.save_steps=2")
+    random = {"text_dropout": 0.1, "alpha_warmup_steps": 7}
+    whole = losses(pretrain(make(tmp_path / "whole", *options, **random)))
+    assert len(whole) == 9 and all(len(parts) == 4 for parts in whole.values())
+    recipe = make(tmp_path / "killed", *options, **random)
+    dying = """
+import os, signal, sys, torch
+real = torch.save
+def save(content, path, *arguments, **options):
+    real(content, path, *arguments, **options)
+    if "checkpoint-6" in str(path) and "optimizer" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+from svitt_ops.training.cli import main
+main(["pretrain", "--config", sys.argv[1]])
+"""
+    process = run(sys.executable, "-c", dying, str(write(recipe, tmp_path / "killed.yaml")))
+    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    assert [step for step, _ in checkpoints(tmp_path / "killed")] == [2, 4]
+    resumed = pretrain(recipe)
+    assert resumed.began_at == 4
+    assert losses(resumed) == {step: parts for step, parts in whole.items() if step > 4}
+    one, other = _states(tmp_path / "whole", tmp_path / "killed", step=8)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert int(one["steps"]) == 8 and int(one["queue.next"]) == 8 * 8 % 20
+
+
+@pytest.mark.parametrize(
+    ("system", "task"),
+    [(system, "pretrain") for system in OF_SYSTEMS]
+    + [("albef", "retrieval"), ("albef", "entailment")],
+)
+def test_two_ranks_equal_one_process(
+    system: str, task: str, make: Any, tune: Any, tmp_path: Path
+) -> None:
+    """Losses, the twin, and the queues with the ids of their pairs."""
+    options = ["optimizer.steps=3", "run.save_steps=3"]
+    model = {} if task == "entailment" else SHARED | DETERMINED.get(system, {})
+    two, one = (
+        make(tmp_path / name, *options, system=system, **model)
+        if task == "pretrain"
+        else tune(task, tmp_path / name, *options, "data.validation=[]", **model)
+        for name in ("two", "one")
+    )
+    path = write(two, tmp_path / "two.yaml")
+    command = "pretrain" if task == "pretrain" else "finetune"
+    process = torchrun("-m", "svitt_ops.training", command, "--config", str(path))
+    wanted = {step: parts[0] for step, parts in losses(pretrain(one)).items()}
+    assert process.wait(timeout=ENOUGH) == 0
+    state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())
+    found = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    assert all(map(math.isfinite, wanted.values()))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    mine, theirs = _states(tmp_path / "one", tmp_path / "two", step=3)
+    assert mine.keys() == theirs.keys()
+    for name, x in mine.items():
+        if name.endswith("key.bias"):  # without effect: Adam makes steps of what rounding leaves
+            continue
+        torch.testing.assert_close(theirs[name], x, rtol=1e-4, atol=1e-5, msg=name)
+    if task != "entailment":
+        assert int(mine["queue.next"]) == 3 * 8 % 20
+        assert (mine["queue.ids"] >= 0).sum() == 20
+
+
+def _states(*folders: Path, step: int) -> list[dict[str, torch.Tensor]]:
+    """What training goes on from besides the weights."""
+    return [load_file(folder / f"checkpoint-{step}" / TRAINING_STATE) for folder in folders]
