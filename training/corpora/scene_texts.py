@@ -9,8 +9,7 @@ from typing import Any
 
 from numpy.random import Generator
 
-from svitt_ops.training.corpora.scenes import OPPOSITE, Scene, Thing
-from svitt_ops.training.corpora.shapes import COLORS, SHAPES
+from svitt_ops.training.corpora.scenes import COLORS, OPPOSITE, SHAPES, Scene, Thing
 
 SIDE_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 NUMBERS = {"0": "none", "1": "one", "2": "two", "3": "three"}

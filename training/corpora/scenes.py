@@ -18,12 +18,16 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from svitt_ops.training.corpora.shapes import COLORS, SHAPES
+from svitt_ops.training.corpora import shapes
 
 Split = Literal["test", "validation", "train"]
 Box = tuple[int, int, int, int]
 Look = tuple[str, str]
 """Colour and shape."""
+COLORS = {
+    name: shapes.COLORS[name] for name in ("red", "green", "blue", "yellow", "purple", "cyan")
+}
+SHAPES = ("square", "circle", "triangle", "cross")
 SIDES = {"small": 0.16, "large": 0.3}
 """Of the box of a thing, as a share of the picture's."""
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}

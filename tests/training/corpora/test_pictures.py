@@ -12,8 +12,7 @@ from PIL import Image
 
 from svitt_ops.training.corpora.pictures import build_pictures
 from svitt_ops.training.corpora.scene_texts import TYPES, captions, expressions
-from svitt_ops.training.corpora.scenes import OPPOSITE, PictureSpec, Scene, plan
-from svitt_ops.training.corpora.shapes import COLORS
+from svitt_ops.training.corpora.scenes import COLORS, OPPOSITE, PictureSpec, Scene, plan
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.video import read_frames
 from svitt_ops.training.tasks.parts.gallery import build_gallery
