@@ -140,7 +140,9 @@ def test_files_that_are_no_albef() -> None:
     ):
         load_official({"x": torch.zeros(2)})
     state, config = Case("albef/pretrain").state(), Case("albef/pretrain").config(vocab_size=63)
-    with pytest.raises(ValueError, match="vocab_size must be 64, that of the weights in the mapp"):
+    with pytest.raises(
+        ValueError, match="vocab_size must be 64, that of the weights in the mapping"
+    ):
         load_official(state, config)
     state["temp"] = torch.tensor(torch.nan)
     with pytest.raises(ValueError, match="temp must be finite"):
