@@ -241,8 +241,9 @@ def test_without_order_shuffling_costs_nothing(trained: Any, make_recipe: Any) -
     joined = retrieval(
         model, tokenizer, clips, text_length=12, settings=Evaluation(clips=4, merge="concat")
     )
-    for way in ("text_to_video", "video_to_text"):  # re-ranked; embeddings of clips are averaged
-        assert joined[way] == found["normal"][way]
+    # Embeddings of clips are averaged, and so not those of all frames at once.
+    same = {"skipped": {}, "contrastive": found["normal"]["contrastive"]}
+    assert joined | same == found["normal"]
 
 
 def test_pairs_cannot_be_told_apart_by_frozen_frames(trained: Any) -> None:
