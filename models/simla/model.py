@@ -136,6 +136,11 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
 
     `tokenizer` makes the visual tokens, unless `forward` is given them: any module with `tokens`,
     by default an untrained `ImageTokenizer`. Checkpoints of training hold it, weights for use not.
+
+    `forward` takes two arguments more than ALBEF's, by name: ``masked_patches``, bool
+    ``(batch, n)``, True where a patch is masked, by default in random blocks, and
+    ``visual_token_ids``, int64 ``(batch, n)``, what the masked patches are to be, by default the
+    tokenizer's.
     """
 
     teacher_class = SIMLAConcepts
@@ -167,31 +172,6 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
             start(module)
         else:
             super()._init_weights(module)
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        pair_ids: Tensor | None = None,
-        mlm_input_ids: Tensor | None = None,
-        mlm_labels: Tensor | None = None,
-        masked_patches: Tensor | None = None,
-        visual_token_ids: Tensor | None = None,
-        *,
-        alpha: float | None = None,
-    ) -> PreTrainingOutput:
-        """Losses of a batch of pairs; arguments as of `ALBEFForPreTraining.forward`, and two more.
-
-        ``masked_patches``, bool ``(batch, n)``, are True where a patch is masked, by default in
-        random blocks; ``visual_token_ids``, int64 ``(batch, n)``, are what the masked patches are
-        to be, by default the tokenizer's.
-        """
-        found = super().forward(
-            pixel_values, input_ids, attention_mask, pair_ids, mlm_input_ids, mlm_labels,
-            alpha=alpha, masked_patches=masked_patches, visual_token_ids=visual_token_ids,
-        )  # fmt: skip
-        return cast(PreTrainingOutput, found)
 
     def more_losses(
         self,
