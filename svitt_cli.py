@@ -67,6 +67,20 @@ What an option does not say is as a protocol has it, if one is named, else as in
 protocol is how a published number is measured: its clips, their merging, candidates and lengths of
 texts; frames and resizing remain the model's.
 """
+VISUALIZE = """\
+Draw the frames of videos with the patches that survive in a model of SViTT: after visual pruning,
+and after multimodal pruning, which looks for what the caption says:
+
+  svitt visualize runs/small clip.mp4 --caption "a dog jumps"
+
+Of a model of pictures, draw a figure for each: Grad-CAM maps of the text and of its pieces; the
+soft masks that they make, of a SoftMask; the words that are the picture's pseudo-labels, and where
+its patches attend to them, of a SIMLA. Without its twin, which weights for use lack, that one's
+labels are the model's own:
+
+  svitt visualize runs/albef photo.jpg --caption "a dog jumps" --output maps
+  svitt visualize runs/simla --annotations test.json --count 20 --output maps
+"""
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
 INTERRUPTED = 130
@@ -310,17 +324,30 @@ def _parser() -> argparse.ArgumentParser:
 
     visualize = commands.add_parser(
         "visualize",
-        help="draw which patches of a video survive pruning",
-        description="Draw the frames of videos with the patches that survive: after visual pruning,"
-        " and after multimodal pruning, which looks for what the caption says.",
+        help="draw which patches of a video survive, or where a picture has what a text says",
+        description=VISUALIZE,
+        formatter_class=raw,
     )
     visualize.add_argument("model", help="folder of a run or of a model")
-    visualize.add_argument("video", nargs="+", help="video files")
+    visualize.add_argument("video", nargs="*", help="files of videos, or of pictures")
+    visualize.add_argument("--caption", nargs="+", metavar="TEXT", help="one for each file")
     visualize.add_argument(
-        "--caption", nargs="+", required=True, metavar="TEXT", help="one for each video"
+        "--annotations", metavar="JSON", help="files and texts, in any form that training reads"
+    )
+    visualize.add_argument("--root", help="folder of these files (default: the annotations')")
+    visualize.add_argument(
+        "--count", type=int, metavar="N", help="entries of them that are drawn (default: 10)"
     )
     visualize.add_argument(
-        "--output", default="survivors.png", metavar="PNG", help="figure (default: %(default)s)"
+        "--layer",
+        type=int,
+        metavar="N",
+        help="fusion layer that maps of words are of, from 0 (default: the model's)",
+    )
+    visualize.add_argument(
+        "--output",
+        metavar="PATH",
+        help="figure of videos (default: survivors.png), or folder of pictures' (default: maps)",
     )
     _add_reading(visualize)
 

@@ -84,6 +84,23 @@ def keep_attention(module: CrossAttention | BlockSparseSelfAttention) -> Iterato
 class GroundsWords(MatchesPairs):
     """A model of pairs that shows where it finds the words of a text."""
 
+    def grounding_layer(self, layer: int | None = None) -> int:
+        """The fusion layer that maps are made of, counted from 0 at the first text layer.
+
+        By default it is the one at two thirds of all, if it fuses: 8 of 12, as the authors have it.
+
+        Raises:
+            ValueError: ``layer`` is no fusion layer.
+        """
+        first, last = self.config.fusion_layer, self.config.text_num_hidden_layers - 1
+        layer = max(first, 2 * (last + 1) // 3) if layer is None else layer
+        if not first <= layer <= last:
+            raise ValueError(
+                f"{type(self).__name__}: layer must be a fusion layer, {first} to {last}, "
+                f"got {layer}"
+            )
+        return layer
+
     def word_maps(
         self,
         text_states: Tensor,
@@ -98,22 +115,14 @@ class GroundsWords(MatchesPairs):
             text_states: ``(batch, tokens, text_hidden_size)`` of `encode_text`.
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
-            layer: which, counted from 0 at the first text layer; by default the one at two thirds
-                of all, if it fuses: 8 of 12, as the authors have it. In the last one the logit
-                depends on [CLS] alone, so the maps of all other words are zero.
+            layer: as of `grounding_layer`. In the last one the logit depends on [CLS] alone, so the
+                maps of all other words are zero.
 
         Raises:
             ValueError: ``layer`` is no fusion layer.
         """
-        config = self.config
-        first, last = config.fusion_layer, config.text_num_hidden_layers - 1
-        layer = max(first, 2 * (last + 1) // 3) if layer is None else layer
-        if not first <= layer <= last:
-            raise ValueError(
-                f"{type(self).__name__}: layer must be a fusion layer, {first} to {last}, "
-                f"got {layer}"
-            )
-        attention = self.fusion.layers[layer - first].cross_attention
+        place = self.grounding_layer(layer) - self.config.fusion_layer
+        attention = self.fusion.layers[place].cross_attention
         with torch.enable_grad(), keep_attention(attention) as maps:
             inputs = (text_states.detach(), attention_mask, video_states.detach())
             logits = self.match_logits(*inputs)

@@ -82,25 +82,37 @@ def votes_of_heads(attention: Tensor, count: int) -> Tensor:
     return votes.sum(1)
 
 
-def keyword_targets(
-    scores: Tensor, input_ids: Tensor, allowed: Tensor, count: int, vocab_size: int
-) -> Tensor:
-    """The words of the places with the best scores, as labels.
-
-    Of equal scores, the first place of a text counts as the best.
+def best_places(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The places of each text with the best scores; of equal ones, the first counts as the best.
 
     Args:
         scores: ``(batch, tokens)``; a place of score 0 is not chosen.
-        input_ids: int64 ``(batch, tokens)``; the first is [CLS], which is no label.
         allowed: bool ``(batch, tokens)``, False at places that are not chosen.
+        count: the most places.
+
+    Returns:
+        int64 ``(batch, count)``, the best first, and bool, whether each is chosen.
+    """
+    ranked = scores.masked_fill(~allowed, 0).sort(dim=1, descending=True, stable=True)
+    return ranked.indices[:, :count], ranked.values[:, :count] > 0
+
+
+def keyword_targets(
+    scores: Tensor, input_ids: Tensor, allowed: Tensor, count: int, vocab_size: int
+) -> Tensor:
+    """The words of the places with the best scores, as labels; arguments as of `best_places`.
+
+    Args:
+        scores: ``(batch, tokens)``.
+        input_ids: int64 ``(batch, tokens)``; the first is [CLS], which is no label.
+        allowed: bool ``(batch, tokens)``.
         count: the most labels.
         vocab_size: pieces.
 
     Returns:
         ``(batch, vocab_size)``, 1 at labels, 0 elsewhere.
     """
-    ranked = scores.masked_fill(~allowed, 0).sort(dim=1, descending=True, stable=True)
-    best, chosen = ranked.indices[:, :count], (ranked.values[:, :count] > 0)
+    best, chosen = best_places(scores, allowed, count)
     targets = torch.zeros(len(scores), vocab_size, device=scores.device)
     targets.scatter_reduce_(1, input_ids.gather(1, best), chosen.to(targets.dtype), "amax")
     return targets.scatter(1, input_ids[:, :1], 0)

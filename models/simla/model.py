@@ -23,7 +23,12 @@ from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoO
 from svitt_ops.models.parts.paired_images import ReadsTwoImages
 from svitt_ops.models.parts.words import PredictsWords
 from svitt_ops.models.simla.configuration import SIMLAConfig
-from svitt_ops.models.simla.masking import block_masks, keyword_targets, votes_of_heads
+from svitt_ops.models.simla.masking import (
+    best_places,
+    block_masks,
+    keyword_targets,
+    votes_of_heads,
+)
 from svitt_ops.models.simla.tokenizer import ImageTokenizer, start
 
 
@@ -84,6 +89,24 @@ class SIMLAModel(ALBEFModel):
         for layer in self.fusion.layers:
             states, _ = layer(states, None, words, video_ignored=ignored)
         return states
+
+    def attention_of_patches(
+        self, video_states: Tensor, words: Tensor, attention_mask: Tensor, *, layer: int
+    ) -> Tensor:
+        """How the patches of images, as queries, attend to their texts in one layer.
+
+        Args:
+            video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
+            words: ``(batch, tokens, hidden_size)`` of `encode_text`.
+            attention_mask: ``(batch, tokens)``, 0 at padding.
+            layer: which, from 0.
+
+        Returns:
+            ``(batch, n, tokens)``, mean over the heads.
+        """
+        with keep_attention(self.fusion.layers[layer].cross_attention) as maps:
+            self.read_image(video_states, words, attention_mask)
+        return maps[0][:, :, 1:].mean(1)
 
     def attention_of_cls(
         self, words: Tensor, attention_mask: Tensor, video_states: Tensor
@@ -253,17 +276,36 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
         Returns:
             ``(batch, vocab_size)``, 1 at labels, 0 elsewhere.
         """
+        scores, allowed, count = self._ranking(words, input_ids, attention_mask, video_states)
+        return keyword_targets(scores, input_ids, allowed, count, self.config.vocab_size)
+
+    @torch.no_grad()
+    def label_places(
+        self, words: Tensor, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where the words of `labels` stand in their texts; arguments as of that.
+
+        Returns:
+            int64 ``(batch, k)``, the most attended first, and bool, whether each is a label.
+        """
+        scores, allowed, count = self._ranking(words, input_ids, attention_mask, video_states)
+        places, chosen = best_places(scores, allowed, count)
+        return places, chosen & (input_ids.gather(1, places) != input_ids[:, :1])
+
+    def _ranking(
+        self, words: Tensor, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Scores of the words, which of them may be labels, and how many."""
         config = self.config
-        attention = self.teacher.attention_of_cls(words, attention_mask, video_states)
+        reader = self if self.teacher is None else self.teacher
+        attention = reader.attention_of_cls(words, attention_mask, video_states)
         allowed = attention_mask != 0
         for piece in config.keyword_excluded_ids:
             allowed = allowed & (input_ids != piece)
         if config.keyword_rule == "votes":
-            scores, count = votes_of_heads(attention, config.keyword_votes), config.keywords
-        else:
-            scores, count = attention.mean(1), config.keyword_votes
-            allowed = allowed & (torch.arange(allowed.shape[1], device=allowed.device) > 0)
-        return keyword_targets(scores, input_ids, allowed, count, config.vocab_size)
+            return votes_of_heads(attention, config.keyword_votes), allowed, config.keywords
+        allowed = allowed & (torch.arange(allowed.shape[1], device=allowed.device) > 0)
+        return attention.mean(1), allowed, config.keyword_votes
 
 
 class SIMLAAnswers(SIMLAModel, AnswersQuestions):

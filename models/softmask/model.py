@@ -167,21 +167,50 @@ class SoftMaskForPreTraining(ALBEFForPreTraining):
             fp32 ``(batch, n)``, in [0, 1]; unless ``mask_compensation`` is "none", each row's sum
             is ``mask_mass`` times n.
         """
-        config = self.config
-        if config.mask_source == "random":
+        if self.config.mask_source == "random":
             maps = torch.rand(video_states[:, 1:, 0].shape, device=video_states.device)
         else:
-            allowed = attention_mask != 0
-            allowed[:, 0] = False
-            for piece in config.mask_excluded_ids:
-                allowed &= input_ids != piece
-            found = self.word_maps(
-                text_states, attention_mask, video_states, layer=config.mask_layer
+            maps = choose_words(*self._maps(text_states, input_ids, attention_mask, video_states))
+        return self._masks(maps)
+
+    @torch.no_grad()
+    def word_masks(
+        self, text_states: Tensor, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The soft mask that each piece of a text makes; arguments as of `soft_mask`.
+
+        Returns:
+            fp32 ``(batch, tokens, n)``, and bool ``(batch, tokens)``, True at the pieces that
+            `soft_mask` draws from; the others' masks mean nothing.
+
+        Raises:
+            ValueError: masks are not made from words.
+        """
+        if not self.config.masks_words_regions:
+            raise ValueError(
+                f"{type(self).__name__}: mask_source must be 'gradcam' or 'cross_attention' for"
+                f" masks of words, got {self.config.mask_source!r}"
             )
-            by_gradient = config.mask_source == "gradcam"
-            maps = choose_words(found.words if by_gradient else found.attention.mean(1), allowed)
-        maps = normalized(maps.float(), config.mask_normalization)
-        return compensated(maps, config.mask_mass, config.mask_compensation)
+        maps, allowed = self._maps(text_states, input_ids, attention_mask, video_states)
+        return self._masks(maps.flatten(0, 1)).view_as(maps), allowed
+
+    def _maps(
+        self, text_states: Tensor, input_ids: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What masks are made of, ``(batch, tokens, n)``, and where a text has words."""
+        config = self.config
+        allowed = attention_mask != 0
+        allowed[:, 0] = False
+        for piece in config.mask_excluded_ids:
+            allowed &= input_ids != piece
+        found = self.word_maps(text_states, attention_mask, video_states, layer=config.mask_layer)
+        by_gradient = config.mask_source == "gradcam"
+        return found.words if by_gradient else found.attention.mean(1), allowed
+
+    def _masks(self, maps: Tensor) -> Tensor:
+        """Masks of maps ``(rows, n)``."""
+        maps = normalized(maps.float(), self.config.mask_normalization)
+        return compensated(maps, self.config.mask_mass, self.config.mask_compensation)
 
 
 class SoftMaskForQuestionAnswering(ALBEFForQuestionAnswering):

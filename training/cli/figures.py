@@ -120,10 +120,10 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     strips = [[_strip(pictures) for _, pictures in rows] for rows in parts]
     names = [line for rows in parts for name, _ in rows for line in name.split("\n")]
     # Everything has its place in inches, which no layout engine moves out of the picture.
-    left = max(_text_width(line, LABEL) for line in names) + 2 * GAP
+    left = max(text_width(line, LABEL) for line in names) + 2 * GAP
     widths = [PICTURE * rows[0].shape[1] / rows[0].shape[0] for rows in strips]
     width = max(*widths, MIN_WIDTH) + left + GAP
-    captions = [_wrapped(f"“{sample.caption}”", width - 2 * GAP) for sample in samples]
+    captions = [wrapped(f"“{sample.caption}”", width - 2 * GAP) for sample in samples]
     heights = [
         CAPTION_LINE * (caption.count("\n") + 1) + 2 * GAP + (PICTURE + GAP) * len(rows)
         for caption, rows in zip(captions, strips, strict=True)
@@ -155,7 +155,7 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     return path
 
 
-def _text_width(line: str, size: float) -> float:
+def text_width(line: str, size: float) -> float:
     """Inches of a line of text."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
@@ -164,12 +164,12 @@ def _text_width(line: str, size: float) -> float:
     return float(found[0]) / 72
 
 
-def _wrapped(caption: str, width: float) -> str:
+def wrapped(caption: str, width: float) -> str:
     """A caption in lines that are no wider, the end left out where they are too many."""
     letters = min(len(caption), int(width * 72 / TITLE * 4))  # four of them in an em: few are less
     while True:
         lines = textwrap.wrap(caption, max(letters, 1), max_lines=MAX_LINES, placeholder=" …")
-        if letters <= 4 or max(_text_width(line, TITLE) for line in lines) <= width:
+        if letters <= 4 or max(text_width(line, TITLE) for line in lines) <= width:
             return "\n".join(lines)
         letters -= 1
 

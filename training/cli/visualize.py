@@ -1,50 +1,158 @@
-"""`svitt visualize`: which patches of a video survive."""
+"""`svitt visualize`: which patches of a video survive, or where a picture has what a text says."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from svitt_ops.training.cli import at_least, check_model
-from svitt_ops.training.cli.figures import draw_survivors, figure_file, find_survivors
+from svitt_ops.training.cli import MODEL, at_least, check_model
+from svitt_ops.training.data.annotations import Entry, Form, Record, read_annotations
 from svitt_ops.training.data.collate import count_cut
-from svitt_ops.training.data.paths import input_file, saving
+from svitt_ops.training.data.paths import input_file, input_folder, output_folder, saving
 from svitt_ops.training.data.sampling import sample_positions
 from svitt_ops.training.data.text import clean_caption
-from svitt_ops.training.data.video import read_frames
+from svitt_ops.training.engine.settings import RunSettings
 
 log = logging.getLogger(__name__)
+TEXTS = ("caption", "text", "sentence")
+COUNT = 10
+"""Entries of annotations that are drawn."""
+FIGURE, FOLDER = "survivors.png", "maps"
+STEM = 60  # letters of a picture's name in its figure's
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw the figure; the exit status."""
-    at_least(arguments, frames=1, text_length=1)
-    if len(arguments.caption) != len(arguments.video):
-        raise ValueError(
-            f"--caption: must be one for each of the {len(arguments.video)} videos,"
-            f" got {len(arguments.caption)}"
-        )
-    for caption in arguments.caption:
-        if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise ValueError(f"--caption: must be text in UTF-8, got {caption!r}")
-    check_model(arguments.model, "svitt")
-    videos = [input_file(path, "video") for path in arguments.video]
-    picture = figure_file(arguments.output, "--output")
+    """Draw the figures; the exit status."""
+    at_least(arguments, frames=1, text_length=1, count=1, layer=0)
+    _check_source(arguments)
+    kinds = _kinds()
+    check_model(arguments.model, *kinds)
+    from svitt_ops.training.engine.checkpoints import model_folder
     from svitt_ops.training.engine.loading import load_for_use
 
+    config = model_folder(arguments.model, MODEL) / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", kinds[0])
+    of_videos = kind == kinds[0]
+    other = "layer" if of_videos else "frames"
+    if getattr(arguments, other) is not None:
+        whose = "pictures" if of_videos else "videos"
+        raise ValueError(f"--{other}: needs a model of {whose}, got {kind}")
+    entries = _entries(arguments, "video" if of_videos else "image")
+    target = _output(arguments, of_videos)
     model, tokenizer, reading, _ = load_for_use(
         arguments.model,
         frames=arguments.frames,
         text_length=arguments.text_length,
         resize=arguments.resize,
     )
-    captions = [clean_caption(caption) for caption in arguments.caption]
+    if not of_videos and not hasattr(model, "word_maps"):
+        raise ValueError(
+            "model: must be for pretraining or retrieval to have maps of words, got"
+            f" {type(model).__name__}"
+        )
     length = reading.text_length
+    captions = [entry.captions[0] for entry in entries]
     if cut := count_cut(tokenizer, captions, length):
         log.warning(
             "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
         )
+    draw = _draw_videos if of_videos else _draw_pictures
+    draw(model, tokenizer, reading, entries, target, arguments.layer)
+    return 0
+
+
+def _check_source(arguments: argparse.Namespace) -> None:
+    """Refuse what is not either files with their texts or annotations."""
+    if arguments.annotations is None:
+        if not arguments.video:
+            raise ValueError("video: must be named, or --annotations, got neither")
+        for name in ("root", "count"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name}: needs --annotations")
+        captions = arguments.caption or []
+        if len(captions) != len(arguments.video):
+            raise ValueError(
+                f"--caption: must be one for each of the {len(arguments.video)} videos,"
+                f" got {len(captions)}"
+            )
+        for caption in captions:
+            if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
+                raise ValueError(f"--caption: must be text in UTF-8, got {caption!r}")
+    elif arguments.video or arguments.caption:
+        raise ValueError("--annotations: has the files and their texts, got others besides")
+    else:
+        input_file(arguments.annotations, "--annotations")
+        if arguments.root is not None:
+            input_folder(arguments.root, "--root")
+
+
+def _kinds() -> list[str]:
+    """SViTT, and all systems whose models find words in pictures."""
+    from svitt_ops.models.systems import load_system, system_names
+
+    found = ["svitt"]
+    for system in map(load_system, system_names()):
+        if hasattr(system.models.get("retrieval"), "word_maps"):
+            found.append(system.config.model_type)
+    return found
+
+
+def _entries(arguments: argparse.Namespace, kind: Any) -> list[Entry]:
+    """The files and a text of each."""
+    if arguments.annotations is None:
+        files = [str(input_file(path, "video")) for path in arguments.video]
+        captions = [clean_caption(caption) for caption in arguments.caption]
+        if kind == "image" and "" in captions:
+            given = arguments.caption[captions.index("")]
+            raise ValueError(f"--caption: must have words, got {given!r}")
+        return [
+            Entry(media=(file,), captions=(caption,), kind=kind)
+            for file, caption in zip(files, captions, strict=True)
+        ]
+    form = Form(texts=TEXTS, parse=_captioned)
+    found = read_annotations(arguments.annotations, root=arguments.root, kind=kind, form=form)
+    for problem in found.problems:
+        log.warning("skipped: %s", problem)
+    count = arguments.count or COUNT
+    if len(found.entries) > count:
+        log.warning("--count: the first %d of %d entries are drawn", count, len(found.entries))
+    return list(found.entries[:count])
+
+
+def _captioned(record: Record) -> Entry:
+    """A file and its text, the first of several."""
+    media = record.media
+    if len(media) != 1:
+        raise ValueError(f"must name one file, got {len(media)}")
+    name = record.field(*TEXTS)
+    texts = record.clean([record.whole(text, name) for text in record.texts(name)], name)
+    return Entry(media=media, captions=texts, kind=record.kind)
+
+
+def _output(arguments: argparse.Namespace, of_videos: bool) -> Path:
+    """The file, or for pictures the folder, that figures go to."""
+    if of_videos:
+        from svitt_ops.training.cli.figures import figure_file
+
+        return figure_file(arguments.output or FIGURE, "--output")
+    return output_folder(arguments.output or FOLDER, "--output")
+
+
+def _draw_videos(
+    model: Any,
+    tokenizer: Any,
+    reading: RunSettings,
+    entries: Sequence[Entry],
+    target: Path,
+    layer: None,
+) -> None:
+    """Draw all clips into one figure."""
+    from svitt_ops.training.cli.figures import draw_survivors, find_survivors
+    from svitt_ops.training.data.video import read_frames
 
     def choose(times: Sequence[float]) -> list[int]:
         return sample_positions(times, model.config.num_frames, "middle")
@@ -53,13 +161,43 @@ def run(arguments: argparse.Namespace) -> int:
         find_survivors(
             model,
             tokenizer,
-            read_frames(video, choose, short_side=reading.short_side),
-            caption,
-            text_length=length,
+            read_frames(entry.media[0], choose, short_side=reading.short_side),
+            entry.captions[0],
+            text_length=reading.text_length,
             resize=reading.resize,
         )
-        for video, caption in zip(videos, captions, strict=True)
+        for entry in entries
     ]
-    with saving(picture):
-        print(draw_survivors(samples, picture))
-    return 0
+    with saving(target):
+        print(draw_survivors(samples, target))
+
+
+def _draw_pictures(
+    model: Any,
+    tokenizer: Any,
+    reading: RunSettings,
+    entries: Sequence[Entry],
+    target: Path,
+    layer: int | None,
+) -> None:
+    """Draw a figure for each picture that can be read."""
+    from svitt_ops.training.cli.maps import draw_maps, find_maps
+    from svitt_ops.training.tasks.parts.evaluation import Reading
+    from svitt_ops.training.tasks.parts.pictures import Unread, read_pictures
+
+    how = Reading(short_side=reading.short_side)
+    found = read_pictures("visualize", entries, Unread(), batch_size=1, reading=how)
+    for (number,), (picture,) in found:
+        entry = entries[number]
+        maps = find_maps(
+            model,
+            tokenizer,
+            picture[0],
+            entry.captions[0],
+            text_length=reading.text_length,
+            resize=reading.resize,
+            layer=layer,
+        )
+        file = target / f"{number:03}-{Path(entry.media[0]).stem[:STEM]}.png"
+        with saving(file):
+            print(draw_maps(maps, file))
