@@ -1,8 +1,7 @@
 """A training step of SViTT-B: forward, losses, backward, optimizer; dense against sparse.
 
-All providers train one model: the weights, the batch and the optimizer are the same, and what
-differs is set before each call. Its peak memory is gradients and activations; the weights and the
-optimizer's state, alike for all, are the fact `state_bytes`.
+Its peak memory is gradients and activations; the weights and the optimizer's state, alike for all,
+are the fact `state_bytes`.
 
 The gate: losses stay finite, and what `svitt_ops` computes with nothing dropped (every block
 listed, keep rates 1) equals dense attention by SDPA on the same weights, losses and embeddings.
@@ -10,21 +9,24 @@ listed, keep rates 1) equals dense attention by SDPA on the same weights, losses
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
-from bench.measure.harness import Case, Expected, Problem, Provider
+from bench.measure.harness import Case, Problem, Provider
+from bench.measure.training_step import (
+    PROOF,
+    PROOF_BATCH,
+    STATE_BYTES,
+    STEP_BYTES,
+    Step,
+    Trial,
+    texts,
+)
 from bench.peers.dense_attention import DenseSelfAttention
 from bench.report.step import summary
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining
@@ -32,12 +34,6 @@ from svitt_ops.models.svitt.sparsity import CURRICULUM, TEXT_LENGTH, video_macs
 
 __all__ = ["cases", "problem", "shrunk", "summary"]
 
-STEP_BYTES = 40.0
-"""Bytes per weight: read by both passes, its gradient written, AdamW reads four and writes three
-numbers of four bytes."""
-PROOF_TOLERANCE = 1e-4
-"""How far fp32 losses and embeddings may be from those of SDPA: rounding, amplified by 1 / 0.07."""
-PROOF_BATCH = 2
 LOSSES = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
 TINY = {
     "image_size": 32,
@@ -88,14 +84,14 @@ def shrunk(case: Case) -> Case:
 
 def problem(case: Case) -> Problem:
     """The model, made when the first provider needs it, and everyone who trains it."""
-    trial = Trial(case)
+    trial = Clips(case)
     config, batch = trial.config, case.fields["batch"]
     macs, dense_macs = video_macs(config), video_macs(config, dense=True)
     patches = config.num_patches
     return Problem(
         inputs={},
         upstream=torch.empty(0),
-        outputs=("losses", "undropped"),
+        outputs=("losses", PROOF),
         oracles={"op": trial.expected},
         providers=list(_providers(trial)),
         flops={"step": 6.0 * batch * macs},
@@ -105,12 +101,12 @@ def problem(case: Case) -> Problem:
             "patches": patches,
             "mac_ratio": macs / dense_macs,
             "weights": trial.num_weights,
-            "state_bytes": 12 * trial.num_weights,
+            "state_bytes": STATE_BYTES * trial.num_weights,
         },
     )
 
 
-def _providers(trial: Trial) -> Iterator[Provider]:
+def _providers(trial: Clips) -> Iterator[Provider]:
     kept = {"keep_rate": 1.0, "multimodal_keep_rate": 1.0}
     everything = {"edge_sparsity": False, **kept}
     for name, role, note, change, attention in (
@@ -124,39 +120,31 @@ def _providers(trial: Trial) -> Iterator[Provider]:
         yield Provider(
             name=name,
             role=role,  # type: ignore[arg-type]
-            build=lambda change=change, attention=attention: Step(  # type: ignore[misc]
-                trial, change, attention
-            ),
+            build=lambda how=(change, attention): Step(trial, how),  # type: ignore[misc]
             note=note,
             same=role == "ours",
         )
 
 
-class Trial:
-    """A case's model, batch and optimizer, made once, and the proofs of what it computes."""
+class Clips(Trial):
+    """SViTT and a batch of clips; a provider is a change of the configuration, and an attention."""
 
     def __init__(self, case: Case) -> None:
-        fields, self.device = case.fields, torch.device(case.device)
-        self.part, self.batch, self.dtype = fields["part"], fields["batch"], case.dtype
-        self.text_length = fields["text_length"]
+        super().__init__(case)
+        fields = case.fields
+        self.part, self.text_length = fields["part"], fields["text_length"]
         # Tables of noise: of zeros, dense attention with and without them would be alike.
         given: dict[str, Any] = {"num_frames": fields["frames"], "keep_rate": fields["keep_rate"]}
         given |= {"bias_init_std": 0.5, **(TINY if fields["size"] == "tiny" else {})}
         self.config = SViTTConfig(**given)
         self._undropped: dict[tuple[bool, str], Tensor] = {}
 
-    @cached_property
-    def num_weights(self) -> int:
-        """Parameters that the step trains."""
-        with torch.device("meta"):
-            model = SViTTForPreTraining(self.config)
-        return sum(x.numel() for x in _trained(model, self.part).parameters())
+    def build(self) -> nn.Module:
+        return SViTTForPreTraining(self.config)
 
-    @cached_property
-    def model(self) -> SViTTForPreTraining:
-        """The model that all providers train."""
-        torch.manual_seed(0)
-        return SViTTForPreTraining(self.config).to(self.device).train()
+    def trained(self, model: Any) -> nn.Module:
+        found: nn.Module = model.video if self.part == "tower" else model
+        return found
 
     @cached_property
     def own_attention(self) -> list[nn.Module]:
@@ -164,41 +152,20 @@ class Trial:
         return [layer.attention for layer in self.model.video.layers]
 
     @cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW, fused as in `svitt pretrain`, at a rate that hardly moves the weights.
-
-        Its state is there from the start: the first step is one whose memory is read.
-        """
-        weights = list(_trained(self.model, self.part).parameters())
-        made = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.02, fused=True)
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        made.step()
-        made.zero_grad()
-        return made
-
-    @cached_property
     def inputs(self) -> dict[str, Tensor]:
         """A batch of noise for clips, and of random pieces for texts."""
-        config, size, generator = self.config, self.config.image_size, torch.Generator()
-        generator.manual_seed(1)
+        config, size = self.config, self.config.image_size
+        generator = torch.Generator().manual_seed(1)
         clips = (self.batch, config.num_frames, 3, size, size)
-        texts = (self.batch, self.text_length)
-        pieces = torch.randint(1, config.vocab_size, texts, generator=generator)
-        masked = torch.rand(texts, generator=generator) < 0.5
-        masked[:, 0] = True
         found = {"pixel_values": torch.rand(clips, generator=generator) * 2 - 1}
         if self.part == "step":
-            found["input_ids"] = pieces
-            found["attention_mask"] = torch.ones_like(pieces)
-            found["pair_ids"] = torch.arange(self.batch)
-            found["mlm_input_ids"] = pieces.masked_fill(masked, 1)
-            found["mlm_labels"] = pieces.masked_fill(~masked, -100)
+            found |= texts(self.batch, self.text_length, config.vocab_size, generator)
         return {name: value.to(self.device) for name, value in found.items()}
 
     @contextmanager
-    def as_set(self, change: dict[str, Any], attention: str) -> Iterator[None]:
+    def as_set(self, how: tuple[dict[str, Any], str]) -> Iterator[None]:
         """The model with other values in its config, and maybe other attention."""
+        change, attention = how
         config, layers = self.model.config, self.model.video.layers
         before = {name: getattr(config, name) for name in change}
         own = self.own_attention
@@ -217,16 +184,25 @@ class Trial:
             for layer, module in zip(layers, own, strict=True):
                 layer.attention = module
 
-    def losses(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The losses of a batch, the one to minimise first, and the embeddings of its clips."""
+    def losses(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         if self.part == "tower":
             tokens = self.model.video(inputs["pixel_values"]).tokens
             return tokens.float().square().mean()[None], tokens[:, 0]
         found = self.model(**inputs)
         return torch.stack([getattr(found, name) for name in LOSSES]), found.video_embeds
 
+    def proof(self, how: tuple[dict[str, Any], str]) -> Tensor:
+        change, attention = how
+        sparse = change.get("edge_sparsity", self.config.edge_sparsity)
+        # SDPA is what others are compared with; without the bias it is another function.
+        return self.undropped(sparse, "op" if attention == "op" else "sdpa")
+
+    @property
+    def peer_proof(self) -> Tensor:
+        return self.undropped(False, "sdpa")
+
     def undropped(self, edge_sparsity: bool, attention: str) -> Tensor:
-        """Losses and embeddings of a few pairs in fp32, evaluated with nothing dropped.
+        """Losses and embeddings of a few pairs with nothing dropped.
 
         With edge sparsity every block is listed for every block: the sparse path, a full layout.
         """
@@ -235,86 +211,5 @@ class Trial:
             change = {"edge_sparsity": edge_sparsity, "num_random": 10**6}
             change |= {"keep_rate": 1.0, "multimodal_keep_rate": 1.0}
             few = {name: x[:PROOF_BATCH] for name, x in self.inputs.items()}
-            with self.as_set(change, attention), torch.no_grad():
-                self.model.eval()
-                torch.manual_seed(0)  # of the pairs that do not match
-                losses, embeds = self.losses(few)
-                self.model.train()
-            self._undropped[key] = torch.cat([losses, embeds.flatten()])
+            self._undropped[key] = self.evaluated((change, attention), few)
         return self._undropped[key]
-
-    def expected(self) -> Expected:
-        """Finite losses, and no distance from dense attention by SDPA where nothing is dropped."""
-        dense = self.undropped(False, "sdpa")
-        count = 1 if self.part == "tower" else len(LOSSES)
-
-        def seen(found: Any) -> dict[str, Tensor]:
-            finite = found["losses"].isfinite().double()
-            return {"finite_losses": finite, "undropped": found["undropped"].double() - dense}
-
-        return Expected(
-            values={
-                "finite_losses": torch.ones(count, device=self.device).double(),
-                "undropped": torch.zeros_like(dense).double(),
-            },
-            plain_error={"finite_losses": 0.0, "undropped": PROOF_TOLERANCE / 2},
-            seen=seen,
-        )
-
-
-@dataclass
-class Step:
-    """One step of training with some things dropped; its FLOP are counted at the first call."""
-
-    trial: Trial
-    change: dict[str, Any]
-    attention: str
-    flops: float = 0.0
-
-    def __post_init__(self) -> None:
-        sparse = self.change.get("edge_sparsity", self.trial.config.edge_sparsity)
-        # SDPA is what others are compared with; without the bias it is another function.
-        attention = "op" if self.attention == "op" else "sdpa"
-        self.proof = self.trial.undropped(sparse, attention)
-        self.trial.optimizer.zero_grad()  # makes it, before a step is measured
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        """Train; the losses of this step, and what the proof found."""
-        if self.flops:
-            return self._step(), self.proof
-        with FlopCounterMode(display=False, custom_mapping=_CPU_FORMULAS) as counter:
-            losses = self._step()
-        self.flops = float(counter.get_total_flops())
-        return losses, self.proof
-
-    def _step(self) -> Tensor:
-        trial = self.trial
-        low = trial.dtype != "fp32"
-        with trial.as_set(self.change, self.attention):
-            with torch.autocast(trial.device.type, torch.bfloat16, enabled=low):
-                losses, _ = trial.losses(trial.inputs)
-            losses[0].backward()
-            trial.optimizer.step()
-            trial.optimizer.zero_grad()
-        return losses.detach()
-
-
-def _trained(model: SViTTForPreTraining, part: str) -> nn.Module:
-    return model.video if part == "tower" else model
-
-
-def _flash_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _flash_on_cpu_backward(
-    grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-_CPU_FORMULAS: dict[Any, Callable[..., int]] = {
-    # torch counts those of GPUs.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_on_cpu,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_on_cpu_backward,
-}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import svitt_ops
 
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 from bench import __main__
 from bench.cases import svitt_step
 from bench.measure import floors, harness, memory, resident, results, timing
+from bench.measure.training_step import CPU_FORMULAS
 from bench.peers import dense_attention
 from bench.report import step
 from svitt_ops.reference.block_sparse_attention import _bias_index
@@ -182,7 +184,7 @@ def test_the_bias_of_a_pair_is_where_the_op_has_it() -> None:
 
 def test_flop_of_sdpa_on_cpus_are_counted() -> None:
     query = torch.randn(1, 2, 16, 8, requires_grad=True)
-    counter = svitt_step.FlopCounterMode(display=False, custom_mapping=svitt_step._CPU_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_FORMULAS)
     with counter:
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     assert math.isclose(counter.get_total_flops(), 7 * 2 * 2 * 16 * 16 * 8)
