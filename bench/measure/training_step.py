@@ -26,7 +26,7 @@ STATE_BYTES = 12
 PROOF_TOLERANCE = 1e-4
 """How far fp32 losses and embeddings may be from those of SDPA: rounding, amplified by 1 / 0.07."""
 PROOF_BATCH = 2
-PROOF = "undropped"
+PROOF = "proof"
 
 
 class Trial:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import svitt_ops as so
-from svitt_ops.nn import BlockSparseSelfAttention
+from svitt_ops.nn import BlockSparseSelfAttention, CrossAttention, merge_heads, split_heads
 
 
 class DenseSelfAttention(nn.Module):
@@ -60,3 +63,37 @@ def pair_index(codes: Tensor, rows: int, g: int = 1) -> Tensor:
     index[g:, :g] = offsets + g + each
     index[:g, :g] = offsets + 2 * g + each[:, None] * g + each
     return index
+
+
+def _self_attention(module: BlockSparseSelfAttention, *args: Any, **given: Any) -> Tensor:
+    found: Tensor = DenseSelfAttention(module, with_bias=False)(*args, **given)
+    return found
+
+
+def _cross_attention(
+    module: CrossAttention,
+    tokens: Tensor,
+    context: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Arguments as `CrossAttention` takes them, without saliency."""
+    query, key, value = (
+        split_heads(project(x), module.num_heads)
+        for project, x in ((module.query, tokens), (module.key, context), (module.value, context))
+    )
+    mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    merged: Tensor = module.out(merge_heads(out))
+    return merged
+
+
+@contextmanager
+def attending_by_sdpa() -> Iterator[None]:
+    """The attention of all dense models without position bias by SDPA."""
+    with (
+        patch.object(BlockSparseSelfAttention, "forward", _self_attention),
+        patch.object(CrossAttention, "forward", _cross_attention),
+    ):
+        yield

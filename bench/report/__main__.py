@@ -140,11 +140,11 @@ def _section(op: str, by_op: dict[str, list[Document]]) -> str:
     parts = []
     for document in by_op[op]:
         text = render_short(document)
-        if op == "svitt_step":
+        if op in step.OPS:
             text = f"{_source(document)}\n\n{step.render_short(document)}"
         parts.append(text)
-    if op == "svitt_step":
-        parts.append(step.NOTE)
+    if op in step.OPS:
+        parts.append(step.NOTES[op])
     return "\n\n".join(parts)
 
 
@@ -174,11 +174,14 @@ def render_docs(by_op: dict[str, list[Document]]) -> str:
         parts += [STANDING, _standing(by_op, standing.render) + "\n"]
     for op in [op for op in svitt_ops.OPS if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
-    if "svitt_step" in by_op:
-        parts.append(f"## The training step\n\n{step.NOTE}\n")
-    for document in by_op.get("svitt_step", []):
-        table = step.render(document)
-        parts.append(f"{_source(document)}\n\n{table}\n\n{_footnotes(document)}\n")
+    if any(op in by_op for op in step.OPS):
+        parts.append("## The training step\n")
+    for op in step.OPS:
+        if op in by_op:
+            parts.append(f"{step.NOTES[op]}\n")
+        for document in by_op.get(op, []):
+            table = step.render(document)
+            parts.append(f"{_source(document)}\n\n{table}\n\n{_footnotes(document)}\n")
     if "scaling" in by_op:
         parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
     parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
