@@ -65,8 +65,9 @@ class ALBEFConfig(TwoTowersConfig):
     """Embeddings of earlier batches that the contrastive loss compares with."""
     alpha: float = 0.4
     """Share of the twin in the targets of the losses."""
-    alpha_warmup_steps: int = 0
-    """Steps in which `alpha` grows linearly from 0; the authors' are those of the first epoch."""
+    alpha_warmup_steps: int | None = 0
+    """Steps in which `alpha` grows linearly from 0; None: those of the first epoch, as the authors
+    have it, which a run fills in (`fit_epoch`)."""
     compat: str | None = None
     """None, or "albef-official": ranking of answers counts their first token twice, pretraining
     takes no notice of equal ids, and each process contrasts its part of a batch with the queues and
@@ -101,7 +102,9 @@ class ALBEFConfig(TwoTowersConfig):
         if min(self.image_std) <= 0:
             self._refuse("image_std", "three positive numbers", self.image_std)
         self._check_counts("queue_size")
-        self._check_counts("alpha_warmup_steps", "unpaired_layers", least=0)
+        self._check_counts("unpaired_layers", least=0)
+        if self.alpha_warmup_steps is not None:
+            self._check_counts("alpha_warmup_steps", least=0)
         if self.unpaired_layers > self.num_fusion_layers:
             self._refuse("unpaired_layers", f"0 to {self.num_fusion_layers}", self.unpaired_layers)
         share = ("a number from 0 to 1", lambda x: 0 <= x <= 1)

@@ -152,7 +152,18 @@ class HasTeacher(TwoTowers):
         if self.teacher is None:
             return 0.0
         done, warmup = max(self._steps - 1, 0), config.alpha_warmup_steps
+        if warmup is None:
+            raise ValueError(
+                f"{type(self).__name__}: alpha_warmup_steps must be a number to train with, which"
+                " fit_epoch makes it, got None"
+            )
         return float(config.alpha) * min(1.0, done / warmup if warmup else 1.0)
+
+    def fit_epoch(self, steps: int) -> None:
+        """Let the twin's share grow for an epoch, if the configuration has no number of steps."""
+        super().fit_epoch(steps)
+        if self.config.alpha_warmup_steps is None:
+            self.config.alpha_warmup_steps = steps
 
     def before_step(self) -> None:
         """Let the twin follow the weights, and count the step that is about to be."""

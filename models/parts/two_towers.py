@@ -105,8 +105,11 @@ class TwoTowers(PreTrainedModel):
         """Whether a loss in training may depend on some parameters only."""
         return False
 
+    def fit_epoch(self, steps: int) -> None:
+        """To be called before training, with the steps of an epoch."""
+
     def before_step(self) -> None:
-        """To be called before each step of training."""
+        """To be called before each step of training, once for all batches that it accumulates."""
 
     def group(self) -> dist.ProcessGroup | None:
         """The processes that share a batch while training: negatives come from all of them."""

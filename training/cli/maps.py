@@ -144,20 +144,18 @@ def _labels(
     layer: int | None,
     pieces: Sequence[str],
 ) -> Group:
-    """The attention of patches over each pseudo-label, and how likely the model finds that."""
+    """How patches attend to each pseudo-label, and how likely that is; the best comes first."""
     places, chosen = model.label_places(words, ids, mask, video.states)
-    best = places[0, chosen[0]]
-    likely = model.concept_logits(video)[0].sigmoid()[ids[0, best]]
-    labels = [
-        f"{pieces[place]} {share:.0%}"
-        for place, share in zip(best.tolist(), likely.tolist(), strict=True)
-    ]
+    names = dict(zip(ids[0].tolist(), pieces, strict=True))
+    found = list(dict.fromkeys(ids[0, places[0, chosen[0]]].tolist()))
+    likely = model.concept_logits(video)[0].sigmoid()
+    labels = [f"{names[piece]} {float(likely[piece]):.0%}" for piece in found]
+    best = ids.new_tensor(found)
     layer = model.grounding_layer(layer)
     attention = model.attention_of_patches(video.states, words, mask, layer=layer)
+    maps = (best[:, None] == ids[0]).to(attention.dtype) @ attention[0].T
     trained = bool(model.config.weights["psl"])
-    return _group(
-        model, f"pseudo-labels, layer {layer}", attention[0, :, best].T, labels, trained=trained
-    )
+    return _group(model, f"pseudo-labels, layer {layer}", maps, labels, trained=trained)
 
 
 def _group(

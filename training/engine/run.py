@@ -131,6 +131,7 @@ def _train(
         world_size=world,
     )
     steps, warmup = _steps(recipe, batches.batches_per_epoch)
+    model.fit_epoch(max(1, round(batches.batches_per_epoch / settings.accumulation)))
     if resumed is not None and resumed[0] >= steps:
         return _trained_before(output, resumed, steps, rank, task.HEAD)
     if resumed is not None and rank == 0:

@@ -157,8 +157,9 @@ class RecipeTrainer(SavingTrainer):
             log.warning("skipped: %s", reason)
         part = self._next_part()
         torch.manual_seed(hash_seed(self.args.seed, self.state.global_step, part))
-        with torch.no_grad():
-            self.accelerator.unwrap_model(model).before_step()
+        if part == 0:  # weights, and what follows them, move once for all accumulated batches
+            with torch.no_grad():
+                self.accelerator.unwrap_model(model).before_step()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._refuse_not_finite(self.accelerator.unwrap_model(model))

@@ -163,6 +163,13 @@ def test_the_share_of_the_twin_grows() -> None:
     state["steps"] = torch.tensor([2])
     again.load_state_dict(state, strict=False)
     assert again.alpha == pytest.approx(0.1)
+    fitted = build(alpha_warmup_steps=None)
+    with pytest.raises(ValueError, match="alpha_warmup_steps must be a number to train with"):
+        fitted.share_of_teacher(None)
+    assert fitted.share_of_teacher(0.3) == 0.3
+    for built, steps in ((fitted, 7), (again, 4)):
+        built.fit_epoch(7)
+        assert built.config.alpha_warmup_steps == steps
     for wrong in (-0.1, 1.5):
         with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got"):
             model.share_of_teacher(wrong)

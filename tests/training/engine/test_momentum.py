@@ -7,6 +7,8 @@ import pytest
 import torch
 from running import DENSE, StopAt, losses
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainerCallback
 
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.run import pretrain
@@ -73,6 +75,37 @@ def test_what_a_run_leaves(make: Any, tmp_path: Path) -> None:
     assert len(optimizer["state"]) == len(learned) < len(list(model.parameters()))
     twin, own = (m.fusion.layers[0].mlp.up.weight for m in (model.teacher, model))
     assert not torch.equal(twin, own)
+
+
+class Watch(TrainerCallback):
+    """What the twin and its share are at the end of each step, and the weights."""
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+        self.weights: list[tuple[Tensor, Tensor]] = []
+
+    def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+        self.shares.append(model.alpha)
+        modules = (model, model.teacher)
+        own, twin = (m.fusion.layers[0].mlp.up.weight.detach().clone() for m in modules)
+        self.weights.append((own, twin))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_a_step_of_several_batches_moves_the_twin_once(make: Any, accumulation: int) -> None:
+    """Its share grows through the first epoch, two steps here, also of a run that is resumed."""
+    watch = Watch()
+    recipe = make("run", f"optimizer.accumulation={accumulation}")
+    recipe.model["alpha_warmup_steps"] = None
+    pretrain(recipe, callbacks=[watch, StopAt(3)])
+    trained = pretrain(recipe, callbacks=[watch])
+    assert trained.began_at == 3
+    assert watch.shares == pytest.approx([0, 0.2, 0.4, 0.4, 0.4, 0.4])
+    assert int(trained.model.steps) == 6 and int(trained.model.queue.next) == 6 * 8 % 12
+    moved = zip(watch.weights, watch.weights[1:], strict=False)
+    for number, ((own, twin), (_, after)) in enumerate(moved):
+        torch.testing.assert_close(after, (own + twin) / 2, msg=str(number))
+        assert not torch.equal(own, twin)
 
 
 def test_a_checkpoint_without_the_twin_is_refused(make: Any, tmp_path: Path) -> None:
