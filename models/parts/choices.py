@@ -27,7 +27,7 @@ class ChoosesTexts(MatchesPairs):
                 ``(batch, clips, 1 + n, hidden_size)`` for several clips of each video.
             input_ids: ``(batch, options, tokens)``.
             attention_mask: ``(batch, options, tokens)``, 0 at padding.
-            merge: how several clips become one score, by their match logits or "concat".
+            merge: how several clips become one score, by their match scores or "concat".
         """
         if input_ids.dim() != 3 or attention_mask.shape != input_ids.shape:
             raise ValueError(
@@ -39,10 +39,10 @@ class ChoosesTexts(MatchesPairs):
         options, count = input_ids.shape[1], clips.shape[1]
         mask = attention_mask.flatten(0, 1)
         text = self.encode_text(input_ids.flatten(0, 1), mask).states
-        logits = self.match_logits(
+        found = self.match_scores(
             text.repeat_interleave(count, 0),
             mask.repeat_interleave(count, 0),
             clips[:, None].expand(-1, options, -1, -1, -1).flatten(0, 2),
-        )[:, 1]
-        scores = merge_clips(logits.float().view(-1, options, count), merge, 2)
+        )
+        scores = merge_clips(found.view(-1, options, count), merge, 2)
         return MultipleChoiceOutput(choices=scores.argmax(1), scores=scores)

@@ -65,6 +65,17 @@ class MatchesPairs(FusedTowers):
         fused = self.fuse(text_states, attention_mask, video_states)
         return in_fp32(self.match_head, fused.states[:, 0])
 
+    def match_scores(
+        self, text_states: Tensor, attention_mask: Tensor, video_states: Tensor
+    ) -> Tensor:
+        """What pairs are ranked by, fp32 ``(batch,)``: the log odds of a match.
+
+        These say how probable it is, also where they are summed; the authors' released code ranks
+        by the logit of "yes" alone, as models with their semantics do.
+        """
+        no, yes = self.match_logits(text_states, attention_mask, video_states).float().unbind(1)
+        return yes if self.config.official else yes - no
+
     def forward(
         self,
         pixel_values: Tensor,

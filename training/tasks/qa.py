@@ -156,9 +156,12 @@ class QuestionCollator(Collator):
 
 def _share(batch: Batch, names: Sequence[tuple[int, int]]) -> None:
     """Keep the first of the clips of each name, and note which clip every question is about."""
-    numbers: dict[tuple[int, int], int] = {}
-    of_questions = [numbers.setdefault(name, len(numbers)) for name in names]
-    kept = [of_questions.index(number) for number in range(len(numbers))]
+    first: dict[tuple[int, int], int] = {}
+    for place, name in enumerate(names):
+        first.setdefault(name, place)
+    kept = list(first.values())
+    numbers = {name: number for number, name in enumerate(first)}
+    of_questions = [numbers[name] for name in names]
     clips = batch["clips"]
     batch["clips"] = clips[kept] if isinstance(clips, Tensor) else [clips[k] for k in kept]
     batch["boxes"] = [batch["boxes"][k] for k in kept]

@@ -297,7 +297,5 @@ def _match(
     num_clips = clips.shape[1]
     pairs = clips.flatten(0, 1).to(texts.states.device)
     rows = text.repeat_interleave(num_clips)
-    no, yes = model.match_logits(texts.states[rows], texts.mask[rows], pairs).float().unbind(1)
-    # Their difference alone says how probable a match is; sums and means of it in fp32 too.
-    scores = yes if model.config.official else yes - no
+    scores = model.match_scores(texts.states[rows], texts.mask[rows], pairs)
     return merge_clips(scores.unflatten(0, (-1, num_clips)), merge, 1)

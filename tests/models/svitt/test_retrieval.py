@@ -86,8 +86,8 @@ def test_a_choice(folder: Path, batch: dict[str, Tensor]) -> None:
     for row in range(3):
         for option in range(3):
             pair = text[option].expand(2, -1, -1), mask[option].expand(2, -1), states[row]
-            wanted = model.match_logits(*pair)[:, 1].max()
-            torch.testing.assert_close(found.scores[row, option], wanted)
+            no, yes = model.match_logits(*pair).unbind(1)
+            torch.testing.assert_close(found.scores[row, option], (yes - no).max())
     assert torch.equal(found.choices, found.scores.argmax(1))
     one = model.choose(states[:, 0], *options)
     torch.testing.assert_close(one.scores, model.choose(states[:, :1], *options).scores)
@@ -95,6 +95,23 @@ def test_a_choice(folder: Path, batch: dict[str, Tensor]) -> None:
         model.choose(states, ids, mask)
     with pytest.raises(ValueError, match="merge must be one of"):
         model.choose(states, *options, merge="sum")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("compat", "wanted"), [(None, [2.0, -3.0]), ("svitt-official", [3.0, -1.0])]
+)
+def test_pairs_are_ranked_by_log_odds(
+    folder: Path, compat: str | None, wanted: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The authors rank by the logit of "yes" alone."""
+    model = SViTTForMultipleChoice.from_pretrained(folder, compat=compat)
+    logits = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
+    monkeypatch.setattr(model, "match_logits", lambda *_: logits)
+    states = torch.zeros(1, 3, 4)
+    assert model.match_scores(states, states[..., 0], states).tolist() == wanted
+    text = torch.ones(1, 2, 6, dtype=torch.int64)
+    video = model.encode_video(torch.zeros(1, 2, 3, *[model.config.image_size] * 2)).states
+    assert model.choose(video, text, text).scores.tolist() == [wanted]
 
 
 @pytest.mark.parametrize(
