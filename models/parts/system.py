@@ -17,6 +17,8 @@ class Source:
     """Name of those that the paper starts from."""
     load: Callable[[Any, Any], object]
     """Takes over the weights of a folder: `load(model, folder)`."""
+    is_file: bool = False
+    """Whether it is a file, of a part that weights for use lack; it is read besides these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,4 +35,4 @@ class System:
     """Reads a file of the authors' code: `load_official(source, config, task=...)`, the task a key
     of `models`; None: there is no such."""
     sources: Mapping[str, Source] = field(default_factory=dict)
-    """By kind of model, as in the recipe's `init`: "beit", "bert"."""
+    """By kind of model, as in the recipe's `init`: "beit", "bert", "dalle"."""

@@ -11,6 +11,7 @@ from svitt_ops.models.simla.model import (
     SIMLAForVisualEntailment,
     SIMLAForVisualReasoning,
     SIMLAModel,
+    use_dalle,
 )
 
 SYSTEM = System(
@@ -21,6 +22,7 @@ SYSTEM = System(
     sources={
         "vit": Source(released=RELEASED["vit"], load=load_vit),
         "bert": Source(released=RELEASED["bert"], load=load_bert),
+        "dalle": Source(released="DALL-E's encoder", load=use_dalle, is_file=True),
     },
 )
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "SIMLAForVisualReasoning",
     "SIMLAModel",
     "load_official",
+    "use_dalle",
 ]

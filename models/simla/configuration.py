@@ -31,6 +31,10 @@ class SIMLAConfig(ALBEFConfig):
     """Token types, of which the first is used; 0 leaves the embedding out."""
     image_vocab_size: int = 8192
     """Visual tokens."""
+    tokenizer_width: int = 16
+    """Width of the first layers of the tokenizer that makes them; DALL-E's is 256."""
+    tokenizer_depth: int = 1
+    """Blocks of each group of its layers; of DALL-E's 2."""
     masked_patches: int = 75
     """The most patches of an image that are masked: of 256 in the released code, as of BEiT's
     196."""
@@ -80,6 +84,7 @@ class SIMLAConfig(ALBEFConfig):
         if self.text_hidden_size != self.hidden_size:
             wanted = f"hidden_size ({self.hidden_size}): one encoder reads both"
             self._refuse("text_hidden_size", wanted, self.text_hidden_size)
+        self._check_counts("tokenizer_width", "tokenizer_depth")
         self._check_counts("image_vocab_size", "masked_patches", "keyword_votes", "keywords")
         if self.masked_patches > self.num_patches:
             self._refuse("masked_patches", f"1 to {self.num_patches}", self.masked_patches)

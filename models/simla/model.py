@@ -5,7 +5,9 @@ Source: SIMLA (ECCV 2022).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from svitt_ops.models.parts.layers import embed
 from svitt_ops.models.parts.losses import IGNORED, distilled_cross_entropies, mean_of_labels
 from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
 from svitt_ops.models.parts.paired_images import ReadsTwoImages
+from svitt_ops.models.parts.unpickling import read_tensors
 from svitt_ops.models.parts.words import PredictsWords
 from svitt_ops.models.simla.configuration import SIMLAConfig
 from svitt_ops.models.simla.masking import (
@@ -29,7 +32,7 @@ from svitt_ops.models.simla.masking import (
     keyword_targets,
     votes_of_heads,
 )
-from svitt_ops.models.simla.tokenizer import ImageTokenizer, start
+from svitt_ops.models.simla.tokenizer import ImageTokenizer, dalle_sizes, load_dalle, start
 
 
 @dataclass
@@ -158,7 +161,8 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
     """SIMLA with a learned temperature and the heads of ITC, ITM, MLM, MIM and PSL.
 
     `tokenizer` makes the visual tokens, unless `forward` is given them: any module with `tokens`,
-    by default an untrained `ImageTokenizer`. Checkpoints of training hold it, weights for use not.
+    by default an untrained `ImageTokenizer`; `use_dalle` puts DALL-E's in its place. Checkpoints of
+    training hold it, weights for use not.
 
     `forward` takes two arguments more than ALBEF's, by name: ``masked_patches``, bool
     ``(batch, n)``, True where a patch is masked, by default in random blocks, and
@@ -175,7 +179,12 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
         super().build(config)
         self.tokenizer: Any = None
         if config.weights["mim"] and config.momentum is not None:
-            found = ImageTokenizer(config.grid_size, config.image_vocab_size)
+            found = ImageTokenizer(
+                config.grid_size,
+                config.image_vocab_size,
+                width=config.tokenizer_width,
+                depth=config.tokenizer_depth,
+            )
             self.tokenizer = found.requires_grad_(False)
 
     def fit_frames(self, num_frames: int) -> None:
@@ -306,6 +315,29 @@ class SIMLAForPreTraining(SIMLAConcepts, SIMLAForRetrieval, DistilsWords):
             return votes_of_heads(attention, config.keyword_votes), allowed, config.keywords
         allowed = allowed & (torch.arange(allowed.shape[1], device=allowed.device) > 0)
         return attention.mean(1), allowed, config.keyword_votes
+
+
+def use_dalle(model: Any, source: str | Path | Mapping[str, Any]) -> None:
+    """Let a model have DALL-E's encoder as its tokenizer, of the sizes that the weights show.
+
+    Args:
+        model: a `SIMLAForPreTraining` with a tokenizer; its configuration takes over the sizes.
+        source: as of `load_dalle`.
+
+    Raises:
+        ValueError: the model has no tokenizer, or the source is no such encoder.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(
+            f"{type(model).__name__}: must have a tokenizer to take DALL-E's, as pretraining with"
+            " the loss 'mim' has, got none"
+        )
+    tensors = read_tensors(source)
+    config, (width, depth) = model.config, dalle_sizes(tensors)
+    tokenizer = ImageTokenizer(config.grid_size, config.image_vocab_size, width=width, depth=depth)
+    load_dalle(tokenizer, tensors)
+    model.tokenizer = tokenizer.requires_grad_(False)
+    config.tokenizer_width, config.tokenizer_depth = width, depth
 
 
 class SIMLAAnswers(SIMLAModel, AnswersQuestions):

@@ -172,6 +172,23 @@ def load_dalle(tokenizer: ImageTokenizer, source: str | Path | Mapping[str, Any]
     tokenizer.encoder.load_state_dict(found)
 
 
+def dalle_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Width and depth of an encoder by the names of the published one, as `ImageTokenizer`'s.
+
+    Raises:
+        ValueError: there is no such encoder.
+    """
+    stem = tensors.get("blocks.input.w")
+    blocks = {x.split(".")[2] for x in tensors if x.startswith("blocks.group_1.block_")}
+    if stem is None or stem.dim() != 4 or not blocks:
+        first = next(iter(tensors), None)
+        raise ValueError(
+            "load_dalle: source must be DALL-E's encoder, with blocks.input.w and"
+            f" blocks.group_1.block_1, got {len(tensors)} tensors, the first {first!r}"
+        )
+    return len(stem), len(blocks)
+
+
 def _renamed(name: str) -> str:
     """Our name of one of DALL-E's tensors; unknown ones keep theirs."""
     kind = {"w": "weight", "b": "bias"}

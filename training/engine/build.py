@@ -109,6 +109,17 @@ def build_model(
     Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
     interpolated.
     """
+    model = _start_model(recipe, tokenizer, head)
+    for key, source in load_system(recipe.system).sources.items():
+        path = getattr(recipe.init, key)
+        if path is not None and (source.is_file or recipe.init.checkpoint is None):
+            with _named(f"init.{key}"):
+                source.load(model, path)
+    return model
+
+
+def _start_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, head: str) -> Any:
+    """The same without what `init` names besides a checkpoint."""
     from svitt_ops.models.parts.expansion import expand_frames
 
     system, changes = load_system(recipe.system), dict(recipe.model)
@@ -116,12 +127,7 @@ def build_model(
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = recipe.init.checkpoint
     if start is None:
-        model = system.models[head](system.config(**changes, **text))
-        for key, source in system.sources.items():
-            if folder := getattr(recipe.init, key):
-                with _named(f"init.{key}"):
-                    source.load(model, folder)
-        return model
+        return system.models[head](system.config(**changes, **text))
     if Path(start).is_file():
         config: Any = system.config(**changes, **text)
         with _named("init.checkpoint"):

@@ -127,23 +127,28 @@ def _check_corpus(key: str, corpus: Corpus, listed: Sequence[Corpus]) -> None:
 
 def _check_init(recipe: Recipe) -> None:
     init = recipe.init
+    sources, unread = load_system(recipe.system).sources, []
     if init.checkpoint is not None:
         _check_checkpoint(recipe, Path(init.checkpoint))
-        if unread := [f"init.{kind}" for kind in ("beit", "vit", "bert") if getattr(init, kind)]:
-            names = " and ".join(unread)
-            log.warning("%s not read: init.checkpoint has all weights", names)
-        return
-    sources = load_system(recipe.system).sources
     for kind, folder in vars(init).items():
-        if folder is None:
+        if folder is None or kind == "checkpoint":
+            continue
+        is_file = kind in sources and sources[kind].is_file
+        if init.checkpoint is not None and not is_file:
+            unread.append(f"init.{kind}")
             continue
         if kind not in sources:
             raise ValueError(
                 f"recipe: init.{kind} must be null, {recipe.system} does not start from such"
                 f" weights, got {folder!r}"
             )
+        if is_file:
+            input_file(folder, f"recipe: init.{kind}")
+            continue
         advice = f"get it by: hf download {sources[kind].released} --local-dir {folder}"
         check_folder(f"recipe: init.{kind}", folder, (kind,), advice)
+    if unread:
+        log.warning("%s not read: init.checkpoint has all weights", " and ".join(unread))
 
 
 def _check_checkpoint(recipe: Recipe, start: Path) -> None:

@@ -52,6 +52,9 @@ class Init:
     """Folder, or name of a downloaded Hugging Face ViT or DeiT, for an image tower of ALBEF's."""
     bert: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
+    dalle: str | None = field(default=None, metadata=PATH)
+    """File with the state dict of DALL-E's encoder, as SIMLA's tokenizer of patches while it is
+    pretrained; also besides `checkpoint`, which has none. Default: a small one, untrained."""
 
 
 @dataclass

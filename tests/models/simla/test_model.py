@@ -1,6 +1,7 @@
 """SIMLA: sizes, what is masked, what becomes a label, visual tokens, and what is refused."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from svitt_ops.models import (
     SIMLAForRetrieval,
     SIMLAModel,
 )
-from svitt_ops.models.simla import load_official
+from svitt_ops.models.simla import load_official, use_dalle
 from svitt_ops.models.simla.masking import block_masks, keyword_targets, votes_of_heads
 from svitt_ops.models.simla.tokenizer import ImageTokenizer, load_dalle
 
@@ -299,6 +300,36 @@ def test_dall_e_s_encoder_loads() -> None:
     del tensors["blocks.input.b"]
     with pytest.raises(ValueError, match=r"load_dalle: stem.bias must have shape \(8,\), got None"):
         load_dalle(tokenizer, tensors)
+
+
+def test_dalle_in_a_model(make: Make, pairs: dict[str, Tensor], tmp_path: Path) -> None:
+    """From a file, whose sizes the configuration takes over; and what is refused."""
+    torch.manual_seed(0)
+    tensors = dalle(8, 11, 2)
+    file = tmp_path / "dalle.pt"
+    torch.save(tensors, file)
+    model = SIMLAForPreTraining(make())
+    use_dalle(model, file)
+    assert torch.equal(model.tokenizer.encoder.stem.weight, tensors["blocks.input.w"])
+    assert not any(x.requires_grad for x in model.tokenizer.parameters())
+    assert (model.config.tokenizer_width, model.config.tokenizer_depth) == (8, 2)
+    again = SIMLAForPreTraining(model.config)
+    again.load_state_dict(model.state_dict())
+    found = [x.tokenizer.tokens(pairs["pixel_values"]) for x in (model, again)]
+    assert torch.equal(*found) and found[0].unique().numel() > 1
+    assert model(**pairs).loss_mim > 0
+    for source, message in (
+        (dalle(4, 12, 1), r"head.bias must have shape \(11,\), got \(12,\)"),
+        ({"a": torch.ones(1)}, "must be DALL-E's encoder, .* got 1 tensors, the first 'a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use_dalle(again, source)
+    assert (again.config.tokenizer_width, again.config.tokenizer_depth) == (8, 2)
+    file.write_bytes(pickle.dumps(Path("runs")))
+    with pytest.raises(ValueError, match=r"read_tensors: .*dalle\.pt"):
+        use_dalle(model, file)
+    with pytest.raises(ValueError, match="SIMLAForRetrieval: must have a tokenizer to take DALL-E"):
+        use_dalle(SIMLAForRetrieval(make()), tensors)
 
 
 def test_what_tasks_start_from() -> None:

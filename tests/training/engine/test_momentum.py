@@ -1,5 +1,6 @@
 """A model with a momentum twin in the engine: killed and resumed, and what it leaves."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from svitt_ops.models.simla.tokenizer import TokenEncoder
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.saving import TRAINING_STATE
@@ -113,6 +115,44 @@ def test_a_checkpoint_without_the_twin_is_refused(make: Any, tmp_path: Path) -> 
     (tmp_path / "run" / "checkpoint-3" / TRAINING_STATE).unlink()
     with pytest.raises(ValueError, match=r"training_state.safetensors: must hold the \d+ tensors"):
         pretrain(make("run"))
+
+
+def test_dalle_s_tokenizer(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a file that a recipe names: kept by checkpoints, and read besides a checkpoint."""
+    tensors = {}
+    encoder = TokenEncoder(8, 4, 1)
+    for name, x in encoder.state_dict().items():
+        group = re.match(r"groups\.(\d)\.0\.(.+)", name)
+        path = name.replace("stem", "blocks.input").replace("head", "blocks.output.conv")
+        if group:
+            inner = re.sub(
+                r"convolutions\.(\d)", lambda m: f"res_path.conv_{int(m[1]) + 1}", group[2]
+            )
+            inner = inner.replace("shortcut", "id_path")
+            path = f"blocks.group_{int(group[1]) + 1}.block_1.{inner}"
+        tensors[path.replace("weight", "w").replace("bias", "b")] = x
+    file = tmp_path / "dalle.pt"
+    torch.save(tensors, file)
+    options = (f"init.dalle={file}",)
+    whole = pretrain(make("whole", *options, system="simla"))
+    stopped = pretrain(make("stopped", *options, system="simla"), callbacks=[StopAt(3)])
+    resumed = pretrain(make("stopped", *options, system="simla"))
+    assert losses(resumed) == {step: x for step, x in losses(whole).items() if step > 3}
+    state = load_file(tmp_path / "whole" / "checkpoint-6" / TRAINING_STATE)
+    assert torch.equal(state["tokenizer.encoder.stem.weight"], encoder.stem.weight)
+    more = ("tokenizer.train_vocab_size=null", f"init.checkpoint={stopped.folder}")
+    on = make("on", *options, *more, system="simla")
+    on.model = {}
+    assert torch.equal(pretrain(on).model.tokenizer.encoder.stem.weight, encoder.stem.weight)
+    for options, system, message in (
+        ((f"init.dalle={tmp_path}",), "simla", r"recipe: init\.dalle: must be a file, got "),
+        ((f"init.dalle={file}",), "albef", r"recipe: init\.dalle must be null, albef does not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(make("bad", *options, system=system))
+    torch.save({"a": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"recipe: init\.dalle: load_dalle: source must be DALL-E"):
+        pretrain(make("bad", f"init.dalle={file}", system="simla"))
 
 
 def test_retrieval_from_a_pretrained_model(make: Any, corpus: Path, tmp_path: Path) -> None:
