@@ -66,3 +66,9 @@ def batch() -> dict[str, Tensor]:
         "mlm_input_ids": masked,
         "mlm_labels": labels,
     }
+
+
+@pytest.fixture
+def pairs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same pairs with a picture, the first frame, instead of a clip."""
+    return {**batch, "pixel_values": batch["pixel_values"][:, 0]}

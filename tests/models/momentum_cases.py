@@ -1,4 +1,4 @@
-"""What the golden cases of systems with a momentum twin have in common."""
+"""What tests of systems with a momentum twin have in common: a small model, and golden cases."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,26 @@ from svitt_ops.models.parts.paired_images import ReadsTwoImages
 from svitt_ops.models.parts.released_images import _in_pairs
 from svitt_ops.models.simla.convert import RULES
 
+TINY: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "text_hidden_size": 32,
+    "text_num_hidden_layers": 4,
+    "fusion_layer": 2,
+    "text_num_attention_heads": 2,
+    "text_intermediate_size": 40,
+    "max_position_embeddings": 16,
+    "projection_dim": 12,
+    "decoder_layers": 2,
+    "queue_size": 6,
+    "initializer_range": 0.2,
+}
+"""Of a small model of ALBEF, for the `batch` of `conftest`."""
 PAIRS = {
     "pixel_values": "in/image",
     "input_ids": "in/input_ids",

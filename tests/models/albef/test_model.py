@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from momentum_cases import TINY
 from torch import Tensor
 
 from svitt_ops.models import (
@@ -21,35 +22,11 @@ from svitt_ops.models import (
 from svitt_ops.models.parts.grounding import class_maps, keep_attention
 
 Make = Callable[..., ALBEFConfig]
-TINY: dict[str, Any] = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 50,
-    "text_hidden_size": 32,
-    "text_num_hidden_layers": 4,
-    "fusion_layer": 2,
-    "text_num_attention_heads": 2,
-    "text_intermediate_size": 40,
-    "max_position_embeddings": 16,
-    "projection_dim": 12,
-    "decoder_layers": 2,
-    "queue_size": 6,
-    "initializer_range": 0.2,
-}
 
 
 @pytest.fixture
 def make() -> Make:
     return lambda **changes: ALBEFConfig(**{**TINY, **changes})
-
-
-@pytest.fixture
-def pairs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**batch, "pixel_values": batch["pixel_values"][:, 0]}
 
 
 def test_the_base_model_s_size() -> None:

@@ -7,41 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from momentum_cases import TINY
 from torch import Tensor
 
 from svitt_ops.models import ALBEFConfig, ALBEFForPreTraining, ALBEFForVisualEntailment
 from svitt_ops.models.parts.losses import IGNORED, distilled_cross_entropies, mean_of_labels
 from svitt_ops.models.parts.momentum import FeatureQueue
 
-TINY = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 50,
-    "text_hidden_size": 32,
-    "text_num_hidden_layers": 4,
-    "fusion_layer": 2,
-    "text_num_attention_heads": 2,
-    "text_intermediate_size": 40,
-    "max_position_embeddings": 16,
-    "projection_dim": 12,
-    "decoder_layers": 2,
-    "queue_size": 7,
-    "initializer_range": 0.2,
-}
-
 
 def build(**changes: object) -> ALBEFForPreTraining:
     torch.manual_seed(0)
-    return ALBEFForPreTraining(ALBEFConfig(**{**TINY, **changes}))
-
-
-@pytest.fixture
-def pairs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**batch, "pixel_values": batch["pixel_values"][:, 0]}
+    return ALBEFForPreTraining(ALBEFConfig(**{**TINY, "queue_size": 7, **changes}))
 
 
 def rows(first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

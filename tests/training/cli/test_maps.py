@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("matplotlib")
 from PIL import Image
+from running import DENSE, OF_PICTURES
 
 from svitt_ops.models import SIMLAForPreTraining, SoftMaskForPreTraining
 from svitt_ops.models.systems import load_system
@@ -23,15 +24,13 @@ from svitt_ops.training.engine.loading import load_for_use
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "the small red circle left of a blue square"
-OF_PICTURES: dict[str, Any] = {
-    **{"num_frames": 1, "edge_sparsity": False, "keep_rate": 1.0, "multimodal_keep_rate": 1.0},
-    **{"prune_layers": [], "multimodal_prune_layers": [], "queue_size": 4, "decoder_layers": 1},
-    **{"image_size": 32, "initializer_range": 0.3, "text_num_hidden_layers": 4},
-}
-OF_SYSTEMS: dict[str, dict[str, Any]] = {
-    "albef": {},
-    "simla": {"fusion_layer": 0, "unpaired_layers": 1, "masked_patches": 2, "image_vocab_size": 8},
-    "softmask": {"mask_layer": 1},
+SMALL: dict[str, Any] = {
+    **DENSE,
+    "num_frames": 1,
+    "queue_size": 4,
+    "image_size": 32,
+    "initializer_range": 0.3,
+    "text_num_hidden_layers": 4,
 }
 Capture = pytest.CaptureFixture[str]
 Folders = Callable[..., Path]
@@ -46,7 +45,7 @@ def folders(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Folde
         folder = tmp_path_factory.mktemp(system)
         torch.manual_seed(0)
         recipe = make_recipe(
-            folder, f"system={system}", **{**OF_PICTURES, **OF_SYSTEMS[system], **model}
+            folder, f"system={system}", **{**SMALL, **OF_PICTURES[system], **model}
         )
         model_class = load_system(system).models[head]
         model_class(build_model(recipe, tokenizer).config).save_pretrained(folder)
@@ -58,7 +57,7 @@ def folders(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Folde
 
 @pytest.fixture(scope="module")
 def models(folders: Folders) -> dict[str, Path]:
-    return {system: folders(system) for system in OF_SYSTEMS}
+    return {system: folders(system) for system in OF_PICTURES}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def picture(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("system", OF_SYSTEMS)
+@pytest.mark.parametrize("system", OF_PICTURES)
 def test_every_picture_of_a_file_gets_a_figure(
     system: str,
     models: dict[str, Path],

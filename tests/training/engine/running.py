@@ -20,6 +20,12 @@ DENSE = {
     "multimodal_prune_layers": [],
 }
 """What to change in the small model for a system without sparsity."""
+OF_PICTURES: dict[str, dict[str, Any]] = {
+    "albef": {},
+    "simla": {"fusion_layer": 0, "unpaired_layers": 1, "masked_patches": 2, "image_vocab_size": 8},
+    "softmask": {"mask_layer": 1},
+}
+"""The systems of pictures, and what a small model of each has besides."""
 LONG = 100_000  # steps that no test waits for
 ENOUGH = 600  # seconds in which any process ends, however busy the machine is
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import DENSE, StopAt, losses
+from running import DENSE, OF_PICTURES, StopAt, losses
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -28,25 +28,18 @@ MODEL = {
 }
 
 
-OF_SYSTEMS: dict[str, dict[str, Any]] = {
-    "albef": {},
-    "simla": {"fusion_layer": 0, "unpaired_layers": 0, "masked_patches": 2, "image_vocab_size": 8},
-    "softmask": {"mask_layer": 1},
-}
-
-
 @pytest.fixture
 def make(make_recipe: Any, tmp_path: Path) -> Any:
     options = ("run.save_steps=3", "optimizer.lr=1e-2")
 
     def recipe(name: str, *more: str, system: str = "albef") -> Any:
-        model = MODEL | OF_SYSTEMS[system]
+        model = MODEL | OF_PICTURES[system]
         return make_recipe(tmp_path / name, f"system={system}", *options, *more, **model)
 
     return recipe
 
 
-@pytest.mark.parametrize("system", OF_SYSTEMS)
+@pytest.mark.parametrize("system", OF_PICTURES)
 def test_stopped_and_resumed(system: str, make: Any, tmp_path: Path) -> None:
     """The twin, the queues and the share of the twin go on as they were."""
     whole = pretrain(make("whole", system=system))

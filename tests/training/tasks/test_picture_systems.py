@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, losses, run, torchrun, write
+from running import DENSE, ENOUGH, OF_PICTURES, losses, run, torchrun, write
 from safetensors.torch import load_file
 
 from svitt_ops.training import cli
@@ -29,11 +29,6 @@ MODEL = {
     "momentum": 0.5,
     "alpha_warmup_steps": 2,
     "decoder_layers": 1,
-}
-OF_SYSTEMS: dict[str, dict[str, Any]] = {
-    "albef": {},
-    "simla": {"fusion_layer": 0, "unpaired_layers": 1, "masked_patches": 2, "image_vocab_size": 8},
-    "softmask": {"mask_layer": 1},
 }
 PREFIXES = {"albef": "ALBEF", "simla": "SIMLA", "softmask": "SoftMask"}
 FILES = {
@@ -86,7 +81,7 @@ def make(make_recipe: Any, pictures: Path) -> Any:
 
     def recipe(output: Path, *overrides: str, system: str = "albef", **model: Any) -> Any:
         train = f"data.train=[{{annotations: {pictures / 'train.json'}, kind: image}}]"
-        changes = MODEL | OF_SYSTEMS[system] | model
+        changes = MODEL | OF_PICTURES[system] | model
         return make_recipe(output, f"system={system}", train, *IMAGES, *overrides, **changes)
 
     return recipe
@@ -99,7 +94,7 @@ def pretrained(make: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("pretrained")
     return {
         system: pretrain(make(folder / system, "optimizer.steps=2", system=system)).folder
-        for system in OF_SYSTEMS
+        for system in OF_PICTURES
     }
 
 
@@ -163,7 +158,7 @@ def test_from_a_pretrained_model_to_numbers(
         assert f"--metric: is no option of {task}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("system", OF_SYSTEMS)
+@pytest.mark.parametrize("system", OF_PICTURES)
 def test_layers_and_detections_of_grounding(
     system: str,
     pretrained: dict[str, Path],
@@ -236,7 +231,7 @@ main(["pretrain", "--config", sys.argv[1]])
 
 @pytest.mark.parametrize(
     ("system", "task"),
-    [(system, "pretrain") for system in OF_SYSTEMS]
+    [(system, "pretrain") for system in OF_PICTURES]
     + [("albef", "retrieval"), ("albef", "entailment")],
 )
 def test_two_ranks_equal_one_process(
