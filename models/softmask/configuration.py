@@ -59,7 +59,7 @@ class SoftMaskConfig(ALBEFConfig):
     skips that pass, one left out is 1; open."""
 
     @property
-    def masks_words_regions(self) -> bool:
+    def masks_by_words(self) -> bool:
         """Whether masks are where the model finds a word."""
         return self.mask_source in ("gradcam", "cross_attention")
 
@@ -76,6 +76,6 @@ class SoftMaskConfig(ALBEFConfig):
         self._check_numbers(share, "mask_mass", "jitter", "grayscale_rate", "blur_rate")
         # In the last layer the match logit depends on [CLS] alone: words have no gradient.
         first, last = self.fusion_layer, self.text_num_hidden_layers - 1
-        if self.masks_words_regions and self.mask_layer not in range(first, last):
+        if self.masks_by_words and self.mask_layer not in range(first, last):
             wanted = f"a fusion layer before the last, {first} to {last - 1}"
             self._refuse("mask_layer", wanted, self.mask_layer)

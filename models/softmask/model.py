@@ -186,7 +186,7 @@ class SoftMaskForPreTraining(ALBEFForPreTraining):
         Raises:
             ValueError: masks are not made from words.
         """
-        if not self.config.masks_words_regions:
+        if not self.config.masks_by_words:
             raise ValueError(
                 f"{type(self).__name__}: mask_source must be 'gradcam' or 'cross_attention' for"
                 f" masks of words, got {self.config.mask_source!r}"

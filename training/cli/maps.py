@@ -102,7 +102,7 @@ def find_maps(
     video = model.encode_video(pixels)
     words = model.encode_text(ids, mask).states
     groups = [_grounding(model, words, mask, video.states, layer, pieces, places)]
-    if hasattr(model, "word_masks") and model.config.masks_words_regions:
+    if hasattr(model, "word_masks") and model.config.masks_by_words:
         masks, allowed = model.word_masks(words, ids, mask, video.states)
         chosen = [place for place in places if allowed[0, place]]
         kept = masks[0, chosen] if model.config.mask_keeps else 1 - masks[0, chosen]
