@@ -150,24 +150,34 @@ def _draw_videos(
     target: Path,
     layer: None,
 ) -> None:
-    """Draw all clips into one figure."""
+    """Draw all clips that can be read into one figure."""
     from svitt_ops.training.cli.figures import draw_survivors, find_survivors
-    from svitt_ops.training.data.video import read_frames
+    from svitt_ops.training.data.datasets import SkipLog
+    from svitt_ops.training.data.video import UnusableVideoError, read_frames
 
     def choose(times: Sequence[float]) -> list[int]:
         return sample_positions(times, model.config.num_frames, "middle")
 
-    samples = [
-        find_survivors(
+    samples, skipped = [], SkipLog()
+    for entry in entries:
+        path = entry.media[0]
+        try:
+            frames = read_frames(path, choose, short_side=reading.short_side)
+        except UnusableVideoError as error:
+            for reason in skipped.add([(path, str(error))]):
+                log.warning("skipped: %s", reason)
+            continue
+        found = find_survivors(
             model,
             tokenizer,
-            read_frames(entry.media[0], choose, short_side=reading.short_side),
+            frames,
             entry.captions[0],
             text_length=reading.text_length,
             resize=reading.resize,
         )
-        for entry in entries
-    ]
+        samples.append(found)
+    if not samples:
+        raise ValueError(f"visualize: no video could be read; the first: {skipped.first()}")
     with saving(target):
         print(draw_survivors(samples, target))
 

@@ -181,6 +181,18 @@ def test_visualize_reads_as_training_did(
     assert cli.main([*command, "a red circle then a blue square", "--frames", "8"]) == 0
     assert "--caption: 1 of 1 longer than 7 tokens, and cut" in caplog.text
     assert figure.exists()
+    figure.unlink()
+    listed = ["visualize", str(run), "--annotations", str(tmp_path / "test.json"), *command[3:5]]
+    rows = [{"video": clip, "caption": "a"}, {"video": "gone.mp4", "caption": "b"}]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    assert cli.main(listed) == 0 and figure.exists()
+    assert "gone.mp4" in caplog.text
+    (tmp_path / "test.json").write_text(json.dumps(rows[1:]))
+    capsys.readouterr()
+    assert cli.main(listed) == 2
+    assert "visualize: no video could be read; the first: " in capsys.readouterr().err
+    assert cli.main([*command, "a", "--layer", "1"]) == 2
+    assert "--layer: needs a model of pictures, got svitt" in capsys.readouterr().err
     for option in ("--frames", "--text-length"):
         assert cli.main([*command, "a", option, "0"]) == 2
         assert f"{option}: must be at least 1, got 0" in capsys.readouterr().err
