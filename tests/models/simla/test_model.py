@@ -179,6 +179,18 @@ def test_excluded_pieces_and_padding_are_no_labels(
     assert labels.sum(1).max() <= (5 if rule == "votes" else 4)
     with_words = torch.zeros_like(labels).scatter(1, ids, 1)
     assert (labels <= with_words).all()
+    words = model.encode_text(ids, mask).states
+    light = SIMLAForPreTraining(make(keyword_rule=rule, keyword_excluded_ids=[excluded]))
+    light.load_state_dict(model.state_dict())
+    light.teacher = None  # weights for use: the model is its own twin
+    for reader in (model, light):
+        places, chosen = reader.label_places(words, ids, mask, video.states)
+        found = torch.zeros_like(labels)
+        found.scatter_reduce_(1, ids.gather(1, places), chosen.float(), "amax")
+        assert torch.equal(found, labels)
+    attention = model.attention_of_patches(video.states, words, mask, layer=2)
+    assert attention.shape == (3, 16, 6) and not attention[1, :, 4:].any()
+    torch.testing.assert_close(attention.sum(2), torch.ones(3, 16))
 
 
 def test_losses_mixed_are_losses_of_mixed_targets(make: Make, pairs: dict[str, Tensor]) -> None:

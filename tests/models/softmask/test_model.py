@@ -108,6 +108,15 @@ def test_masks_come_from_words_maps(make: Make, pairs: dict[str, Tensor]) -> Non
     words = (mask != 0) & (ids != excluded)
     words[:, 0] = False
     assert torch.equal(seen, words)
+    model.config.mask_compensation = "add"
+    masks, allowed = model.word_masks(text.states, ids, mask, video.states)
+    assert torch.equal(allowed, words)
+    drawn = model.soft_mask(text.states, ids, mask, video.states)
+    close = (drawn[:, None] - masks).abs().amax(2) < 1e-5
+    assert ((close & words).sum(1) >= 1).all()
+    model.config.mask_source = "random"
+    with pytest.raises(ValueError, match=r"mask_source must be 'gradcam' or .* got 'random'"):
+        model.word_masks(text.states, ids, mask, video.states)
 
 
 @pytest.mark.parametrize("source", ["gradcam", "cross_attention", "random"])
