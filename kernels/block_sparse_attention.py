@@ -75,9 +75,9 @@ def _forward_kernel(
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code = 0
     if table_ptr is not None:
@@ -90,20 +90,20 @@ def _forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, own, _, logit, _ = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+    for step in range(0, steps):
+        first, place, exists, own, _, logit, _ = column_logits(
+            step, blocks_ptr, listed, walked, block, length, rows, query, key_ptr, key_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
         if logits_ptr is not None:
-            seen = (rows == BLOCK_SIZE)[:, None] & (own & (token >= NUM_GLOBAL))[None, :]
-            place = pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + token - NUM_GLOBAL
-            places = tl.broadcast_to((logits_ptr + place)[None, :], [ROWS, COLUMNS])
-            tl.store(places, logit, mask=seen)
+            kept = (rows == BLOCK_SIZE)[:, None] & own[None, :]
+            base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + first - NUM_GLOBAL
+            tl.store(tl.broadcast_to((base + place)[None, :], [ROWS, COLUMNS]), logit, mask=kept)
         top, total, acc = weigh_values(
-            top, total, acc, logit, value_ptr, token, value_row, exists, HEAD_DIM, DIM
-        )
+            top, total, acc, logit, value_ptr + first * value_row, place, value_row, exists,
+            HEAD_DIM, DIM,
+        )  # fmt: skip
 
     filled = row_exists & (total != 0)  # NaN is no empty row
     acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)

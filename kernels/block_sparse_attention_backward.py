@@ -107,9 +107,9 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
     lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code = 0
     if table_ptr is not None:
@@ -122,9 +122,9 @@ def _grad_query_kernel(
 
     scale_log2 = scale * LOG2_E
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, _, key, logit, _ = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+    for step in range(0, steps):
+        first, place, exists, _, key, logit, _ = column_logits(
+            step, blocks_ptr, listed, walked, block, length, rows, query, key_ptr, key_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
@@ -132,7 +132,8 @@ def _grad_query_kernel(
         if stats_ptr is not None:
             logit -= lse_low[:, None]
         prob = tl.exp2(logit)
-        value = load_rows(value_ptr, token, value_row, exists, HEAD_DIM, DIM)
+        value_first = value_ptr + first * value_row
+        value = load_rows(value_first, place, value_row, exists, HEAD_DIM, DIM)
         grad_prob = products(grad_out, value)
         grad_logit = prob * (grad_prob - delta[:, None])
         acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
@@ -186,9 +187,9 @@ def _grad_key_kernel(
     key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
     value_ptr += batch * value_batch + head * value_head
     value = load_rows(value_ptr, row_token, value_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code, centre = 0, 0
     if table_ptr is not None:
@@ -207,18 +208,22 @@ def _grad_key_kernel(
     scale_log2 = scale * LOG2_E
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, _, query, logit, index = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, key, query_ptr, query_row,
+    # The steps that can hold a global.
+    first_steps: tl.constexpr = (max(BLOCK_SIZE, NUM_GLOBAL) + COLUMNS - 1) // COLUMNS
+    for step in range(0, steps):
+        first, place, exists, _, query, logit, index = column_logits(
+            step, blocks_ptr, listed, walked, block, length, rows, key, query_ptr, query_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
+        token = first + place
         lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
         logit -= lse[None, :]
         if stats_ptr is not None:
             logit -= lse_low[None, :]
         prob = tl.exp2(logit)
-        grad_out = load_rows(grad_out_ptr, token, grad_out_row, exists, HEAD_DIM, DIM)
+        grad_first = grad_out_ptr + first * grad_out_row
+        grad_out = load_rows(grad_first, place, grad_out_row, exists, HEAD_DIM, DIM)
         acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
         grad_prob = products(value, grad_out)
         delta = tl.load(delta_ptr + token, mask=exists, other=0.0)
@@ -230,7 +235,7 @@ def _grad_key_kernel(
             if NUM_GLOBAL > 0:
                 from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if start < NUM_GLOBAL:
+                if step < first_steps:
                     is_global = token < NUM_GLOBAL
                     entry = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)

@@ -16,7 +16,6 @@ import triton.language as tl
 from .rows import LOG2_E, load_rows, products
 
 CODE_LIMIT = tl.constexpr(1 << 28)
-GLOBAL_CODE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -46,9 +45,10 @@ def row_tokens(
 @triton.jit
 def list_extent(
     counts_ptr, blocks_ptr, row, width, block, num_blocks, tile, length,
-    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Where the list of a block starts, how many listed blocks a tile walks, and how many columns.
+    """Where the list of a block starts, how many of its blocks a tile walks, how many in all, and
+    in how many steps.
 
     A tile with global rows also needs the own block: as one more block after the list where the
     list lacks it. A tile of nothing but global rows walks only that one.
@@ -59,104 +59,171 @@ def list_extent(
     walked = listed
     has_globals = (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE)
     if has_globals:
+        # One entry a lane, without waiting for the count: a warp adds them without a barrier.
         found = 0
-        for start in range(0, listed, 128):
-            slot = start + tl.arange(0, 128)
-            entry = tl.load(blocks_ptr + slot, mask=slot < listed, other=-1)
-            found += tl.sum((entry == block).to(tl.int32), axis=0)
+        for start in range(0, width, 32):
+            slot = start + tl.arange(0, 32)
+            entry = tl.load(blocks_ptr + slot, mask=slot < width, other=-1)
+            found += tl.sum(((entry == block) & (slot < listed)).to(tl.int32), axis=0)
         walked += tl.where(found > 0, 0, 1)
-    columns = NUM_GLOBAL + walked * BLOCK_SIZE
+    pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+    steps = (walked + pack - 1) // pack * parts
+    if parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL:
+        steps += (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
+    elif NUM_GLOBAL > 0:
+        steps = tl.maximum(steps, parts)  # for the globals that they hold
     # A block that does not exist in this sample has nothing to do, but block 0 always serves the
     # globals.
-    columns = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, columns)
-    return blocks_ptr, listed, columns
+    steps = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, steps)
+    return blocks_ptr, listed, walked, steps
 
 
 @triton.jit
 def column_tokens(
-    start, columns, blocks_ptr, listed, block, length,
+    step, blocks_ptr, listed, walked, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens behind one tile of the list; which exist, which the tokens see, which the globals."""
-    position = start + tl.arange(0, COLUMNS)
-    offset = tl.maximum(position - NUM_GLOBAL, 0)
-    slot = offset // BLOCK_SIZE
-    entry = tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
-    entry = tl.where(slot < listed, entry, block)
-    token = NUM_GLOBAL + entry * BLOCK_SIZE + (offset - slot * BLOCK_SIZE)
-    token = tl.where(position < NUM_GLOBAL, position, token)
-    exists = (position < columns) & (token < length)
-    in_list = exists & (position < NUM_GLOBAL + listed * BLOCK_SIZE)
+    """Columns of one step: `first` + `place` is the token of each. Which exist, and whether all do
+    that are tokens; which the token rows see, which the global rows; which can only be globals, and
+    their numbers.
+
+    Whether a column holds a token or a global, and where in its block, are constants of the compile
+    where a tile holds a whole block: `place` leaves the loop, and masks of it fold away.
+    """
+    pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+    leads: tl.constexpr = parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL
+    lead: tl.constexpr = (NUM_GLOBAL + COLUMNS - 1) // COLUMNS if leads else 0
+    column = tl.arange(0, COLUMNS)
+    turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
+    slot = turn
+    within = column
+    if parts > 1:
+        slot = turn // parts
+        within += turn % parts * COLUMNS
+    beyond = within >= pack * BLOCK_SIZE
+    number = within - pack * BLOCK_SIZE
+    if pack > 1:
+        slot = turn * pack + tl.minimum(column // BLOCK_SIZE, pack - 1)
+        within = column % BLOCK_SIZE
+    globals = tl.minimum(NUM_GLOBAL, length)
+    if leads:
+        slot = tl.where(turn >= 0, slot, walked)
+        number = step * COLUMNS + column
+        beyond = beyond | (number < lead * COLUMNS)
+        is_global = number < globals
+    else:
+        is_global = number < tl.where(turn < parts, globals, 0)
+    there = slot < walked
+    listed_here = slot < listed
+    entry = tl.load(blocks_ptr + slot, mask=listed_here, other=0)
+    entry = tl.where(listed_here, entry, block)
+    first = NUM_GLOBAL + entry * BLOCK_SIZE
+    limit = tl.where(there, length - first, 0)
+    exists = tl.where(beyond, is_global, within < limit)
+    to_tokens = tl.where(beyond, is_global, listed_here)
     # Each global row meets a token in that token's own block, and the globals in block 0.
-    own = exists & (tl.where(position < NUM_GLOBAL, 0, entry) == block)
-    return token, exists, in_list, own
-
-
-@triton.jit
-def column_mask(rows, in_list, own, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr):
-    """0 where a row attends a column, else -inf: added to the logit, mask and scale are one FMA."""
-    mask = tl.where(in_list, 0.0, float("-inf"))[None, :]
-    if NUM_GLOBAL > 0:
-        global_mask = tl.where(own, 0.0, float("-inf"))[None, :]
-        mask = tl.where((rows >= BLOCK_SIZE)[:, None], global_mask, mask)
-    return mask
+    owner = tl.where(beyond, tl.where(is_global, 0, -1), tl.where(there, entry, -1))
+    to_globals = owner == block
+    if pack > 1:
+        within += first
+        first = 0
+    place = tl.where(beyond, number - first, within)
+    return first, place, exists, limit >= BLOCK_SIZE, to_tokens, to_globals, beyond, number
 
 
 @triton.jit
 def load_codes(ptr, tokens, exists, shift, NUM_GLOBAL: tl.constexpr):
-    """Position codes of tokens, plus shift; the code of a global is GLOBAL_CODE plus its number."""
+    """Position codes of tokens, plus shift; 0 for globals."""
     code = tl.load(ptr + tokens - NUM_GLOBAL, mask=exists & (tokens >= NUM_GLOBAL), other=0)
-    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
-    return tl.where(tokens < NUM_GLOBAL, GLOBAL_CODE + tokens, code)
+    return tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
 
 
 @triton.jit
-def bias_index(query_code, key_code, num_offsets, NUM_GLOBAL: tl.constexpr):
-    """Row of the bias table for each pair; the arguments broadcast against each other.
+def row_entries(
+    rows, num_offsets,
+    ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
+):  # fmt: skip
+    """Of each row: the first and last entry of the bias table that its pairs with tokens take, and
+    the entry of its pair with global 0.
 
-    Queries are shifted by (num_offsets - 1) // 2 already; num_offsets is R0. Whether a token is
-    global is part of its code, because a thread's share of a gather has many rows, and each number
-    kept per row costs as many registers. The clamp keeps bad codes inside the table.
+    A global row has one entry for all tokens: clamped to it, an index needs no select. For tokens
+    the clamp keeps bad codes inside the table; num_offsets is R0.
     """
-    index = tl.minimum(tl.maximum(query_code - key_code, 0), num_offsets - 1)
-    if NUM_GLOBAL == 1:
-        index = tl.where(query_code >= GLOBAL_CODE, num_offsets, index)
-        to_global = tl.where(query_code >= GLOBAL_CODE, num_offsets + 2, num_offsets + 1)
-        index = tl.where(key_code >= GLOBAL_CODE, to_global, index)
-    elif NUM_GLOBAL > 1:
-        a = query_code - GLOBAL_CODE
-        b = key_code - GLOBAL_CODE
-        index = tl.where(a >= 0, num_offsets + a, index)
-        to_global = num_offsets + NUM_GLOBAL + b + tl.where(a >= 0, NUM_GLOBAL * (a + 1), 0)
-        index = tl.where(b >= 0, to_global, index)
+    low = tl.zeros_like(rows)
+    high = low + num_offsets - 1
+    globals = low
+    if NUM_GLOBAL > 0:
+        a = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
+        of_global = num_offsets + a
+        globals = low + num_offsets
+        among = num_offsets + 2 * NUM_GLOBAL + a * NUM_GLOBAL
+        if ROWS_ARE_KEYS:
+            of_global += NUM_GLOBAL
+            among = num_offsets + 2 * NUM_GLOBAL + a
+        else:
+            globals += NUM_GLOBAL
+        low = tl.where(a >= 0, of_global, low)
+        high = tl.where(a >= 0, of_global, high)
+        globals = tl.where(a >= 0, among, globals)
+    return low, high, globals
+
+
+@triton.jit
+def bias_index(
+    rows, row_code, code, beyond, number, num_offsets,
+    ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
+):  # fmt: skip
+    """Row of the bias table for each pair of a row and a column."""
+    low, high, globals = row_entries(rows, num_offsets, ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL)
+    if ROWS_ARE_KEYS:
+        index = code[None, :] - row_code[:, None]
+    else:
+        index = row_code[:, None] - code[None, :]
+    index = tl.minimum(tl.maximum(index, low[:, None]), high[:, None])
+    if NUM_GLOBAL > 0:
+        to_global = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
+        if ROWS_ARE_KEYS and NUM_GLOBAL > 1:
+            to_global *= tl.where(rows >= BLOCK_SIZE, NUM_GLOBAL, 1)[:, None]
+        index = tl.where(beyond[None, :], globals[:, None] + to_global, index)
     return index
 
 
 @triton.jit
 def column_logits(
-    start, columns, blocks_ptr, listed, block, length, rows, own, ptr, step,
+    step, blocks_ptr, listed, walked, block, length, rows, held, ptr, stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of columns: tokens, which exist, which the globals see, what they hold, their
-    logits in base 2 with the rows that hold `own`, and the table's entry behind each.
+    """One step of columns: first token, place of each after it, which exist, which are tokens of
+    the own block, what they hold, their logits in base 2 with the rows that hold `held`, and the
+    table's entry behind each.
     """
-    token, exists, in_list, seen = column_tokens(
-        start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+    first, place, exists, whole, to_tokens, to_globals, beyond, number = column_tokens(
+        step, blocks_ptr, listed, walked, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
-    held = load_rows(ptr, token, step, exists, HEAD_DIM, DIM)
-    logit = products(own, held) * scale_log2
-    logit += column_mask(rows, in_list, seen, BLOCK_SIZE, NUM_GLOBAL)
+    there = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
+    # Added to the logit, 0 or -inf, mask and scale are one FMA.
+    mask = tl.where(to_tokens, 0.0, float("-inf"))[None, :]
+    if NUM_GLOBAL > 0:
+        global_mask = tl.where(to_globals, 0.0, float("-inf"))[None, :]
+        mask = tl.where((rows >= BLOCK_SIZE)[:, None], global_mask, mask)
+    logit = products(held, there) * scale_log2 + mask
     index = 0
     if table_ptr is not None:
-        code = load_codes(codes_ptr, token, exists, shift, NUM_GLOBAL)
-        if ROWS_ARE_KEYS:
-            index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
-        else:
-            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
+        code = load_codes(codes_ptr, first + place, exists, shift, NUM_GLOBAL)
+        index = bias_index(
+            rows, row_code, code, beyond, number, num_offsets,
+            ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
+        )  # fmt: skip
         logit += tl.load(table_ptr + index) * LOG2_E
-    return token, exists, seen, held, logit, index
+    if COLUMNS // BLOCK_SIZE > 1:
+        logit = tl.where(exists[None, :], logit, float("-inf"))
+    elif not whole:
+        logit = tl.where(exists[None, :], logit, float("-inf"))
+    return first, place, exists, exists & to_globals & ~beyond, there, logit, index
 
 
 @triton.jit

@@ -116,7 +116,7 @@ def attention_tile(
         elif which != "forward":
             num_warps = 8 if rows == 64 else 4
     elif dim <= 64:
-        columns = 32 if which == "forward" or arch >= 90 else 16
+        columns = 64
         if hopper and plain:
             # Programs beside each other hide what a pipeline would, for fewer instructions: on an
             # H200 a tenth less time than with three stages. Of grad_query it would spill.
