@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from .block_sparse_walk import (
+    GLOBAL_CODE,
     bias_arguments,
     column_logits,
     layout_strides,
@@ -84,7 +85,7 @@ def _forward_kernel(
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
 
     scale_log2 = scale * LOG2_E
     top = tl.full([ROWS], float("-inf"), tl.float32)

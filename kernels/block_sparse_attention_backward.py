@@ -37,6 +37,7 @@ import triton.language as tl
 
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_walk import (
+    GLOBAL_CODE,
     bias_arguments,
     column_logits,
     layout_strides,
@@ -117,7 +118,7 @@ def _grad_query_kernel(
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
         top_bits = tl.zeros([ROWS], tl.int32)
 
     scale_log2 = scale * LOG2_E
@@ -196,7 +197,7 @@ def _grad_key_kernel(
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
-        row_code = load_codes(codes_ptr, row_token, row_exists, 0, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, row_exists, 0, -GLOBAL_CODE, NUM_GLOBAL)
         centre = (num_offsets - 1) // 2
         sums_ptr += head * (table_size + 1)
         top_bits = tl.load(sums_ptr + table_size).to(tl.int32)

@@ -16,6 +16,7 @@ import triton.language as tl
 from .rows import LOG2_E, load_rows, products
 
 CODE_LIMIT = tl.constexpr(1 << 28)
+GLOBAL_CODE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -134,40 +135,11 @@ def column_tokens(
 
 
 @triton.jit
-def load_codes(ptr, tokens, exists, shift, NUM_GLOBAL: tl.constexpr):
-    """Position codes of tokens, plus shift; 0 for globals."""
+def load_codes(ptr, tokens, exists, shift, of_globals, NUM_GLOBAL: tl.constexpr):
+    """Position codes of tokens, plus shift; `of_globals` for the globals."""
     code = tl.load(ptr + tokens - NUM_GLOBAL, mask=exists & (tokens >= NUM_GLOBAL), other=0)
-    return tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
-
-
-@triton.jit
-def row_entries(
-    rows, num_offsets,
-    ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
-):  # fmt: skip
-    """Of each row: the first and last entry of the bias table that its pairs with tokens take, and
-    the entry of its pair with global 0.
-
-    A global row has one entry for all tokens: clamped to it, an index needs no select. For tokens
-    the clamp keeps bad codes inside the table; num_offsets is R0.
-    """
-    low = tl.zeros_like(rows)
-    high = low + num_offsets - 1
-    globals = low
-    if NUM_GLOBAL > 0:
-        a = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
-        of_global = num_offsets + a
-        globals = low + num_offsets
-        among = num_offsets + 2 * NUM_GLOBAL + a * NUM_GLOBAL
-        if ROWS_ARE_KEYS:
-            of_global += NUM_GLOBAL
-            among = num_offsets + 2 * NUM_GLOBAL + a
-        else:
-            globals += NUM_GLOBAL
-        low = tl.where(a >= 0, of_global, low)
-        high = tl.where(a >= 0, of_global, high)
-        globals = tl.where(a >= 0, among, globals)
-    return low, high, globals
+    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
+    return tl.where(tokens < NUM_GLOBAL, of_globals, code)
 
 
 @triton.jit
@@ -175,18 +147,33 @@ def bias_index(
     rows, row_code, code, beyond, number, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
 ):  # fmt: skip
-    """Row of the bias table for each pair of a row and a column."""
-    low, high, globals = row_entries(rows, num_offsets, ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL)
+    """Row of the bias table for each pair of a row and a column; num_offsets is R0.
+
+    One unsigned minimum keeps bad codes inside the table, where a negative index is a huge one, and
+    leads global rows, whose codes are out of reach, to the one entry that they have for all tokens.
+    """
+    last = tl.zeros_like(rows) + num_offsets - 1
+    to_global = last + 1
+    if NUM_GLOBAL > 0:
+        of_global = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
+        among = num_offsets + 2 * NUM_GLOBAL + of_global
+        if ROWS_ARE_KEYS:
+            last = tl.where(of_global >= 0, to_global + NUM_GLOBAL + of_global, last)
+        else:
+            last = tl.where(of_global >= 0, to_global + of_global, last)
+            among += of_global * (NUM_GLOBAL - 1)
+            to_global += NUM_GLOBAL
+        to_global = tl.where(of_global >= 0, among, to_global)
     if ROWS_ARE_KEYS:
         index = code[None, :] - row_code[:, None]
     else:
         index = row_code[:, None] - code[None, :]
-    index = tl.minimum(tl.maximum(index, low[:, None]), high[:, None])
+    index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)[:, None]).to(tl.int32)
     if NUM_GLOBAL > 0:
-        to_global = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
+        number = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
         if ROWS_ARE_KEYS and NUM_GLOBAL > 1:
-            to_global *= tl.where(rows >= BLOCK_SIZE, NUM_GLOBAL, 1)[:, None]
-        index = tl.where(beyond[None, :], globals[:, None] + to_global, index)
+            number *= tl.where(rows >= BLOCK_SIZE, NUM_GLOBAL, 1)[:, None]
+        index = tl.where(beyond[None, :], to_global[:, None] + number, index)
     return index
 
 
@@ -204,6 +191,15 @@ def column_logits(
     first, place, exists, whole, to_tokens, to_globals, beyond, number = column_tokens(
         step, blocks_ptr, listed, walked, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
+    bias, index = 0.0, 0
+    if table_ptr is not None:
+        # Before the product: of two layouts that meet, the compiler goes on with the later one's.
+        code = load_codes(codes_ptr, first + place, exists, shift, 0, NUM_GLOBAL)
+        index = bias_index(
+            rows, row_code, code, beyond, number, num_offsets,
+            ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
+        )  # fmt: skip
+        bias = tl.load(table_ptr + index)
     there = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
     # Added to the logit, 0 or -inf, mask and scale are one FMA.
     mask = tl.where(to_tokens, 0.0, float("-inf"))[None, :]
@@ -211,17 +207,9 @@ def column_logits(
         global_mask = tl.where(to_globals, 0.0, float("-inf"))[None, :]
         mask = tl.where((rows >= BLOCK_SIZE)[:, None], global_mask, mask)
     logit = products(held, there) * scale_log2 + mask
-    index = 0
     if table_ptr is not None:
-        code = load_codes(codes_ptr, first + place, exists, shift, NUM_GLOBAL)
-        index = bias_index(
-            rows, row_code, code, beyond, number, num_offsets,
-            ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
-        )  # fmt: skip
-        logit += tl.load(table_ptr + index) * LOG2_E
-    if COLUMNS // BLOCK_SIZE > 1:
-        logit = tl.where(exists[None, :], logit, float("-inf"))
-    elif not whole:
+        logit += bias * LOG2_E
+    if COLUMNS // BLOCK_SIZE > 1 or not whole:
         logit = tl.where(exists[None, :], logit, float("-inf"))
     return first, place, exists, exists & to_globals & ~beyond, there, logit, index
 
