@@ -40,11 +40,12 @@ from .block_sparse_walk import (
     layout_strides,
     list_extent,
     load_codes,
+    logit_weight,
     own_tile,
     row_tokens,
     sample_length,
 )
-from .rows import LN_2, LOG2_E, load_rows, needs_wide_offsets, store_rows, weigh_values
+from .rows import LN_2, load_rows, needs_wide_offsets, store_rows, weigh_values
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 # Sizes that change from call to call and bring nothing when the compiler knows their divisibility.
@@ -76,7 +77,7 @@ def _forward_kernel(
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, walked, steps = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -87,23 +88,28 @@ def _forward_kernel(
         centre = (num_offsets - 1) // 2
         row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for step in range(0, steps):
-        first, place, exists, own, _, logit, _ = column_logits(
-            step, blocks_ptr, listed, walked, block, length, rows, query, key_ptr, key_row,
+        first, place, exists, own, _, logit, active, _ = column_logits(
+            step, blocks_ptr, listed, walked, lead, block, length, rows, query, key_ptr, key_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
         if logits_ptr is not None:
             kept = (rows == BLOCK_SIZE)[:, None] & own[None, :]
             base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + first - NUM_GLOBAL
-            tl.store(tl.broadcast_to((base + place)[None, :], [ROWS, COLUMNS]), logit, mask=kept)
+            tl.store(
+                tl.broadcast_to((base + place)[None, :], [ROWS, COLUMNS]), logit * weight, mask=kept
+            )
         top, total, acc = weigh_values(
-            top, total, acc, logit, value_ptr + first * value_row, place, value_row, exists,
-            HEAD_DIM, DIM,
+            top, total, acc, logit, weight, active, value_ptr + first * value_row, place, value_row,
+            exists, HEAD_DIM, DIM,
         )  # fmt: skip
 
     filled = row_exists & (total != 0)  # NaN is no empty row
@@ -218,6 +224,8 @@ def block_sparse_attention(
         out (batch, heads, tokens, head_dim) in the dtype of query, lse (batch, heads, tokens) fp32,
         and saliency (batch, tokens - num_global) fp32, or empty unless asked for.
     """
+    if scale < 0:  # the kernels take a row's maximum before they scale it
+        query, scale = -query, -scale
     batch, heads, seq_len, head_dim = query.shape
     num_tokens = seq_len - num_global
     out = query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)

@@ -43,11 +43,12 @@ from .block_sparse_walk import (
     layout_strides,
     list_extent,
     load_codes,
+    logit_weight,
     own_tile,
     row_tokens,
     sample_length,
 )
-from .rows import LOG2_E, load_offsets, load_rows, needs_wide_offsets, products, store_rows
+from .rows import load_offsets, load_rows, needs_wide_offsets, products, store_rows
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 _SIZES = [
@@ -108,7 +109,7 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
     lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
-    blocks_ptr, listed, walked, steps = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -121,15 +122,18 @@ def _grad_query_kernel(
         row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
         top_bits = tl.zeros([ROWS], tl.int32)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for step in range(0, steps):
-        first, place, exists, _, key, logit, _ = column_logits(
-            step, blocks_ptr, listed, walked, block, length, rows, query, key_ptr, key_row,
+        first, place, exists, _, key, logit, active, _ = column_logits(
+            step, blocks_ptr, listed, walked, lead, block, length, rows, query, key_ptr, key_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
-        logit -= lse[:, None]
+        logit = logit * weight - tl.where(active, lse, float("inf"))[:, None]
         if stats_ptr is not None:
             logit -= lse_low[:, None]
         prob = tl.exp2(logit)
@@ -188,7 +192,7 @@ def _grad_key_kernel(
     key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
     value_ptr += batch * value_batch + head * value_head
     value = load_rows(value_ptr, row_token, value_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, walked, steps = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -206,20 +210,23 @@ def _grad_key_kernel(
         is_global_key = row_exists & (rows >= BLOCK_SIZE)
         to_global = tl.zeros([ROWS], tl.float32)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
     # The steps that can hold a global.
     first_steps: tl.constexpr = (max(BLOCK_SIZE, NUM_GLOBAL) + COLUMNS - 1) // COLUMNS
     for step in range(0, steps):
-        first, place, exists, _, query, logit, index = column_logits(
-            step, blocks_ptr, listed, walked, block, length, rows, key, query_ptr, query_row,
+        first, place, exists, _, query, logit, active, index = column_logits(
+            step, blocks_ptr, listed, walked, lead, block, length, rows, key, query_ptr, query_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
         token = first + place
         lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
-        logit -= lse[None, :]
+        logit = logit * weight - (lse[None, :] + tl.where(active, 0.0, float("inf"))[:, None])
         if stats_ptr is not None:
             logit -= lse_low[None, :]
         prob = tl.exp2(logit)
@@ -236,7 +243,7 @@ def _grad_key_kernel(
             if NUM_GLOBAL > 0:
                 from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if step < first_steps:
+                if step < first_steps + lead:
                     is_global = token < NUM_GLOBAL
                     entry = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
@@ -334,6 +341,12 @@ def block_sparse_attention_backward(
         grad_query, grad_key, grad_value as their inputs, and grad_bias_table (R, heads) fp32, or
         empty without a table.
     """
+    if scale < 0:
+        grads = block_sparse_attention_backward(
+            grad_out, -query, key, value, out, lse, key_counts, key_blocks, query_counts,
+            query_blocks, block_size, num_global, bias_table, position_codes, key_lengths, -scale,
+        )  # fmt: skip
+        return -grads[0], *grads[1:]
     batch, heads, seq_len, head_dim = query.shape
     num_blocks, num_tokens = key_counts.shape[2], seq_len - num_global
     grads = [query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2) for _ in range(3)]

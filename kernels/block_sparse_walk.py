@@ -48,8 +48,8 @@ def list_extent(
     counts_ptr, blocks_ptr, row, width, block, num_blocks, tile, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Where the list of a block starts, how many of its blocks a tile walks, how many in all, and
-    in how many steps.
+    """Where the list of a block starts, how many of its blocks a tile walks, how many blocks in
+    all, how many steps come first for nothing but globals, and how many steps there are.
 
     A tile with global rows also needs the own block: as one more block after the list where the
     list lacks it. A tile of nothing but global rows walks only that one.
@@ -57,37 +57,42 @@ def list_extent(
     blocks_ptr += row.to(tl.int64) * width
     has_tokens = tile * ROWS < BLOCK_SIZE
     listed = tl.load(counts_ptr + row, mask=(block < num_blocks) & has_tokens, other=0)
-    walked = listed
-    has_globals = (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE)
-    if has_globals:
+    missing = listed * 0
+    if (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE):
         # One entry a lane, without waiting for the count: a warp adds them without a barrier.
         found = 0
         for start in range(0, width, 32):
             slot = start + tl.arange(0, 32)
             entry = tl.load(blocks_ptr + slot, mask=slot < width, other=-1)
             found += tl.sum(((entry == block) & (slot < listed)).to(tl.int32), axis=0)
-        walked += tl.where(found > 0, 0, 1)
+        missing = tl.where(found > 0, 0, 1)
+    walked = listed + missing
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     steps = (walked + pack - 1) // pack * parts
-    if parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL:
-        steps += (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
-    elif NUM_GLOBAL > 0:
-        steps = tl.maximum(steps, parts)  # for the globals that they hold
+    lead = 0
+    if NUM_GLOBAL > 0:
+        if parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL:
+            lead = missing * 0 + (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
+        else:
+            # Beside the first block's tokens, if all rows see both.
+            lead = missing
+            steps = tl.maximum(steps, parts)
+    steps += lead
     # A block that does not exist in this sample has nothing to do, but block 0 always serves the
     # globals.
     steps = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, steps)
-    return blocks_ptr, listed, walked, steps
+    return blocks_ptr, listed, walked, lead, steps
 
 
 @triton.jit
 def column_tokens(
-    step, blocks_ptr, listed, walked, block, length,
+    step, blocks_ptr, listed, walked, lead, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Columns of one step: `first` + `place` is the token of each. Which exist, and whether all do
-    that are tokens; which the token rows see, which the global rows; which can only be globals, and
-    their numbers.
+    that are tokens; which the token rows see, which the global rows, or whether they see any; which
+    can only be globals, and their numbers.
 
     Whether a column holds a token or a global, and where in its block, are constants of the compile
     where a tile holds a whole block: `place` leaves the loop, and masks of it fold away.
@@ -95,41 +100,42 @@ def column_tokens(
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     leads: tl.constexpr = parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL
-    lead: tl.constexpr = (NUM_GLOBAL + COLUMNS - 1) // COLUMNS if leads else 0
     column = tl.arange(0, COLUMNS)
     turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
     slot = turn
     within = column
     if parts > 1:
         slot = turn // parts
-        within += turn % parts * COLUMNS
+        within += tl.where(turn < 0, parts - 1, turn % parts) * COLUMNS
     beyond = within >= pack * BLOCK_SIZE
     number = within - pack * BLOCK_SIZE
     if pack > 1:
         slot = turn * pack + tl.minimum(column // BLOCK_SIZE, pack - 1)
         within = column % BLOCK_SIZE
-    globals = tl.minimum(NUM_GLOBAL, length)
+    slot = tl.where(turn < 0, walked, slot)
+    with_globals = turn < tl.where(lead > 0, 0, parts)
+    globals = tl.where(with_globals, tl.minimum(NUM_GLOBAL, length), 0)
     if leads:
-        slot = tl.where(turn >= 0, slot, walked)
         number = step * COLUMNS + column
-        beyond = beyond | (number < lead * COLUMNS)
-        is_global = number < globals
-    else:
-        is_global = number < tl.where(turn < parts, globals, 0)
+        beyond = beyond | (number < tl.where(turn < 0, NUM_GLOBAL + COLUMNS, 0))
     there = slot < walked
-    listed_here = slot < listed
-    entry = tl.load(blocks_ptr + slot, mask=listed_here, other=0)
-    entry = tl.where(listed_here, entry, block)
+    in_list = slot < listed
+    entry = tl.load(blocks_ptr + slot, mask=in_list, other=0)
+    entry = tl.where(in_list, entry, block)
     first = NUM_GLOBAL + entry * BLOCK_SIZE
     limit = tl.where(there, length - first, 0)
-    exists = tl.where(beyond, is_global, within < limit)
-    to_tokens = tl.where(beyond, is_global, listed_here)
+    exists = tl.where(beyond, number < globals, within < limit)
     # Each global row meets a token in that token's own block, and the globals in block 0.
-    owner = tl.where(beyond, tl.where(is_global, 0, -1), tl.where(there, entry, -1))
-    to_globals = owner == block
+    to_tokens = in_list
+    to_globals = tl.where(there, entry, -1) == block
     if pack > 1:
+        to_tokens = in_list | (beyond & with_globals)
+        to_globals = tl.where(beyond, 0, tl.where(there, entry, -1)) == block
         within += first
         first = 0
+    else:
+        to_tokens = in_list | with_globals
+        to_globals = tl.where(with_globals & (block == 0), 0, tl.where(there, entry, -1)) == block
     place = tl.where(beyond, number - first, within)
     return first, place, exists, limit >= BLOCK_SIZE, to_tokens, to_globals, beyond, number
 
@@ -179,17 +185,21 @@ def bias_index(
 
 @triton.jit
 def column_logits(
-    step, blocks_ptr, listed, walked, block, length, rows, held, ptr, stride,
+    step, blocks_ptr, listed, walked, lead, block, length, rows, held, ptr, stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One step of columns: first token, place of each after it, which exist, which are tokens of
-    the own block, what they hold, their logits in base 2 with the rows that hold `held`, and the
-    table's entry behind each.
+    the own block, what they hold, their logits with the rows that hold `held`, which rows see any
+    of them, and the table's entry behind each pair.
+
+    With a table logits are in base 2, without one they are bare products, to be multiplied by
+    `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
+    whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
     first, place, exists, whole, to_tokens, to_globals, beyond, number = column_tokens(
-        step, blocks_ptr, listed, walked, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        step, blocks_ptr, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
     bias, index = 0.0, 0
     if table_ptr is not None:
@@ -201,17 +211,31 @@ def column_logits(
         )  # fmt: skip
         bias = tl.load(table_ptr + index)
     there = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
-    # Added to the logit, 0 or -inf, mask and scale are one FMA.
-    mask = tl.where(to_tokens, 0.0, float("-inf"))[None, :]
-    if NUM_GLOBAL > 0:
-        global_mask = tl.where(to_globals, 0.0, float("-inf"))[None, :]
-        mask = tl.where((rows >= BLOCK_SIZE)[:, None], global_mask, mask)
-    logit = products(held, there) * scale_log2 + mask
+    logit = products(held, there)
     if table_ptr is not None:
-        logit += bias * LOG2_E
-    if COLUMNS // BLOCK_SIZE > 1 or not whole:
-        logit = tl.where(exists[None, :], logit, float("-inf"))
-    return first, place, exists, exists & to_globals & ~beyond, there, logit, index
+        logit = logit * scale_log2 + bias
+    is_token = rows < BLOCK_SIZE
+    if COLUMNS // BLOCK_SIZE > 1:
+        seen = tl.where(is_token[:, None], to_tokens[None, :], to_globals[None, :])
+        logit = tl.where(seen & exists[None, :], logit, float("-inf"))
+        active = rows >= 0
+    else:
+        # Of columns that can only be globals here, of the others where some are missing.
+        first_block = tl.where(is_token, 0, block) == 0
+        seen = exists[None, :] & first_block[:, None]
+        logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
+        if not whole:
+            logit = tl.where(exists[None, :], logit, float("-inf"))
+        active = tl.where(is_token, to_tokens, to_globals)
+    own = exists & ~beyond & (first + place >= NUM_GLOBAL + block * BLOCK_SIZE)
+    own = own & (first + place < NUM_GLOBAL + (block + 1) * BLOCK_SIZE)
+    return first, place, exists, own, there, logit, active, index
+
+
+@triton.jit
+def logit_weight(scale):
+    """From a product to base 2. Times a positive weight, -inf stays what it is."""
+    return tl.maximum(scale * LOG2_E, 1e-37)
 
 
 @triton.jit
@@ -234,9 +258,11 @@ def layout_strides(counts: torch.Tensor) -> tuple[int, int]:
 def bias_arguments(
     bias_table: torch.Tensor | None, position_codes: torch.Tensor | None, num_global: int
 ) -> tuple[torch.Tensor | None, int, int]:
-    """Table with a head's entries side by side (to fit L1), R0, batch stride of the codes."""
+    """Table in base 2, a head's entries side by side (to fit L1); R0; batch stride of the codes."""
     if bias_table is None or position_codes is None:
         return None, 1, 0
     num_offsets = bias_table.shape[0] - 2 * num_global - num_global**2
     codes_batch = position_codes.stride(0) if position_codes.shape[0] > 1 else 0
-    return bias_table.t().contiguous(), num_offsets, codes_batch
+    table = bias_table.new_empty(bias_table.shape[::-1])
+    torch.mul(bias_table.t(), LOG2_E.value, out=table)
+    return table, num_offsets, codes_batch

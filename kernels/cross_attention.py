@@ -109,7 +109,7 @@ def _forward_kernel(
             places = tl.broadcast_to((logits_ptr + pair * num_keys + token)[None, :], logit.shape)
             tl.store(places, logit, mask=(row == 0)[:, None] & (token < end)[None, :])
         top, total, acc = weigh_values(
-            top, total, acc, logit, value_ptr, token, value_row, seen, HEAD_DIM, DIM
+            top, total, acc, logit, 1.0, row >= 0, value_ptr, token, value_row, seen, HEAD_DIM, DIM
         )
 
     if partial_ptr is not None:
