@@ -37,6 +37,7 @@ from .block_sparse_walk import (
     GLOBAL_CODE,
     bias_arguments,
     column_logits,
+    key_value_strides,
     layout_strides,
     list_extent,
     load_codes,
@@ -71,6 +72,8 @@ def _forward_kernel(
     """One row tile of one block: outputs of its tokens, partial outputs of the globals."""
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
+    if value_row is None:  # one offset, and its registers, for both
+        value_row = key_row
     query_ptr += batch * query_batch + head * query_head
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
@@ -256,7 +259,7 @@ def block_sparse_attention(
             key_counts, key_blocks, table, position_codes, key_lengths, scale,
             heads, seq_len, key_counts.shape[2], key_blocks.shape[3], num_offsets,
             *layout_strides(key_counts), codes_batch, stacks[0], stacks[1],
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            *query.stride()[:3], *key_value_strides(key, value), *out.stride()[:3],
             BLOCK_SIZE=block_size, NUM_GLOBAL=num_global, HEAD_DIM=head_dim,
             ROW_TILES=row_tiles, WIDE=needs_wide_offsets(query, key, value, out),
             **tile.shape, **tile.options,

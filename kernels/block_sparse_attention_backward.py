@@ -40,6 +40,7 @@ from .block_sparse_walk import (
     GLOBAL_CODE,
     bias_arguments,
     column_logits,
+    key_value_strides,
     layout_strides,
     list_extent,
     load_codes,
@@ -93,6 +94,8 @@ def _grad_query_kernel(
     """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
+    if value_row is None:  # one offset, and its registers, for both
+        value_row = key_row
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
     lse_ptr += pair.to(tl.int64) * seq_len
@@ -399,7 +402,7 @@ def block_sparse_attention_backward(
                     key_counts, key_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
                     *layout_strides(key_counts), codes_batch, stats_stack,
-                    *inputs, *out.stride()[:3], *grads[0].stride()[:3], **config, **shape,
+                    *inputs[:6], *key_value_strides(key, value), *out.stride()[:3], *grads[0].stride()[:3], **config, **shape,
                 )  # fmt: skip
             else:
                 _grad_key_kernel[grid](

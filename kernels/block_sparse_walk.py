@@ -90,8 +90,8 @@ def column_tokens(
     step, blocks_ptr, listed, walked, lead, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one step: `first` + `place` is the token of each. Which exist, and whether all do
-    that are tokens; which the token rows see, which the global rows, or whether they see any; which
+    """Columns of one step: `first` + `place` is the token of each. Which exist, and how many tokens
+    do of the block; which the token rows see, which the global rows, or whether they see any; which
     can only be globals, and their numbers.
 
     Whether a column holds a token or a global, and where in its block, are constants of the compile
@@ -137,7 +137,7 @@ def column_tokens(
         to_tokens = in_list | with_globals
         to_globals = tl.where(with_globals & (block == 0), 0, tl.where(there, entry, -1)) == block
     place = tl.where(beyond, number - first, within)
-    return first, place, exists, limit >= BLOCK_SIZE, to_tokens, to_globals, beyond, number
+    return first, place, exists, limit, to_tokens, to_globals, beyond, number
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def column_logits(
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
     whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
-    first, place, exists, whole, to_tokens, to_globals, beyond, number = column_tokens(
+    first, place, exists, limit, to_tokens, to_globals, beyond, number = column_tokens(
         step, blocks_ptr, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
     bias, index = 0.0, 0
@@ -224,8 +224,10 @@ def column_logits(
         first_block = tl.where(is_token, 0, block) == 0
         seen = exists[None, :] & first_block[:, None]
         logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
-        if not whole:
-            logit = tl.where(exists[None, :], logit, float("-inf"))
+        if limit < BLOCK_SIZE:
+            # With the step on both sides, no column keeps a register between the steps for this.
+            present = (place + step < limit + step) | beyond
+            logit = tl.where(present[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
     own = exists & ~beyond & (first + place >= NUM_GLOBAL + block * BLOCK_SIZE)
     own = own & (first + place < NUM_GLOBAL + (block + 1) * BLOCK_SIZE)
@@ -253,6 +255,12 @@ def layout_strides(counts: torch.Tensor) -> tuple[int, int]:
         counts.stride(0) if counts.shape[0] > 1 else 0,
         counts.stride(1) if counts.shape[1] > 1 else 0,
     )
+
+
+def key_value_strides(key: torch.Tensor, value: torch.Tensor) -> tuple[int | None, ...]:
+    """Strides of both; the last is None where it is the key's, as in a packed projection."""
+    of_rows = None if value.stride(2) == key.stride(2) else value.stride(2)
+    return *key.stride()[:3], *value.stride()[:2], of_rows
 
 
 def bias_arguments(
