@@ -39,6 +39,7 @@ from .block_sparse_walk import (
     column_logits,
     key_value_strides,
     layout_strides,
+    list_entries,
     list_extent,
     load_codes,
     logit_weight,
@@ -98,22 +99,24 @@ def _forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     for step in range(0, steps):
-        first, place, exists, own, _, logit, active, _ = column_logits(
-            step, blocks_ptr, listed, walked, lead, block, length, rows, query, key_ptr, key_row,
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        token, _, own, _, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
+        entry = following
         if logits_ptr is not None:
             kept = (rows == BLOCK_SIZE)[:, None] & own[None, :]
-            base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + first - NUM_GLOBAL
-            tl.store(
-                tl.broadcast_to((base + place)[None, :], [ROWS, COLUMNS]), logit * weight, mask=kept
-            )
-        top, total, acc = weigh_values(
-            top, total, acc, logit, weight, active, value_ptr + first * value_row, place, value_row,
-            exists, HEAD_DIM, DIM,
-        )  # fmt: skip
+            place = pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + token - NUM_GLOBAL
+            places = tl.broadcast_to((logits_ptr + place)[None, :], [ROWS, COLUMNS])
+            tl.store(places, logit * weight, mask=kept)
+        top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 
     filled = row_exists & (total != 0)  # NaN is no empty row
     acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)

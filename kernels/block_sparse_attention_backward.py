@@ -42,6 +42,7 @@ from .block_sparse_walk import (
     column_logits,
     key_value_strides,
     layout_strides,
+    list_entries,
     list_extent,
     load_codes,
     logit_weight,
@@ -80,7 +81,7 @@ def _add_fixed(ptr, value, unit, mask):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_query_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, terms_ptr,
     grad_query_ptr, partial_ptr, sums_ptr,
     counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, layout_batch, layout_head, codes_batch,
@@ -91,7 +92,9 @@ def _grad_query_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
+    """Gradient of one row tile of queries; their lse in base 2 and delta, side by side for the next
+    kernel; the top magnitude of a bias term.
+    """
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
     if value_row is None:  # one offset, and its registers, for both
@@ -101,7 +104,7 @@ def _grad_query_kernel(
     lse_ptr += pair.to(tl.int64) * seq_len
     if stats_ptr is not None:
         stats_ptr += pair.to(tl.int64) * seq_len
-    delta_ptr += pair.to(tl.int64) * seq_len
+    terms_ptr += pair.to(tl.int64) * seq_len * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query_ptr += batch * query_batch + head * query_head
@@ -130,9 +133,14 @@ def _grad_query_kernel(
     if table_ptr is not None:
         weight = 1.0
     acc = tl.zeros([ROWS, DIM], tl.float32)
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     for step in range(0, steps):
-        first, place, exists, _, key, logit, active, _ = column_logits(
-            step, blocks_ptr, listed, walked, lead, block, length, rows, query, key_ptr, key_row,
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        _, _, _, key, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
@@ -140,8 +148,7 @@ def _grad_query_kernel(
         if stats_ptr is not None:
             logit -= lse_low[:, None]
         prob = tl.exp2(logit)
-        value_first = value_ptr + first * value_row
-        value = load_rows(value_first, place, value_row, exists, HEAD_DIM, DIM)
+        entry = following
         grad_prob = products(grad_out, value)
         grad_logit = prob * (grad_prob - delta[:, None])
         acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
@@ -156,8 +163,11 @@ def _grad_query_kernel(
     grad_query_ptr += batch * grad_batch + head * grad_head
     store_rows(grad_query_ptr, row_token, grad_row, acc, is_token, HEAD_DIM, DIM)
     is_global = (rows >= BLOCK_SIZE) & (rows < BLOCK_SIZE + NUM_GLOBAL)
-    delta_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
-    tl.store(delta_ptr + row_token, delta, mask=(rows < delta_rows) & (row_token < seq_len))
+    own_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
+    owned = (rows < own_rows) & (row_token < seq_len)
+    terms = tl.join(lse, delta)
+    places = tl.broadcast_to(row_token[:, None] * 2 + tl.arange(0, 2)[None, :], terms.shape)
+    tl.store(terms_ptr + places, terms, mask=owned[:, None])
     if NUM_GLOBAL > 0:
         slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
         store_rows(partial_ptr, slot, HEAD_DIM, acc, is_global, HEAD_DIM, DIM)
@@ -168,7 +178,7 @@ def _grad_query_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_key_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, terms_ptr,
     grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, sums_ptr,
     counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, pair_bits,
@@ -185,10 +195,9 @@ def _grad_key_kernel(
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
-    lse_ptr += pair.to(tl.int64) * seq_len
     if stats_ptr is not None:
-        stats_ptr += pair.to(tl.int64) * seq_len
-    delta_ptr += pair.to(tl.int64) * seq_len
+        stats_ptr += stats_stack + pair.to(tl.int64) * seq_len
+    terms_ptr += pair.to(tl.int64) * seq_len * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     key_ptr += batch * key_batch + head * key_head
@@ -221,23 +230,28 @@ def _grad_key_kernel(
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
     # The steps that can hold a global.
     first_steps: tl.constexpr = (max(BLOCK_SIZE, NUM_GLOBAL) + COLUMNS - 1) // COLUMNS
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     for step in range(0, steps):
-        first, place, exists, _, query, logit, active, index = column_logits(
-            step, blocks_ptr, listed, walked, lead, block, length, rows, key, query_ptr, query_row,
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        token, exists, _, query, grad_out, logit, active, index = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            key, query_ptr, query_row, grad_out_ptr, grad_out_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
-        token = first + place
-        lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
-        logit = logit * weight - (lse[None, :] + tl.where(active, 0.0, float("inf"))[:, None])
+        entry = following
+        # Two numbers a column are enough for the compiler to load them once, not for each thread.
+        places = token[:, None] * 2 + tl.arange(0, 2)[None, :]
+        lse, delta = tl.split(tl.load(terms_ptr + places, mask=exists[:, None], other=0.0))
+        shift = tl.where(active[:, None], lse[None, :], float("inf"))
+        logit = logit * weight - shift
         if stats_ptr is not None:
-            logit -= lse_low[None, :]
+            logit -= tl.load(stats_ptr + token, mask=exists, other=0.0)[None, :]
         prob = tl.exp2(logit)
-        grad_first = grad_out_ptr + first * grad_out_row
-        grad_out = load_rows(grad_first, place, grad_out_row, exists, HEAD_DIM, DIM)
         acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
         grad_prob = products(value, grad_out)
-        delta = tl.load(delta_ptr + token, mask=exists, other=0.0)
         grad_logit = prob * (grad_prob - delta[None, :])
         acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
         if table_ptr is not None:
@@ -248,9 +262,9 @@ def _grad_key_kernel(
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
                 if step < first_steps + lead:
                     is_global = token < NUM_GLOBAL
-                    entry = sums_ptr + num_offsets + token
+                    sums = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
-                    _add_fixed(entry, to_tokens, unit, is_global & exists)
+                    _add_fixed(sums, to_tokens, unit, is_global & exists)
                     among = is_global_key[:, None] & is_global[None, :]
                     _add_fixed(sums_ptr + index, grad_logit, unit, among)
 
@@ -267,8 +281,8 @@ def _grad_key_kernel(
         store_rows(partial_key_ptr, slot, HEAD_DIM, acc_key, partial, HEAD_DIM, DIM)
         store_rows(partial_value_ptr, slot, HEAD_DIM, acc_value, partial, HEAD_DIM, DIM)
         if table_ptr is not None:
-            entry = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
-            _add_fixed(entry, to_global, unit, is_global_key)
+            sums = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
+            _add_fixed(sums, to_global, unit, is_global_key)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_partials", "stack"])
@@ -372,7 +386,7 @@ def block_sparse_attention_backward(
 
     biased, arch = bias_table is not None, device_arch(query.device)
     grid_blocks = max(num_blocks, 1)
-    delta = torch.empty_like(lse)
+    terms = lse.new_empty(*lse.shape, 2)
     partial_shape = (3, batch, heads, num_global, grid_blocks, head_dim)
     partials = query.new_empty(partial_shape, dtype=torch.float32)
     partial_query, partial_key, partial_value = partials.unbind(0)
@@ -397,7 +411,7 @@ def block_sparse_attention_backward(
             shape = {"ROW_TILES": row_tiles, **tile.shape, **tile.options}
             if which == "grad_query":
                 _grad_query_kernel[grid](
-                    grad_out, query, key, value, out, lse, stats, delta,
+                    grad_out, query, key, value, out, lse, stats, terms,
                     grads[0], partial_query, sums,
                     key_counts, key_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
@@ -406,7 +420,7 @@ def block_sparse_attention_backward(
                 )  # fmt: skip
             else:
                 _grad_key_kernel[grid](
-                    grad_out, query, key, value, lse, stats, delta,
+                    grad_out, query, key, value, stats, terms,
                     grads[1], grads[2], partial_key, partial_value, sums,
                     query_counts, query_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, query_blocks.shape[3], num_offsets, pair_bits,

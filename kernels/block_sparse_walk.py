@@ -86,8 +86,35 @@ def list_extent(
 
 
 @triton.jit
+def list_slots(
+    step, walked, lead,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Which of the walked blocks a step is of, of several the one behind each column; `walked` in
+    the steps for nothing but globals."""
+    turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
+    slot = turn
+    if COLUMNS < BLOCK_SIZE:
+        slot = turn // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
+    elif COLUMNS // BLOCK_SIZE > 1:
+        pack: tl.constexpr = COLUMNS // BLOCK_SIZE
+        slot = turn * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
+    return turn, tl.where(turn < 0, walked, slot)
+
+
+@triton.jit
+def list_entries(
+    step, blocks_ptr, listed, walked, lead,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The listed blocks of a step: loaded one step ahead, as all loads of the step wait for them."""
+    _, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    return tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
+
+
+@triton.jit
 def column_tokens(
-    step, blocks_ptr, listed, walked, lead, block, length,
+    step, entry, listed, walked, lead, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Columns of one step: `first` + `place` is the token of each. Which exist, and how many tokens
@@ -100,19 +127,15 @@ def column_tokens(
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     leads: tl.constexpr = parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL
+    turn, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     column = tl.arange(0, COLUMNS)
-    turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
-    slot = turn
     within = column
     if parts > 1:
-        slot = turn // parts
         within += tl.where(turn < 0, parts - 1, turn % parts) * COLUMNS
     beyond = within >= pack * BLOCK_SIZE
     number = within - pack * BLOCK_SIZE
     if pack > 1:
-        slot = turn * pack + tl.minimum(column // BLOCK_SIZE, pack - 1)
         within = column % BLOCK_SIZE
-    slot = tl.where(turn < 0, walked, slot)
     with_globals = turn < tl.where(lead > 0, 0, parts)
     globals = tl.where(with_globals, tl.minimum(NUM_GLOBAL, length), 0)
     if leads:
@@ -120,7 +143,6 @@ def column_tokens(
         beyond = beyond | (number < tl.where(turn < 0, NUM_GLOBAL + COLUMNS, 0))
     there = slot < walked
     in_list = slot < listed
-    entry = tl.load(blocks_ptr + slot, mask=in_list, other=0)
     entry = tl.where(in_list, entry, block)
     first = NUM_GLOBAL + entry * BLOCK_SIZE
     limit = tl.where(there, length - first, 0)
@@ -185,33 +207,37 @@ def bias_index(
 
 @triton.jit
 def column_logits(
-    step, blocks_ptr, listed, walked, lead, block, length, rows, held, ptr, stride,
+    step, entry, listed, walked, lead, block, length, rows, held, ptr, stride, other_ptr, other_stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One step of columns: first token, place of each after it, which exist, which are tokens of
-    the own block, what they hold, their logits with the rows that hold `held`, which rows see any
-    of them, and the table's entry behind each pair.
+    """One step of columns: their tokens, which exist, which are tokens of the own block, their rows
+    behind `ptr` and `other_ptr`, the logits of the first with the rows that hold `held`, which rows
+    see any of them, and the table's entry behind each pair.
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
     whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
     first, place, exists, limit, to_tokens, to_globals, beyond, number = column_tokens(
-        step, blocks_ptr, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        step, entry, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
+    token = first + place
     bias, index = 0.0, 0
     if table_ptr is not None:
         # Before the product: of two layouts that meet, the compiler goes on with the later one's.
-        code = load_codes(codes_ptr, first + place, exists, shift, 0, NUM_GLOBAL)
+        code = load_codes(codes_ptr, token, exists, shift, 0, NUM_GLOBAL)
         index = bias_index(
             rows, row_code, code, beyond, number, num_offsets,
             ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
         )  # fmt: skip
         bias = tl.load(table_ptr + index)
-    there = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
-    logit = products(held, there)
+    # Both on their way before anything waits for one of them.
+    here = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
+    other_ptr += first * other_stride
+    other = load_rows(other_ptr, place, other_stride, exists, HEAD_DIM, DIM)
+    logit = products(held, here)
     if table_ptr is not None:
         logit = logit * scale_log2 + bias
     is_token = rows < BLOCK_SIZE
@@ -229,9 +255,8 @@ def column_logits(
             present = (place + step < limit + step) | beyond
             logit = tl.where(present[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
-    own = exists & ~beyond & (first + place >= NUM_GLOBAL + block * BLOCK_SIZE)
-    own = own & (first + place < NUM_GLOBAL + (block + 1) * BLOCK_SIZE)
-    return first, place, exists, own, there, logit, active, index
+    own = exists & (token >= NUM_GLOBAL) & ((token - NUM_GLOBAL) // BLOCK_SIZE == block)
+    return token, exists, own, here, other, logit, active, index
 
 
 @triton.jit

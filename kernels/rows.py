@@ -48,10 +48,7 @@ def products(a, b):
 
 
 @triton.jit
-def weigh_values(
-    top, total, acc, logit, weight, active, value_ptr, tokens, stride, exists,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
+def weigh_values(top, total, acc, logit, weight, active, value):
     """Logits of a tile, in base 2 once they are multiplied by `weight` > 0, join an online softmax:
     its maxima, sums and weighted values, in the rows that are active.
     """
@@ -62,7 +59,6 @@ def weigh_values(
     shrink = tl.exp2(top - offset)
     prob = tl.exp2(logit * weight - tl.where(active, offset, float("inf"))[:, None])
     total = total * shrink + tl.sum(prob, axis=1)
-    value = load_rows(value_ptr, tokens, stride, exists, HEAD_DIM, DIM)
     acc = acc * shrink[:, None]
     acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
     return new_top, total, acc
