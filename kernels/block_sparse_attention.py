@@ -45,6 +45,7 @@ from .block_sparse_walk import (
     logit_weight,
     own_tile,
     row_tokens,
+    row_tokens_again,
     sample_length,
 )
 from .rows import LN_2, load_rows, needs_wide_offsets, store_rows, weigh_values
@@ -55,6 +56,13 @@ _SIZES = [
     "num_heads", "seq_len", "num_blocks", "list_width", "num_offsets",
     "layout_batch", "layout_head", "codes_batch", "stats_stack", "partial_stack",
 ]  # fmt: skip
+
+
+@triton.jit
+def store_row(ptr, columns, tile, is_row, exists):
+    """One row of a tile."""
+    places = tl.broadcast_to((ptr + columns)[None, :], tile.shape)
+    tl.store(places, tile, mask=is_row[:, None] & exists[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -104,7 +112,7 @@ def _forward_kernel(
         following = list_entries(
             step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
-        token, _, own, _, value, logit, active, _ = column_logits(
+        token, _, own, to_globals, _, value, logit, active, _ = column_logits(
             step, entry, listed, walked, lead, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
@@ -112,12 +120,16 @@ def _forward_kernel(
         )  # fmt: skip
         entry = following
         if logits_ptr is not None:
-            kept = (rows == BLOCK_SIZE)[:, None] & own[None, :]
-            place = pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + token - NUM_GLOBAL
-            places = tl.broadcast_to((logits_ptr + place)[None, :], [ROWS, COLUMNS])
-            tl.store(places, logit * weight, mask=kept)
+            base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) - NUM_GLOBAL
+            if COLUMNS // BLOCK_SIZE > 1:
+                store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
+            elif to_globals:
+                store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
         top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 
+    rows, row_token, row_exists = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     filled = row_exists & (total != 0)  # NaN is no empty row
     acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
     top = tl.where(filled, top, float("-inf"))

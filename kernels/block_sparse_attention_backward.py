@@ -48,6 +48,7 @@ from .block_sparse_walk import (
     logit_weight,
     own_tile,
     row_tokens,
+    row_tokens_again,
     sample_length,
 )
 from .rows import load_offsets, load_rows, needs_wide_offsets, products, store_rows
@@ -138,7 +139,7 @@ def _grad_query_kernel(
         following = list_entries(
             step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
-        _, _, _, key, value, logit, active, _ = column_logits(
+        _, _, _, _, key, value, logit, active, _ = column_logits(
             step, entry, listed, walked, lead, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
@@ -159,6 +160,9 @@ def _grad_query_kernel(
             top_bits = tl.maximum(top_bits, tl.max(bound.to(tl.int32, bitcast=True), axis=1))
 
     acc *= scale
+    rows, row_token, _ = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)
     grad_query_ptr += batch * grad_batch + head * grad_head
     store_rows(grad_query_ptr, row_token, grad_row, acc, is_token, HEAD_DIM, DIM)
@@ -235,7 +239,7 @@ def _grad_key_kernel(
         following = list_entries(
             step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
-        token, exists, _, query, grad_out, logit, active, index = column_logits(
+        token, exists, _, _, query, grad_out, logit, active, index = column_logits(
             step, entry, listed, walked, lead, block, length, rows,
             key, query_ptr, query_row, grad_out_ptr, grad_out_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
@@ -269,6 +273,9 @@ def _grad_key_kernel(
                     _add_fixed(sums_ptr + index, grad_logit, unit, among)
 
     acc_key *= scale
+    rows, row_token, row_exists = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     acc_key = tl.where(row_exists[:, None], acc_key, 0.0)
     acc_value = tl.where(row_exists[:, None], acc_value, 0.0)
     is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)

@@ -44,6 +44,20 @@ def row_tokens(
 
 
 @triton.jit
+def row_tokens_again(
+    entry, block, tile, length,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`row_tokens` after a loop that ends with `entry`, without keeping registers in the loop for
+    them: no entry is negative, but that the compiler cannot know.
+    """
+    zero = 0
+    if COLUMNS // BLOCK_SIZE <= 1:
+        zero = tl.minimum(entry, 0)
+    return row_tokens(block + zero, tile + zero, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
+
+
+@triton.jit
 def list_extent(
     counts_ptr, blocks_ptr, row, width, block, num_blocks, tile, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -212,8 +226,8 @@ def column_logits(
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One step of columns: their tokens, which exist, which are tokens of the own block, their rows
-    behind `ptr` and `other_ptr`, the logits of the first with the rows that hold `held`, which rows
+    """One step of columns: their tokens, which exist, which are tokens of the own block, whether
+    the global rows see any (several blocks: which), their rows behind `ptr` and `other_ptr`, the logits of the first with the rows that hold `held`, which rows
     see any of them, and the table's entry behind each pair.
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
@@ -256,7 +270,7 @@ def column_logits(
             logit = tl.where(present[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
     own = exists & (token >= NUM_GLOBAL) & ((token - NUM_GLOBAL) // BLOCK_SIZE == block)
-    return token, exists, own, here, other, logit, active, index
+    return token, exists, own, to_globals, here, other, logit, active, index
 
 
 @triton.jit
