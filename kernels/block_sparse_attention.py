@@ -98,7 +98,7 @@ def _forward_kernel(
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
 
     scale_log2 = logit_weight(scale)
     weight = scale_log2
@@ -121,9 +121,7 @@ def _forward_kernel(
         entry = following
         if logits_ptr is not None:
             base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) - NUM_GLOBAL
-            if COLUMNS // BLOCK_SIZE > 1:
-                store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
-            elif to_globals:
+            if COLUMNS // BLOCK_SIZE > 1 or to_globals:
                 store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
         top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 

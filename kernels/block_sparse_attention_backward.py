@@ -126,7 +126,7 @@ def _grad_query_kernel(
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, GLOBAL_CODE, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
         top_bits = tl.zeros([ROWS], tl.int32)
 
     scale_log2 = logit_weight(scale)
@@ -217,7 +217,7 @@ def _grad_key_kernel(
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
-        row_code = load_codes(codes_ptr, row_token, row_exists, 0, -GLOBAL_CODE, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, 0, -GLOBAL_CODE, NUM_GLOBAL)
         centre = (num_offsets - 1) // 2
         sums_ptr += head * (table_size + 1)
         top_bits = tl.load(sums_ptr + table_size).to(tl.int32)
@@ -423,7 +423,8 @@ def block_sparse_attention_backward(
                     key_counts, key_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
                     *layout_strides(key_counts), codes_batch, stats_stack,
-                    *inputs[:6], *key_value_strides(key, value), *out.stride()[:3], *grads[0].stride()[:3], **config, **shape,
+                    *inputs[:6], *key_value_strides(key, value), *out.stride()[:3],
+                    *grads[0].stride()[:3], **config, **shape,
                 )  # fmt: skip
             else:
                 _grad_key_kernel[grid](

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .rows import LOG2_E, load_rows, products
 
-CODE_LIMIT = tl.constexpr(1 << 28)
 GLOBAL_CODE = tl.constexpr(1 << 30)
 
 
@@ -105,7 +104,8 @@ def list_slots(
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Which of the walked blocks a step is of, of several the one behind each column; `walked` in
-    the steps for nothing but globals."""
+    the steps for nothing but globals.
+    """
     turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
     slot = turn
     if COLUMNS < BLOCK_SIZE:
@@ -121,7 +121,7 @@ def list_entries(
     step, blocks_ptr, listed, walked, lead,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The listed blocks of a step: loaded one step ahead, as all loads of the step wait for them."""
+    """The listed blocks of a step; all its loads wait for them, so they are loaded a step ahead."""
     _, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     return tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
 
@@ -177,10 +177,10 @@ def column_tokens(
 
 
 @triton.jit
-def load_codes(ptr, tokens, exists, shift, of_globals, NUM_GLOBAL: tl.constexpr):
+def load_codes(ptr, tokens, length, shift, of_globals, NUM_GLOBAL: tl.constexpr):
     """Position codes of tokens, plus shift; `of_globals` for the globals."""
-    code = tl.load(ptr + tokens - NUM_GLOBAL, mask=exists & (tokens >= NUM_GLOBAL), other=0)
-    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
+    held = (tokens < length) & (tokens >= NUM_GLOBAL)
+    code = tl.load(ptr + tokens - NUM_GLOBAL, mask=held, other=0) + shift
     return tl.where(tokens < NUM_GLOBAL, of_globals, code)
 
 
@@ -192,43 +192,46 @@ def bias_index(
     """Row of the bias table for each pair of a row and a column; num_offsets is R0.
 
     One unsigned minimum keeps bad codes inside the table, where a negative index is a huge one, and
-    leads global rows, whose codes are out of reach, to the one entry that they have for all tokens.
+    leads global rows and columns, whose codes are out of reach, to a row's last entry: of a global
+    row the one that it has for all tokens. From there it is as far to a single global's entry for
+    token rows as for the global's own.
     """
     last = tl.zeros_like(rows) + num_offsets - 1
-    to_global = last + 1
     if NUM_GLOBAL > 0:
         of_global = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
-        among = num_offsets + 2 * NUM_GLOBAL + of_global
-        if ROWS_ARE_KEYS:
-            last = tl.where(of_global >= 0, to_global + NUM_GLOBAL + of_global, last)
-        else:
-            last = tl.where(of_global >= 0, to_global + of_global, last)
-            among += of_global * (NUM_GLOBAL - 1)
-            to_global += NUM_GLOBAL
-        to_global = tl.where(of_global >= 0, among, to_global)
+        beyond_tokens = num_offsets + of_global + (NUM_GLOBAL if ROWS_ARE_KEYS else 0)
+        last = tl.where(of_global >= 0, beyond_tokens, last)
     if ROWS_ARE_KEYS:
         index = code[None, :] - row_code[:, None]
     else:
         index = row_code[:, None] - code[None, :]
     index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)[:, None]).to(tl.int32)
-    if NUM_GLOBAL > 0:
+    if NUM_GLOBAL == 1:
+        index += tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
+    elif NUM_GLOBAL > 1:
         number = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
-        if ROWS_ARE_KEYS and NUM_GLOBAL > 1:
-            number *= tl.where(rows >= BLOCK_SIZE, NUM_GLOBAL, 1)[:, None]
-        index = tl.where(beyond[None, :], to_global[:, None] + number, index)
+        a = tl.where(of_global >= 0, of_global, 0)[:, None]
+        if ROWS_ARE_KEYS:
+            among, to_global = number * NUM_GLOBAL + a, number
+        else:
+            among, to_global = a * NUM_GLOBAL + number, NUM_GLOBAL + number
+        to_global = tl.where((of_global >= 0)[:, None], 2 * NUM_GLOBAL + among, to_global)
+        index = tl.where(beyond[None, :], num_offsets + to_global, index)
     return index
 
 
 @triton.jit
 def column_logits(
-    step, entry, listed, walked, lead, block, length, rows, held, ptr, stride, other_ptr, other_stride,
+    step, entry, listed, walked, lead, block, length, rows,
+    held, ptr, stride, other_ptr, other_stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One step of columns: their tokens, which exist, which are tokens of the own block, whether
-    the global rows see any (several blocks: which), their rows behind `ptr` and `other_ptr`, the logits of the first with the rows that hold `held`, which rows
-    see any of them, and the table's entry behind each pair.
+    the global rows see any (of several blocks, which), their rows behind `ptr` and `other_ptr`, the
+    logits of the first with the rows that hold `held`, which rows see any of them, and the table's
+    entry behind each pair.
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
@@ -241,7 +244,8 @@ def column_logits(
     bias, index = 0.0, 0
     if table_ptr is not None:
         # Before the product: of two layouts that meet, the compiler goes on with the later one's.
-        code = load_codes(codes_ptr, token, exists, shift, 0, NUM_GLOBAL)
+        of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE
+        code = load_codes(codes_ptr, token, length, shift, of_globals, NUM_GLOBAL)
         index = bias_index(
             rows, row_code, code, beyond, number, num_offsets,
             ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
