@@ -2,10 +2,10 @@
 
 Tiling. One program owns one row tile of one (batch, head, block): the block's `BLOCK_SIZE` tokens
 followed by the `NUM_GLOBAL` global rows, cut into tiles of `ROWS`. Programs of one (batch, head)
-run side by side, so that its keys and values are served from L2. The keys of a block form one
-gathered list (the globals, then the tokens of the listed blocks) that the program walks in tiles of
-`COLUMNS`; a tile may cross block borders, hence 4 blocks of 56 and a CLS key are 225 columns: eight
-tiles of 32, and not nine or more.
+run side by side, so that its keys and values are served from L2. The program walks the listed
+blocks in steps of `COLUMNS`, which end where a block does: one block of 56 a step of 64. So the
+address of a step is one look-up, and which columns hold tokens is known when it is compiled. The
+global keys lie in the spare columns of the first block, or in steps of their own before it.
 
 Global rows attend everything, and cost no pass of their own: in the spare rows of the tile (a block
 of 56 leaves 8 of 64) every program scores the global rows against the keys of its *own* block,
@@ -15,14 +15,18 @@ ascending order. A block that leaves no spare row (64, 128) gets one more row ti
 own block only. For the saliency the row of global 0 also stores its logits (4 bytes a token and
 head), and a third kernel turns them into the mean over heads once maximum and sum are known.
 
+A row sees all of a step's tokens or none, which one number a row decides; selects are left for the
+spare columns and for blocks of which a part is missing.
+
 Memory traffic per token and head of dimension D with e bytes an element: q, k, v read once from
 DRAM and out written, 4 D e bytes (512 for D = 64 in bf16), lse 4 bytes; k and v again for every
 block that attends them, from L2; partials 4 (D + 2) / BLOCK_SIZE bytes. Inputs are read in place
 through their strides.
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32); scale and log2(e) multiply the
-fp32 logit after the dot product; online softmax in base 2; probabilities are cast to the dtype of
-`value` for the second product. Masked columns are -inf. No atomics: a rerun is bitwise identical.
+fp32 logit after the dot product, in the fused multiply-add that subtracts the maximum; online
+softmax in base 2; probabilities are cast to the dtype of `value` for the second product. Masked
+columns are -inf. No atomics: a rerun is bitwise identical.
 
 Source: SViTT (Li et al., CVPR 2023), section 3.2; FlashAttention (Dao et al., 2022), algorithm 1.
 """

@@ -1,10 +1,11 @@
 """Walking a block layout: what the kernels of block-sparse attention share, forward and backward.
 
-A program owns the rows of one tile of a block and walks a gathered list of columns: the globals,
-the tokens of the listed blocks in order, and, where the tile holds global rows and the list lacks
-it, the own block. Forward and dQ rows are queries and columns keys; in the dK/dV kernel rows are
-keys, columns queries and the lists transposed. Nothing else differs, so that all three recompute
-the same logits from the same masks.
+A program owns the rows of one tile of a block and walks columns in steps: the listed blocks in
+order, and, where the tile holds global rows and the list lacks it, the own block. A step is one
+block, a part of one, or several, and the globals lie in columns that the first block leaves spare,
+or in steps before it. Forward and dQ rows are queries and columns keys; in the dK/dV kernel rows
+are keys, columns queries and the lists transposed. Nothing else differs, so that all three
+recompute the same logits from the same masks.
 """
 
 from __future__ import annotations
