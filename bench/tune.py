@@ -148,29 +148,56 @@ RANKS_FP32 = _tiles(
     (64, 64, 16, 16, 2, 264),
 )
 ATTENTION_NAMES = "columns num_warps num_stages max_registers"
-ATTENTION = _tiles(
-    ATTENTION_NAMES,
-    (32, 4, 1, 128),
-    (32, 4, 1, 168),
-    (64, 4, 1, 168),
-    (32, 4, 2, 128),
-    (16, 4, 1, 128),
-    (32, 4, 3, 168),
-    (32, 4, 3, 128),
-    (64, 4, 3, 168),
-    (32, 8, 3, 128),
-    (16, 4, 3, 128),
-)
-BIASED = _tiles(
-    ATTENTION_NAMES,
-    (16, 4, 2, 168),
-    (16, 4, 1, 168),
-    (16, 4, 2, 255),
-    (16, 4, 1, 128),
-    (16, 4, 1, 255),
-    (32, 4, 1, 255),
-    (16, 4, 4, 168),
-)
+ATTENTION = {
+    "forward": _tiles(
+        ATTENTION_NAMES,
+        (64, 4, 1, 168),
+        (64, 4, 1, 128),
+        (64, 4, 2, 168),
+        (64, 4, 3, 168),
+        (32, 4, 1, 128),
+    ),
+    "grad_query": _tiles(
+        ATTENTION_NAMES,
+        (64, 4, 1, 168),
+        (64, 4, 2, 168),
+        (64, 4, 3, 168),
+        (64, 4, 1, 128),
+    ),
+    "grad_key": _tiles(
+        ATTENTION_NAMES,
+        (64, 4, 1, 168),
+        (64, 4, 1, 255),
+        (64, 4, 2, 255),
+        (64, 4, 2, 168),
+        (32, 4, 1, 168),
+    ),
+}
+BIASED = {
+    "forward": _tiles(
+        ATTENTION_NAMES,
+        (32, 4, 1, 128),
+        (64, 4, 1, 168),
+        (64, 4, 1, 255),
+        (32, 4, 2, 128),
+        (16, 4, 1, 128),
+    ),
+    "grad_query": _tiles(
+        ATTENTION_NAMES,
+        (64, 4, 1, 255),
+        (32, 4, 1, 168),
+        (32, 4, 1, 128),
+        (64, 4, 1, 168),
+    ),
+    "grad_key": _tiles(
+        ATTENTION_NAMES,
+        (16, 4, 1, 168),
+        (32, 4, 1, 255),
+        (32, 4, 1, 168),
+        (16, 4, 1, 128),
+        (32, 8, 1, 128),
+    ),
+}
 
 
 def plan() -> list[Candidate]:
@@ -193,7 +220,7 @@ def plan() -> list[Candidate]:
         fields = {"frames": frames, "tokens": tokens, "bias": bias} | ({} if bias else SAMPLED)
         given = {"op": "block_sparse_attention", "dtype": "bf16", "fields": fields}
         given |= {"case": f"n{tokens}{'-bias' * bias}", "gate": "today" if bias else "oracle"}
-        tiles = BIASED if bias else ATTENTION
+        tiles = BIASED[which] if bias else ATTENTION[which]
         add(tiles[:most], which, direction=direction, **given)
 
     def ranks(rows: int, dtype: str) -> None:

@@ -2,10 +2,10 @@
 
 Tiling. One program owns one row tile of one (batch, head, block): the block's `BLOCK_SIZE` tokens
 followed by the `NUM_GLOBAL` global rows, cut into tiles of `ROWS`. Programs of one (batch, head)
-run side by side, so that its keys and values are served from L2. The keys of a block form one
-gathered list (the globals, then the tokens of the listed blocks) that the program walks in tiles of
-`COLUMNS`; a tile may cross block borders, hence 4 blocks of 56 and a CLS key are 225 columns: eight
-tiles of 32, and not nine or more.
+run side by side, so that its keys and values are served from L2. The program walks the listed
+blocks in steps of `COLUMNS`, which end where a block does: one block of 56 a step of 64. So the
+address of a step is one look-up, and which columns hold tokens is known when it is compiled. The
+global keys lie in the spare columns of the first block, or in steps of their own before it.
 
 Global rows attend everything, and cost no pass of their own: in the spare rows of the tile (a block
 of 56 leaves 8 of 64) every program scores the global rows against the keys of its *own* block,
@@ -15,14 +15,18 @@ ascending order. A block that leaves no spare row (64, 128) gets one more row ti
 own block only. For the saliency the row of global 0 also stores its logits (4 bytes a token and
 head), and a third kernel turns them into the mean over heads once maximum and sum are known.
 
+A row sees all of a step's tokens or none, which one number a row decides; selects are left for the
+spare columns and for blocks of which a part is missing.
+
 Memory traffic per token and head of dimension D with e bytes an element: q, k, v read once from
 DRAM and out written, 4 D e bytes (512 for D = 64 in bf16), lse 4 bytes; k and v again for every
 block that attends them, from L2; partials 4 (D + 2) / BLOCK_SIZE bytes. Inputs are read in place
 through their strides.
 
 Numerics. Dot products accumulate in fp32 (fp32 inputs without TF32); scale and log2(e) multiply the
-fp32 logit after the dot product; online softmax in base 2; probabilities are cast to the dtype of
-`value` for the second product. Masked columns are -inf. No atomics: a rerun is bitwise identical.
+fp32 logit after the dot product, in the fused multiply-add that subtracts the maximum; online
+softmax in base 2; probabilities are cast to the dtype of `value` for the second product. Masked
+columns are -inf. No atomics: a rerun is bitwise identical.
 
 Source: SViTT (Li et al., CVPR 2023), section 3.2; FlashAttention (Dao et al., 2022), algorithm 1.
 """
@@ -34,16 +38,21 @@ import triton
 import triton.language as tl
 
 from .block_sparse_walk import (
+    GLOBAL_CODE,
     bias_arguments,
     column_logits,
+    key_value_strides,
     layout_strides,
+    list_entries,
     list_extent,
     load_codes,
+    logit_weight,
     own_tile,
     row_tokens,
+    row_tokens_again,
     sample_length,
 )
-from .rows import LN_2, LOG2_E, load_rows, needs_wide_offsets, store_rows, weigh_values
+from .rows import LN_2, load_rows, needs_wide_offsets, store_rows, weigh_values
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 # Sizes that change from call to call and bring nothing when the compiler knows their divisibility.
@@ -51,6 +60,13 @@ _SIZES = [
     "num_heads", "seq_len", "num_blocks", "list_width", "num_offsets",
     "layout_batch", "layout_head", "codes_batch", "stats_stack", "partial_stack",
 ]  # fmt: skip
+
+
+@triton.jit
+def store_row(ptr, columns, tile, is_row, exists):
+    """One row of a tile."""
+    places = tl.broadcast_to((ptr + columns)[None, :], tile.shape)
+    tl.store(places, tile, mask=is_row[:, None] & exists[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -69,42 +85,53 @@ def _forward_kernel(
     """One row tile of one block: outputs of its tokens, partial outputs of the globals."""
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
+    if value_row is None:  # one offset, and its registers, for both
+        value_row = key_row
     query_ptr += batch * query_batch + head * query_head
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code = 0
     if table_ptr is not None:
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, own, _, logit, _ = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    for step in range(0, steps):
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        token, _, own, to_globals, _, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
+        entry = following
         if logits_ptr is not None:
-            seen = (rows == BLOCK_SIZE)[:, None] & (own & (token >= NUM_GLOBAL))[None, :]
-            place = pair.to(tl.int64) * (seq_len - NUM_GLOBAL) + token - NUM_GLOBAL
-            places = tl.broadcast_to((logits_ptr + place)[None, :], [ROWS, COLUMNS])
-            tl.store(places, logit, mask=seen)
-        top, total, acc = weigh_values(
-            top, total, acc, logit, value_ptr, token, value_row, exists, HEAD_DIM, DIM
-        )
+            base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) - NUM_GLOBAL
+            if COLUMNS // BLOCK_SIZE > 1 or to_globals:
+                store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
+        top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 
+    rows, row_token, row_exists = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     filled = row_exists & (total != 0)  # NaN is no empty row
     acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
     top = tl.where(filled, top, float("-inf"))
@@ -217,6 +244,8 @@ def block_sparse_attention(
         out (batch, heads, tokens, head_dim) in the dtype of query, lse (batch, heads, tokens) fp32,
         and saliency (batch, tokens - num_global) fp32, or empty unless asked for.
     """
+    if scale < 0:  # the kernels take a row's maximum before they scale it
+        query, scale = -query, -scale
     batch, heads, seq_len, head_dim = query.shape
     num_tokens = seq_len - num_global
     out = query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
@@ -247,7 +276,7 @@ def block_sparse_attention(
             key_counts, key_blocks, table, position_codes, key_lengths, scale,
             heads, seq_len, key_counts.shape[2], key_blocks.shape[3], num_offsets,
             *layout_strides(key_counts), codes_batch, stacks[0], stacks[1],
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            *query.stride()[:3], *key_value_strides(key, value), *out.stride()[:3],
             BLOCK_SIZE=block_size, NUM_GLOBAL=num_global, HEAD_DIM=head_dim,
             ROW_TILES=row_tiles, WIDE=needs_wide_offsets(query, key, value, out),
             **tile.shape, **tile.options,

@@ -37,16 +37,21 @@ import triton.language as tl
 
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_walk import (
+    GLOBAL_CODE,
     bias_arguments,
     column_logits,
+    key_value_strides,
     layout_strides,
+    list_entries,
     list_extent,
     load_codes,
+    logit_weight,
     own_tile,
     row_tokens,
+    row_tokens_again,
     sample_length,
 )
-from .rows import LOG2_E, load_offsets, load_rows, needs_wide_offsets, products, store_rows
+from .rows import load_offsets, load_rows, needs_wide_offsets, products, store_rows
 from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
 
 _SIZES = [
@@ -77,7 +82,7 @@ def _add_fixed(ptr, value, unit, mask):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_query_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, terms_ptr,
     grad_query_ptr, partial_ptr, sums_ptr,
     counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, layout_batch, layout_head, codes_batch,
@@ -88,15 +93,19 @@ def _grad_query_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one row tile of queries; their delta; the top magnitude of a bias term."""
+    """Gradient of one row tile of queries; their lse in base 2 and delta, side by side for the next
+    kernel; the top magnitude of a bias term.
+    """
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
     length = sample_length(lengths_ptr, batch, seq_len)
+    if value_row is None:  # one offset, and its registers, for both
+        value_row = key_row
     key_ptr += batch * key_batch + head * key_head
     value_ptr += batch * value_batch + head * value_head
     lse_ptr += pair.to(tl.int64) * seq_len
     if stats_ptr is not None:
         stats_ptr += pair.to(tl.int64) * seq_len
-    delta_ptr += pair.to(tl.int64) * seq_len
+    terms_ptr += pair.to(tl.int64) * seq_len * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query_ptr += batch * query_batch + head * query_head
@@ -107,9 +116,9 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
     lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code = 0
     if table_ptr is not None:
@@ -117,22 +126,30 @@ def _grad_query_kernel(
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
         centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, row_exists, centre, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
         top_bits = tl.zeros([ROWS], tl.int32)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, _, key, logit, _ = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, query, key_ptr, key_row,
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    for step in range(0, steps):
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        _, _, _, _, key, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
-        logit -= lse[:, None]
+        logit = logit * weight - tl.where(active, lse, float("inf"))[:, None]
         if stats_ptr is not None:
             logit -= lse_low[:, None]
         prob = tl.exp2(logit)
-        value = load_rows(value_ptr, token, value_row, exists, HEAD_DIM, DIM)
+        entry = following
         grad_prob = products(grad_out, value)
         grad_logit = prob * (grad_prob - delta[:, None])
         acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
@@ -143,12 +160,18 @@ def _grad_query_kernel(
             top_bits = tl.maximum(top_bits, tl.max(bound.to(tl.int32, bitcast=True), axis=1))
 
     acc *= scale
+    rows, row_token, _ = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)
     grad_query_ptr += batch * grad_batch + head * grad_head
     store_rows(grad_query_ptr, row_token, grad_row, acc, is_token, HEAD_DIM, DIM)
     is_global = (rows >= BLOCK_SIZE) & (rows < BLOCK_SIZE + NUM_GLOBAL)
-    delta_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
-    tl.store(delta_ptr + row_token, delta, mask=(rows < delta_rows) & (row_token < seq_len))
+    own_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
+    owned = (rows < own_rows) & (row_token < seq_len)
+    terms = tl.join(lse, delta)
+    places = tl.broadcast_to(row_token[:, None] * 2 + tl.arange(0, 2)[None, :], terms.shape)
+    tl.store(terms_ptr + places, terms, mask=owned[:, None])
     if NUM_GLOBAL > 0:
         slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
         store_rows(partial_ptr, slot, HEAD_DIM, acc, is_global, HEAD_DIM, DIM)
@@ -159,7 +182,7 @@ def _grad_query_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_key_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, stats_ptr, delta_ptr,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, terms_ptr,
     grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, sums_ptr,
     counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, pair_bits,
@@ -176,26 +199,25 @@ def _grad_key_kernel(
     length = sample_length(lengths_ptr, batch, seq_len)
     query_ptr += batch * query_batch + head * query_head
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
-    lse_ptr += pair.to(tl.int64) * seq_len
     if stats_ptr is not None:
-        stats_ptr += pair.to(tl.int64) * seq_len
-    delta_ptr += pair.to(tl.int64) * seq_len
+        stats_ptr += stats_stack + pair.to(tl.int64) * seq_len
+    terms_ptr += pair.to(tl.int64) * seq_len * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     key_ptr += batch * key_batch + head * key_head
     key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
     value_ptr += batch * value_batch + head * value_head
     value = load_rows(value_ptr, row_token, value_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, columns = list_extent(
+    blocks_ptr, listed, walked, lead, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
-        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS,
+        block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code, centre = 0, 0
     if table_ptr is not None:
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
-        row_code = load_codes(codes_ptr, row_token, row_exists, 0, NUM_GLOBAL)
+        row_code = load_codes(codes_ptr, row_token, length, 0, -GLOBAL_CODE, NUM_GLOBAL)
         centre = (num_offsets - 1) // 2
         sums_ptr += head * (table_size + 1)
         top_bits = tl.load(sums_ptr + table_size).to(tl.int32)
@@ -204,24 +226,36 @@ def _grad_key_kernel(
         is_global_key = row_exists & (rows >= BLOCK_SIZE)
         to_global = tl.zeros([ROWS], tl.float32)
 
-    scale_log2 = scale * LOG2_E
+    scale_log2 = logit_weight(scale)
+    weight = scale_log2
+    if table_ptr is not None:
+        weight = 1.0
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(0, columns, COLUMNS):
-        token, exists, _, query, logit, index = column_logits(
-            start, columns, blocks_ptr, listed, block, length, rows, key, query_ptr, query_row,
+    # The steps that can hold a global.
+    first_steps: tl.constexpr = (max(BLOCK_SIZE, NUM_GLOBAL) + COLUMNS - 1) // COLUMNS
+    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    for step in range(0, steps):
+        following = list_entries(
+            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
+        token, exists, _, _, query, grad_out, logit, active, index = column_logits(
+            step, entry, listed, walked, lead, block, length, rows,
+            key, query_ptr, query_row, grad_out_ptr, grad_out_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
-        lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, token, exists)
-        logit -= lse[None, :]
+        entry = following
+        # Two numbers a column are enough for the compiler to load them once, not for each thread.
+        places = token[:, None] * 2 + tl.arange(0, 2)[None, :]
+        lse, delta = tl.split(tl.load(terms_ptr + places, mask=exists[:, None], other=0.0))
+        shift = tl.where(active[:, None], lse[None, :], float("inf"))
+        logit = logit * weight - shift
         if stats_ptr is not None:
-            logit -= lse_low[None, :]
+            logit -= tl.load(stats_ptr + token, mask=exists, other=0.0)[None, :]
         prob = tl.exp2(logit)
-        grad_out = load_rows(grad_out_ptr, token, grad_out_row, exists, HEAD_DIM, DIM)
         acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
         grad_prob = products(value, grad_out)
-        delta = tl.load(delta_ptr + token, mask=exists, other=0.0)
         grad_logit = prob * (grad_prob - delta[None, :])
         acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
         if table_ptr is not None:
@@ -230,15 +264,18 @@ def _grad_key_kernel(
             if NUM_GLOBAL > 0:
                 from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if start < NUM_GLOBAL:
+                if step < first_steps + lead:
                     is_global = token < NUM_GLOBAL
-                    entry = sums_ptr + num_offsets + token
+                    sums = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
-                    _add_fixed(entry, to_tokens, unit, is_global & exists)
+                    _add_fixed(sums, to_tokens, unit, is_global & exists)
                     among = is_global_key[:, None] & is_global[None, :]
                     _add_fixed(sums_ptr + index, grad_logit, unit, among)
 
     acc_key *= scale
+    rows, row_token, row_exists = row_tokens_again(
+        entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
+    )
     acc_key = tl.where(row_exists[:, None], acc_key, 0.0)
     acc_value = tl.where(row_exists[:, None], acc_value, 0.0)
     is_token = (rows < BLOCK_SIZE) & (row_token < seq_len)
@@ -251,8 +288,8 @@ def _grad_key_kernel(
         store_rows(partial_key_ptr, slot, HEAD_DIM, acc_key, partial, HEAD_DIM, DIM)
         store_rows(partial_value_ptr, slot, HEAD_DIM, acc_value, partial, HEAD_DIM, DIM)
         if table_ptr is not None:
-            entry = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
-            _add_fixed(entry, to_global, unit, is_global_key)
+            sums = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
+            _add_fixed(sums, to_global, unit, is_global_key)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_partials", "stack"])
@@ -328,6 +365,12 @@ def block_sparse_attention_backward(
         grad_query, grad_key, grad_value as their inputs, and grad_bias_table (R, heads) fp32, or
         empty without a table.
     """
+    if scale < 0:
+        grads = block_sparse_attention_backward(
+            grad_out, -query, key, value, out, lse, key_counts, key_blocks, query_counts,
+            query_blocks, block_size, num_global, bias_table, position_codes, key_lengths, -scale,
+        )  # fmt: skip
+        return -grads[0], *grads[1:]
     batch, heads, seq_len, head_dim = query.shape
     num_blocks, num_tokens = key_counts.shape[2], seq_len - num_global
     grads = [query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2) for _ in range(3)]
@@ -350,7 +393,7 @@ def block_sparse_attention_backward(
 
     biased, arch = bias_table is not None, device_arch(query.device)
     grid_blocks = max(num_blocks, 1)
-    delta = torch.empty_like(lse)
+    terms = lse.new_empty(*lse.shape, 2)
     partial_shape = (3, batch, heads, num_global, grid_blocks, head_dim)
     partials = query.new_empty(partial_shape, dtype=torch.float32)
     partial_query, partial_key, partial_value = partials.unbind(0)
@@ -375,16 +418,17 @@ def block_sparse_attention_backward(
             shape = {"ROW_TILES": row_tiles, **tile.shape, **tile.options}
             if which == "grad_query":
                 _grad_query_kernel[grid](
-                    grad_out, query, key, value, out, lse, stats, delta,
+                    grad_out, query, key, value, out, lse, stats, terms,
                     grads[0], partial_query, sums,
                     key_counts, key_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
                     *layout_strides(key_counts), codes_batch, stats_stack,
-                    *inputs, *out.stride()[:3], *grads[0].stride()[:3], **config, **shape,
+                    *inputs[:6], *key_value_strides(key, value), *out.stride()[:3],
+                    *grads[0].stride()[:3], **config, **shape,
                 )  # fmt: skip
             else:
                 _grad_key_kernel[grid](
-                    grad_out, query, key, value, lse, stats, delta,
+                    grad_out, query, key, value, stats, terms,
                     grads[1], grads[2], partial_key, partial_value, sums,
                     query_counts, query_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, query_blocks.shape[3], num_offsets, pair_bits,

@@ -1,10 +1,11 @@
 """Walking a block layout: what the kernels of block-sparse attention share, forward and backward.
 
-A program owns the rows of one tile of a block and walks a gathered list of columns: the globals,
-the tokens of the listed blocks in order, and, where the tile holds global rows and the list lacks
-it, the own block. Forward and dQ rows are queries and columns keys; in the dK/dV kernel rows are
-keys, columns queries and the lists transposed. Nothing else differs, so that all three recompute
-the same logits from the same masks.
+A program owns the rows of one tile of a block and walks columns in steps: the listed blocks in
+order, and, where the tile holds global rows and the list lacks it, the own block. A step is one
+block, a part of one, or several, and the globals lie in columns that the first block leaves spare,
+or in steps before it. Forward and dQ rows are queries and columns keys; in the dK/dV kernel rows
+are keys, columns queries and the lists transposed. Nothing else differs, so that all three
+recompute the same logits from the same masks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import triton.language as tl
 
 from .rows import LOG2_E, load_rows, products
 
-CODE_LIMIT = tl.constexpr(1 << 28)
 GLOBAL_CODE = tl.constexpr(1 << 30)
 
 
@@ -44,11 +44,26 @@ def row_tokens(
 
 
 @triton.jit
+def row_tokens_again(
+    entry, block, tile, length,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`row_tokens` after a loop that ends with `entry`, without keeping registers in the loop for
+    them: no entry is negative, but that the compiler cannot know.
+    """
+    zero = 0
+    if COLUMNS // BLOCK_SIZE <= 1:
+        zero = tl.minimum(entry, 0)
+    return row_tokens(block + zero, tile + zero, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
+
+
+@triton.jit
 def list_extent(
     counts_ptr, blocks_ptr, row, width, block, num_blocks, tile, length,
-    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Where the list of a block starts, how many listed blocks a tile walks, and how many columns.
+    """Where the list of a block starts, how many of its blocks a tile walks, how many blocks in
+    all, how many steps come first for nothing but globals, and how many steps there are.
 
     A tile with global rows also needs the own block: as one more block after the list where the
     list lacks it. A tile of nothing but global rows walks only that one.
@@ -56,107 +71,217 @@ def list_extent(
     blocks_ptr += row.to(tl.int64) * width
     has_tokens = tile * ROWS < BLOCK_SIZE
     listed = tl.load(counts_ptr + row, mask=(block < num_blocks) & has_tokens, other=0)
-    walked = listed
-    has_globals = (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE)
-    if has_globals:
+    missing = listed * 0
+    if (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE):
+        # One entry a lane, without waiting for the count: a warp adds them without a barrier.
         found = 0
-        for start in range(0, listed, 128):
-            slot = start + tl.arange(0, 128)
-            entry = tl.load(blocks_ptr + slot, mask=slot < listed, other=-1)
-            found += tl.sum((entry == block).to(tl.int32), axis=0)
-        walked += tl.where(found > 0, 0, 1)
-    columns = NUM_GLOBAL + walked * BLOCK_SIZE
+        for start in range(0, width, 32):
+            slot = start + tl.arange(0, 32)
+            entry = tl.load(blocks_ptr + slot, mask=slot < width, other=-1)
+            found += tl.sum(((entry == block) & (slot < listed)).to(tl.int32), axis=0)
+        missing = tl.where(found > 0, 0, 1)
+    walked = listed + missing
+    pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+    steps = (walked + pack - 1) // pack * parts
+    lead = 0
+    if NUM_GLOBAL > 0:
+        if parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL:
+            lead = missing * 0 + (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
+        else:
+            # Beside the first block's tokens, if all rows see both.
+            lead = missing
+            steps = tl.maximum(steps, parts)
+    steps += lead
     # A block that does not exist in this sample has nothing to do, but block 0 always serves the
     # globals.
-    columns = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, columns)
-    return blocks_ptr, listed, columns
+    steps = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, steps)
+    return blocks_ptr, listed, walked, lead, steps
+
+
+@triton.jit
+def list_slots(
+    step, walked, lead,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Which of the walked blocks a step is of, of several the one behind each column; `walked` in
+    the steps for nothing but globals.
+    """
+    turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
+    slot = turn
+    if COLUMNS < BLOCK_SIZE:
+        slot = turn // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
+    elif COLUMNS // BLOCK_SIZE > 1:
+        pack: tl.constexpr = COLUMNS // BLOCK_SIZE
+        slot = turn * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
+    return turn, tl.where(turn < 0, walked, slot)
+
+
+@triton.jit
+def list_entries(
+    step, blocks_ptr, listed, walked, lead,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The listed blocks of a step; all its loads wait for them, so they are loaded a step ahead."""
+    _, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    return tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
 
 
 @triton.jit
 def column_tokens(
-    start, columns, blocks_ptr, listed, block, length,
+    step, entry, listed, walked, lead, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens behind one tile of the list; which exist, which the tokens see, which the globals."""
-    position = start + tl.arange(0, COLUMNS)
-    offset = tl.maximum(position - NUM_GLOBAL, 0)
-    slot = offset // BLOCK_SIZE
-    entry = tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
-    entry = tl.where(slot < listed, entry, block)
-    token = NUM_GLOBAL + entry * BLOCK_SIZE + (offset - slot * BLOCK_SIZE)
-    token = tl.where(position < NUM_GLOBAL, position, token)
-    exists = (position < columns) & (token < length)
-    in_list = exists & (position < NUM_GLOBAL + listed * BLOCK_SIZE)
-    # Each global row meets a token in that token's own block, and the globals in block 0.
-    own = exists & (tl.where(position < NUM_GLOBAL, 0, entry) == block)
-    return token, exists, in_list, own
+    """Columns of one step: `first` + `place` is the token of each. Which exist, and how many tokens
+    do of the block; which the token rows see, which the global rows, or whether they see any; which
+    can only be globals, and their numbers.
 
-
-@triton.jit
-def column_mask(rows, in_list, own, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr):
-    """0 where a row attends a column, else -inf: added to the logit, mask and scale are one FMA."""
-    mask = tl.where(in_list, 0.0, float("-inf"))[None, :]
-    if NUM_GLOBAL > 0:
-        global_mask = tl.where(own, 0.0, float("-inf"))[None, :]
-        mask = tl.where((rows >= BLOCK_SIZE)[:, None], global_mask, mask)
-    return mask
-
-
-@triton.jit
-def load_codes(ptr, tokens, exists, shift, NUM_GLOBAL: tl.constexpr):
-    """Position codes of tokens, plus shift; the code of a global is GLOBAL_CODE plus its number."""
-    code = tl.load(ptr + tokens - NUM_GLOBAL, mask=exists & (tokens >= NUM_GLOBAL), other=0)
-    code = tl.minimum(tl.maximum(code, -CODE_LIMIT), CODE_LIMIT) + shift
-    return tl.where(tokens < NUM_GLOBAL, GLOBAL_CODE + tokens, code)
-
-
-@triton.jit
-def bias_index(query_code, key_code, num_offsets, NUM_GLOBAL: tl.constexpr):
-    """Row of the bias table for each pair; the arguments broadcast against each other.
-
-    Queries are shifted by (num_offsets - 1) // 2 already; num_offsets is R0. Whether a token is
-    global is part of its code, because a thread's share of a gather has many rows, and each number
-    kept per row costs as many registers. The clamp keeps bad codes inside the table.
+    Whether a column holds a token or a global, and where in its block, are constants of the compile
+    where a tile holds a whole block: `place` leaves the loop, and masks of it fold away.
     """
-    index = tl.minimum(tl.maximum(query_code - key_code, 0), num_offsets - 1)
+    pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+    leads: tl.constexpr = parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL
+    turn, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    column = tl.arange(0, COLUMNS)
+    within = column
+    if parts > 1:
+        within += tl.where(turn < 0, parts - 1, turn % parts) * COLUMNS
+    beyond = within >= pack * BLOCK_SIZE
+    number = within - pack * BLOCK_SIZE
+    if pack > 1:
+        within = column % BLOCK_SIZE
+    with_globals = turn < tl.where(lead > 0, 0, parts)
+    globals = tl.where(with_globals, tl.minimum(NUM_GLOBAL, length), 0)
+    if leads:
+        number = step * COLUMNS + column
+        beyond = beyond | (number < tl.where(turn < 0, NUM_GLOBAL + COLUMNS, 0))
+    there = slot < walked
+    in_list = slot < listed
+    entry = tl.where(in_list, entry, block)
+    first = NUM_GLOBAL + entry * BLOCK_SIZE
+    limit = tl.where(there, length - first, 0)
+    exists = tl.where(beyond, number < globals, within < limit)
+    # Each global row meets a token in that token's own block, and the globals in block 0.
+    to_tokens = in_list
+    to_globals = tl.where(there, entry, -1) == block
+    if pack > 1:
+        to_tokens = in_list | (beyond & with_globals)
+        to_globals = tl.where(beyond, 0, tl.where(there, entry, -1)) == block
+        within += first
+        first = 0
+    else:
+        to_tokens = in_list | with_globals
+        to_globals = tl.where(with_globals & (block == 0), 0, tl.where(there, entry, -1)) == block
+    place = tl.where(beyond, number - first, within)
+    return first, place, exists, limit, to_tokens, to_globals, beyond, number
+
+
+@triton.jit
+def load_codes(ptr, tokens, length, shift, of_globals, NUM_GLOBAL: tl.constexpr):
+    """Position codes of tokens, plus shift; `of_globals` for the globals."""
+    held = (tokens < length) & (tokens >= NUM_GLOBAL)
+    code = tl.load(ptr + tokens - NUM_GLOBAL, mask=held, other=0) + shift
+    return tl.where(tokens < NUM_GLOBAL, of_globals, code)
+
+
+@triton.jit
+def bias_index(
+    rows, row_code, code, beyond, number, num_offsets,
+    ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
+):  # fmt: skip
+    """Row of the bias table for each pair of a row and a column; num_offsets is R0.
+
+    One unsigned minimum keeps bad codes inside the table, where a negative index is a huge one, and
+    leads global rows and columns, whose codes are out of reach, to a row's last entry: of a global
+    row the one that it has for all tokens. From there it is as far to a single global's entry for
+    token rows as for the global's own.
+    """
+    last = tl.zeros_like(rows) + num_offsets - 1
+    if NUM_GLOBAL > 0:
+        of_global = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
+        beyond_tokens = num_offsets + of_global + (NUM_GLOBAL if ROWS_ARE_KEYS else 0)
+        last = tl.where(of_global >= 0, beyond_tokens, last)
+    if ROWS_ARE_KEYS:
+        index = code[None, :] - row_code[:, None]
+    else:
+        index = row_code[:, None] - code[None, :]
+    index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)[:, None]).to(tl.int32)
     if NUM_GLOBAL == 1:
-        index = tl.where(query_code >= GLOBAL_CODE, num_offsets, index)
-        to_global = tl.where(query_code >= GLOBAL_CODE, num_offsets + 2, num_offsets + 1)
-        index = tl.where(key_code >= GLOBAL_CODE, to_global, index)
+        index += tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
     elif NUM_GLOBAL > 1:
-        a = query_code - GLOBAL_CODE
-        b = key_code - GLOBAL_CODE
-        index = tl.where(a >= 0, num_offsets + a, index)
-        to_global = num_offsets + NUM_GLOBAL + b + tl.where(a >= 0, NUM_GLOBAL * (a + 1), 0)
-        index = tl.where(b >= 0, to_global, index)
+        number = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
+        a = tl.where(of_global >= 0, of_global, 0)[:, None]
+        if ROWS_ARE_KEYS:
+            among, to_global = number * NUM_GLOBAL + a, number
+        else:
+            among, to_global = a * NUM_GLOBAL + number, NUM_GLOBAL + number
+        to_global = tl.where((of_global >= 0)[:, None], 2 * NUM_GLOBAL + among, to_global)
+        index = tl.where(beyond[None, :], num_offsets + to_global, index)
     return index
 
 
 @triton.jit
 def column_logits(
-    start, columns, blocks_ptr, listed, block, length, rows, own, ptr, step,
+    step, entry, listed, walked, lead, block, length, rows,
+    held, ptr, stride, other_ptr, other_stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of columns: tokens, which exist, which the globals see, what they hold, their
-    logits in base 2 with the rows that hold `own`, and the table's entry behind each.
+    """One step of columns: their tokens, which exist, which are tokens of the own block, whether
+    the global rows see any (of several blocks, which), their rows behind `ptr` and `other_ptr`, the
+    logits of the first with the rows that hold `held`, which rows see any of them, and the table's
+    entry behind each pair.
+
+    With a table logits are in base 2, without one they are bare products, to be multiplied by
+    `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
+    whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
-    token, exists, in_list, seen = column_tokens(
-        start, columns, blocks_ptr, listed, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+    first, place, exists, limit, to_tokens, to_globals, beyond, number = column_tokens(
+        step, entry, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
-    held = load_rows(ptr, token, step, exists, HEAD_DIM, DIM)
-    logit = products(own, held) * scale_log2
-    logit += column_mask(rows, in_list, seen, BLOCK_SIZE, NUM_GLOBAL)
-    index = 0
+    token = first + place
+    bias, index = 0.0, 0
     if table_ptr is not None:
-        code = load_codes(codes_ptr, token, exists, shift, NUM_GLOBAL)
-        if ROWS_ARE_KEYS:
-            index = bias_index(code[None, :], row_code[:, None], num_offsets, NUM_GLOBAL)
-        else:
-            index = bias_index(row_code[:, None], code[None, :], num_offsets, NUM_GLOBAL)
-        logit += tl.load(table_ptr + index) * LOG2_E
-    return token, exists, seen, held, logit, index
+        # Before the product: of two layouts that meet, the compiler goes on with the later one's.
+        of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE
+        code = load_codes(codes_ptr, token, length, shift, of_globals, NUM_GLOBAL)
+        index = bias_index(
+            rows, row_code, code, beyond, number, num_offsets,
+            ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
+        )  # fmt: skip
+        bias = tl.load(table_ptr + index)
+    # Both on their way before anything waits for one of them.
+    here = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
+    other_ptr += first * other_stride
+    other = load_rows(other_ptr, place, other_stride, exists, HEAD_DIM, DIM)
+    logit = products(held, here)
+    if table_ptr is not None:
+        logit = logit * scale_log2 + bias
+    is_token = rows < BLOCK_SIZE
+    if COLUMNS // BLOCK_SIZE > 1:
+        seen = tl.where(is_token[:, None], to_tokens[None, :], to_globals[None, :])
+        logit = tl.where(seen & exists[None, :], logit, float("-inf"))
+        active = rows >= 0
+    else:
+        # Of columns that can only be globals here, of the others where some are missing.
+        first_block = tl.where(is_token, 0, block) == 0
+        seen = exists[None, :] & first_block[:, None]
+        logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
+        if limit < BLOCK_SIZE:
+            # With the step on both sides, no column keeps a register between the steps for this.
+            present = (place + step < limit + step) | beyond
+            logit = tl.where(present[None, :], logit, float("-inf"))
+        active = tl.where(is_token, to_tokens, to_globals)
+    own = exists & (token >= NUM_GLOBAL) & ((token - NUM_GLOBAL) // BLOCK_SIZE == block)
+    return token, exists, own, to_globals, here, other, logit, active, index
+
+
+@triton.jit
+def logit_weight(scale):
+    """From a product to base 2. Times a positive weight, -inf stays what it is."""
+    return tl.maximum(scale * LOG2_E, 1e-37)
 
 
 @triton.jit
@@ -176,12 +301,20 @@ def layout_strides(counts: torch.Tensor) -> tuple[int, int]:
     )
 
 
+def key_value_strides(key: torch.Tensor, value: torch.Tensor) -> tuple[int | None, ...]:
+    """Strides of both; the last is None where it is the key's, as in a packed projection."""
+    of_rows = None if value.stride(2) == key.stride(2) else value.stride(2)
+    return *key.stride()[:3], *value.stride()[:2], of_rows
+
+
 def bias_arguments(
     bias_table: torch.Tensor | None, position_codes: torch.Tensor | None, num_global: int
 ) -> tuple[torch.Tensor | None, int, int]:
-    """Table with a head's entries side by side (to fit L1), R0, batch stride of the codes."""
+    """Table in base 2, a head's entries side by side (to fit L1); R0; batch stride of the codes."""
     if bias_table is None or position_codes is None:
         return None, 1, 0
     num_offsets = bias_table.shape[0] - 2 * num_global - num_global**2
     codes_batch = position_codes.stride(0) if position_codes.shape[0] > 1 else 0
-    return bias_table.t().contiguous(), num_offsets, codes_batch
+    table = bias_table.new_empty(bias_table.shape[::-1])
+    torch.mul(bias_table.t(), LOG2_E.value, out=table)
+    return table, num_offsets, codes_batch

@@ -108,9 +108,8 @@ def _forward_kernel(
         if logits_ptr is not None:
             places = tl.broadcast_to((logits_ptr + pair * num_keys + token)[None, :], logit.shape)
             tl.store(places, logit, mask=(row == 0)[:, None] & (token < end)[None, :])
-        top, total, acc = weigh_values(
-            top, total, acc, logit, value_ptr, token, value_row, seen, HEAD_DIM, DIM
-        )
+        value = load_rows(value_ptr, token, value_row, seen, HEAD_DIM, DIM)
+        top, total, acc = weigh_values(top, total, acc, logit, 1.0, row >= 0, value)
 
     if partial_ptr is not None:
         slot = (pair * parts + part) * num_queries + row

@@ -48,18 +48,17 @@ def products(a, b):
 
 
 @triton.jit
-def weigh_values(
-    top, total, acc, logit, value_ptr, tokens, stride, exists,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """Logits in base 2 of a tile join an online softmax: its maxima, sums and weighted values."""
-    new_top = tl.maximum(top, tl.max(logit, axis=1))
+def weigh_values(top, total, acc, logit, weight, active, value):
+    """Logits of a tile, in base 2 once they are multiplied by `weight` > 0, join an online softmax:
+    its maxima, sums and weighted values, in the rows that are active.
+    """
+    new_top = tl.maximum(top, tl.max(logit, axis=1) * weight)
+    new_top = tl.where(active, new_top, top)
     # A row without any key so far keeps a finite offset: exp2(-inf - 0) = 0 and never NaN.
     offset = tl.where(new_top == float("-inf"), 0.0, new_top)
-    prob = tl.exp2(logit - offset[:, None])
     shrink = tl.exp2(top - offset)
+    prob = tl.exp2(logit * weight - tl.where(active, offset, float("inf"))[:, None])
     total = total * shrink + tl.sum(prob, axis=1)
-    value = load_rows(value_ptr, tokens, stride, exists, HEAD_DIM, DIM)
     acc = acc * shrink[:, None]
     acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
     return new_top, total, acc

@@ -93,7 +93,6 @@ def attention_tile(
     # Said aloud, the limit of the hardware keeps ptxas from spilling for the sake of occupancy.
     num_warps, num_stages, max_registers = 4, 3, 255
     hopper = arch >= 90 and rows == 64
-    plain = block_size <= 64 and num_global <= 1  # no second tile of rows, one global
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
         columns = 64
@@ -106,22 +105,19 @@ def attention_tile(
         # Rows that are not aligned to 16 bytes take several times the pointers.
         rows, columns = min(rows, 32 if dim <= 128 else 16), 16
         num_warps, num_stages = 4 if dim <= 64 else 8, 2
+    elif hopper and dim <= 64 and biased:
+        # Narrow steps leave registers for more programs beside each other, as on an H200 is faster.
+        columns, num_stages = 32, 1
+        max_registers = {"forward": 128, "grad_query": 168, "grad_key": 255}[which]
+    elif hopper and dim <= 64:
+        columns, num_stages = 64, 1 if which == "grad_query" else 2
+        max_registers = 255 if which == "grad_key" else 168
     elif dim <= 64 and biased:
         columns = 16
-        if hopper and which == "grad_key":
-            columns, num_stages = 32, 1  # half of the time of 16 columns by 8 warps in three stages
-        elif hopper:
-            num_stages = 1 if which == "forward" else 2
-            max_registers = 128 if which == "forward" and plain else 168
-        elif which != "forward":
+        if which != "forward":
             num_warps = 8 if rows == 64 else 4
     elif dim <= 64:
         columns = 32 if which == "forward" or arch >= 90 else 16
-        if hopper and plain:
-            # Programs beside each other hide what a pipeline would, for fewer instructions: on an
-            # H200 a tenth less time than with three stages. Of grad_query it would spill.
-            num_stages = 3 if which == "grad_query" else 1
-            max_registers = 168 if which == "grad_key" else 128
     else:
         columns = 16 if dim > 128 or (biased and which == "grad_key") else 32
         if dim > 128 and which == "grad_key":
