@@ -99,6 +99,8 @@ def attention_tile(
     elif dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
         tallest = 16 if dim <= 64 else 4 if dim > 128 and which == "grad_key" else 8
+        if which == "grad_key" and biased and block_size <= 8:
+            tallest //= 2  # several blocks a step take more registers
         rows, columns = min(rows, tallest), 16
         num_warps, num_stages = 8 if biased or dim > 64 else 4, 1
     elif head_dim % 8 != 0:
@@ -109,6 +111,8 @@ def attention_tile(
         # Narrow steps leave registers for more programs beside each other, as on an H200 is faster.
         columns, num_stages = 32, 1
         max_registers = {"forward": 128, "grad_query": 168, "grad_key": 255}[which]
+        if num_global > 1:
+            max_registers = max(max_registers, 168)
     elif hopper and dim <= 64:
         columns, num_stages = 64, 1 if which == "grad_query" else 2
         max_registers = 255 if which == "grad_key" else 168
