@@ -76,6 +76,17 @@ class MatchesPairs(FusedTowers):
         no, yes = self.match_logits(text_states, attention_mask, video_states).float().unbind(1)
         return yes if self.config.official else yes - no
 
+    def prior_scores(self, similarities: Tensor) -> Tensor:
+        """What similarities, of any shape, add to `match_scores` among all candidates, fp32.
+
+        A head that learned against negatives drawn by similarity knows the odds of a match against
+        those draws, and Bayes' rule wants the odds of the draw too: the contrastive logits. Against
+        negatives drawn uniformly, and for the authors, who rank by the head alone, it is 0.
+        """
+        if self.config.official or not self.config.hard_negatives:
+            return torch.zeros_like(similarities, dtype=torch.float32)
+        return similarities.float() / self.temperature.detach().float()
+
     def forward(
         self,
         pixel_values: Tensor,

@@ -278,7 +278,7 @@ def _rerank(
     check_finite(match, f"retrieval: match scores, {what}", lambda k: f"those of {names[k]!r}")
     # The others keep their order, below. In fp64: of the 24 bits of an fp32 score of 0.9, 17 are
     # left beside a match score of 100, and scores that differ in the others would tie.
-    match = match.double()
+    match = match.double() + model.prior_scores(queries.gather(1, candidates))
     below = queries.amax(1, keepdim=True) - match.amin(1, keepdim=True) + 1
     merged = (queries.double() - below).scatter(1, candidates, match)
     return merged.T if by_video else merged

@@ -110,10 +110,31 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
         return torch.stack([score, score + video.float().mean((1, 2))], dim=1)
 
     monkeypatch.setattr(model, "match_logits", by_video)
+    monkeypatch.setattr(model.config, "hard_negatives", False)
     found = retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(top_k=8))
     # A score that ignores the text ranks the same video first for every text.
     assert found["text_to_video"]["R1"] == pytest.approx(100 / 8)
     assert found["video_to_text"]["R1"] == 0  # every text ties
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_reranking_weighs_in_how_negatives_were_drawn(
+    trained: Any, monkeypatch: Any, hard: bool
+) -> None:
+    model, tokenizer, gallery = trained
+
+    def undecided(states: torch.Tensor, mask: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(states), 2)
+
+    monkeypatch.setattr(model, "match_logits", undecided)
+    monkeypatch.setattr(model.config, "hard_negatives", hard)
+    found = retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(top_k=8))
+    # A head that knows nothing leaves the order that its negatives were drawn by.
+    assert (found["text_to_video"] == found["contrastive"]["text_to_video"]) is hard
+    assert hard or found["text_to_video"]["R1"] == 0  # all tie
+    similarities = torch.tensor([0.5, -1.0])
+    expected = similarities / model.temperature if hard else torch.zeros(2)
+    torch.testing.assert_close(model.prior_scores(similarities), expected.detach())
 
 
 @pytest.mark.parametrize("merge", ["logsumexp", "mean", "max", "concat"])
@@ -232,7 +253,8 @@ def test_without_order_shuffling_costs_nothing(trained: Any, make_recipe: Any) -
     """Singularity without layers over time."""
     _, tokenizer, gallery = trained
     torch.manual_seed(0)
-    model = build_model(make_recipe(Path("unused"), "system=singularity", **DENSE), tokenizer)
+    by_head_alone = ("system=singularity", "model.hard_negatives=false")
+    model = build_model(make_recipe(Path("unused"), *by_head_alone, **DENSE), tokenizer)
     one_order = gallery.without(range(1, 8, 2))
     found = probe_retrieval(model, tokenizer, one_order, text_length=12)
     assert found["delta"] == 0 and found["normal"]["videos"] == 4
