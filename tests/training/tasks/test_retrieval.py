@@ -253,8 +253,9 @@ def test_without_order_shuffling_costs_nothing(trained: Any, make_recipe: Any) -
     """Singularity without layers over time."""
     _, tokenizer, gallery = trained
     torch.manual_seed(0)
-    by_head_alone = ("system=singularity", "model.hard_negatives=false")
-    model = build_model(make_recipe(Path("unused"), *by_head_alone, **DENSE), tokenizer)
+    by_head_alone = {**DENSE, "hard_negatives": False}
+    recipe = make_recipe(Path("unused"), "system=singularity", **by_head_alone)
+    model = build_model(recipe, tokenizer)
     one_order = gallery.without(range(1, 8, 2))
     found = probe_retrieval(model, tokenizer, one_order, text_length=12)
     assert found["delta"] == 0 and found["normal"]["videos"] == 4
