@@ -64,7 +64,7 @@ compile-check: .venv/installed build/triton-$(OLD_TRITON)
 	$(MAKE) --no-print-directory -j2 --output-sync compile-check-newest compile-check-oldest
 
 compile-check-newest:
-	$(BIN)/python -m svitt_ops.kernels.compile_check
+	$(BIN)/python -m svitt_ops.kernels.compile_check --kept kernels/machine_code.json
 
 compile-check-oldest:
 	PYTHONPATH=$(CURDIR)/build/triton-$(OLD_TRITON) $(BIN)/python -m svitt_ops.kernels.compile_check

@@ -151,18 +151,19 @@ ATTENTION_NAMES = "columns num_warps num_stages max_registers"
 ATTENTION = {
     "forward": _tiles(
         ATTENTION_NAMES,
+        (64, 4, 2, 112),
         (64, 4, 1, 168),
         (64, 4, 1, 128),
-        (64, 4, 2, 168),
         (64, 4, 3, 168),
         (32, 4, 1, 128),
     ),
     "grad_query": _tiles(
         ATTENTION_NAMES,
-        (64, 4, 1, 168),
         (64, 4, 2, 168),
         (64, 4, 3, 168),
         (64, 4, 1, 128),
+        (64, 4, 1, 112),
+        (32, 4, 1, 128),
     ),
     "grad_key": _tiles(
         ATTENTION_NAMES,
@@ -185,9 +186,10 @@ BIASED = {
     "grad_query": _tiles(
         ATTENTION_NAMES,
         (64, 4, 1, 255),
-        (32, 4, 1, 168),
         (32, 4, 1, 128),
         (64, 4, 1, 168),
+        (32, 4, 2, 168),
+        (32, 4, 3, 168),
     ),
     "grad_key": _tiles(
         ATTENTION_NAMES,

@@ -4,24 +4,25 @@
 
 The launchers run on meta tensors, and what they would launch is compiled instead, with the
 arguments specialised as Triton's launcher would specialise them: the check covers exactly what a
-GPU would run. For each compiled kernel it reports registers, spilled bytes and shared memory, and
-fails if one spills or needs more registers or shared memory than the architecture has. Run it in a
-process of its own: TRITON_INTERPRET must not be set.
+GPU would run. For each compiled kernel it reports registers, spilled bytes, shared memory, how many
+programs a multiprocessor holds, and the instructions of each innermost loop that multiplies
+matrices, with how many of them are integer, index or select. It fails if a kernel spills or needs
+more than the architecture has, or, with `--kept`, if it takes more instructions or leaves room for
+fewer programs than when the file was written, by `--keep`. Run it in a process of its own:
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,8 @@ from . import (
     sample_hard_negatives,
     token_pruning,
 )
+from .machine_code import REGISTERS, SHARED_LIMIT, Usage, usage
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-REGISTERS = 64 * 1024
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -59,15 +59,6 @@ POINTERS = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What one compiled kernel takes."""
-
-    registers: int
-    spills: int
-    shared: int
 
 
 def attention_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -268,52 +259,79 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
 
 
 def measure(source: ASTSource, options: dict[str, int], arch: int) -> Usage:
-    """Compiles for one architecture and reads the resources out of the cubin."""
+    """Compiles for one architecture and reads what it takes out of the cubin."""
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-        ).stdout
-    # LOCAL and STACK both are per-thread memory that only spills make these kernels use.
-    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return Usage(
-        registers=found["REG"],
-        spills=found["STACK"] + found["LOCAL"],
-        shared=compiled.metadata.shared,
-    )
+    return usage(compiled, arch, options["num_warps"])
 
 
-def check(arch: int, name: str, call: Callable[[], object]) -> list[tuple[str, bool]]:
-    """Compiles what one call launches; a line to print and whether it failed, for each kernel."""
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """One compiled kernel."""
+
+    name: str
+    line: str
+    """To print."""
+    usage: Usage
+    faults: list[str]
+
+
+def check(arch: int, name: str, call: Callable[[], object]) -> list[Checked]:
+    """Compiles what one call launches."""
     with recorded_launches(arch) as launches:
         call()
-    lines = []
+    found = []
     for kernel, source, config in launches:
-        usage = measure(source, config, arch)
+        taken = measure(source, config, arch)
         warps, stages = config["num_warps"], config["num_stages"]
-        failed = usage.spills > 0 or usage.shared > SHARED_LIMIT[arch]
-        failed |= usage.registers * warps * 32 > REGISTERS
-        line = f"{arch:4} {kernel.strip('_'):22} {warps:5} {stages:6} {usage.registers:4} "
-        line += f"{usage.spills:5} {usage.shared:7} {name}{'  FAILED' * failed}"
-        lines.append((line, failed))
-    return lines
+        faults = []
+        if taken.spills > 0:
+            faults.append(f"spills {taken.spills} bytes")
+        if taken.shared > SHARED_LIMIT[arch]:
+            faults.append(f"{taken.shared} bytes of shared memory")
+        if taken.registers * warps * 32 > REGISTERS:
+            faults.append(f"{taken.registers} registers by {warps} warps")
+        line = f"{arch:4} {kernel.strip('_'):22} {warps:5} {stages:6} {taken.registers:4} "
+        line += f"{taken.spills:5} {taken.shared:7} {taken.programs:5} "
+        line += f"{'+'.join(f'{x.instructions}({x.index})' for x in taken.loops) or '-':>12} {name}"
+        full = f"{arch} {kernel.strip('_')} {name}"
+        if again := sum(x.name.partition(" #")[0] == full for x in found):
+            full += f" #{again + 1}"
+        found.append(Checked(name=full, line=line, usage=taken, faults=faults))
+    return found
+
+
+def worse(kept: dict[str, Any], found: Usage) -> list[str]:
+    """What a kernel takes more of than what was kept of it; words for each."""
+    loops = [asdict(loop) for loop in found.loops]
+    if len(loops) != len(kept["loops"]):
+        return [f"{len(loops)} loops, kept are {len(kept['loops'])}"]
+    said = []
+    if found.programs < kept["programs"]:
+        said.append(f"{found.programs} programs side by side, kept are {kept['programs']}")
+    for now, before in zip(loops, kept["loops"], strict=True):
+        said += [f"{now[k]} {k} in a loop, kept are {before[k]}" for k in now if now[k] > before[k]]
+    return said
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line per compiled kernel; 1 if any spills or exceeds a limit."""
+    """Prints one line per compiled kernel; 1 if any spills, exceeds a limit or became worse."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the fast configurations")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--kept", type=Path, help="JSON of this Triton's to compare with")
+    parser.add_argument("--keep", type=Path, help="JSON to write, once a change is argued for")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("compile_check: TRITON_INTERPRET is set; run in a process without it")
+    kept = json.loads(options.kept.read_text()) if options.kept else {"kernels": {}}
     print(f"triton {triton.__version__}")
+    if options.kept and kept["triton"] != triton.__version__:
+        print(f"not compared: {options.kept} is of Triton {kept['triton']}")
+        kept["kernels"] = {}
     print(
-        f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7}"
+        f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7} "
+        f"{'at 1':>5} {'loops(index)':>12}"
     )
     calls = [
         *layout_calls(options.quick),
@@ -323,17 +341,27 @@ def main(argv: list[str] | None = None) -> int:
         *contrast_calls(options.quick),
     ]
     work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
-    failures = compiled = 0
+    failures = compiled = compared = 0
+    taken = {}
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may
     # crash when Python shuts down.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for lines in pool.map(check, *zip(*work, strict=True)):
-            for line, failed in lines:
-                print(line, flush=True)
+        for found in pool.map(check, *zip(*work, strict=True)):
+            for kernel in found:
+                faults = list(kernel.faults)
+                if kernel.usage.loops:
+                    taken[kernel.name] = asdict(kernel.usage)
+                if kernel.name in kept["kernels"]:
+                    compared += 1
+                    faults += worse(kept["kernels"][kernel.name], kernel.usage)
+                print(kernel.line + f"  FAILED: {'; '.join(faults)}" * bool(faults), flush=True)
                 compiled += 1
-                failures += failed
-    print(f"{compiled} kernels compiled, {failures} failed")
+                failures += bool(faults)
+    print(f"{compiled} kernels compiled, {compared} compared, {failures} failed")
+    if options.keep:
+        document = {"triton": triton.__version__, "kernels": taken}
+        options.keep.write_text(json.dumps(document, indent=1) + "\n")
     return int(failures > 0)
 
 
