@@ -26,7 +26,7 @@ OF_A_RUN = ("recipe.yaml", "final", "checkpoint-*", ".partial-*", "tensorboard",
 OF_FILMS = ("4f", "4f-match", "8f", "qa")
 """Stages of the demo on films."""
 OF_PICTURES = (
-    *("towers", "match", "retrieval", "qa", "assignment"),
+    *("towers", "match", "qa", "assignment"),
     *("reasoning", "entailment", "grounding"),
 )
 """Stages of the demos on pictures."""
@@ -134,8 +134,8 @@ def note(marker: Path, **wanted: Any) -> None:
 def write_tokenizer(corpus: Path, texts: Mapping[str, Iterable[str]]) -> None:
     """Train a tokenizer on what is said in some fields of some annotation files."""
     said: set[str] = set()
-    for name, fields in texts.items():
+    for name, keys in texts.items():
         for entry in json.loads((corpus / f"{name}.json").read_text(encoding="utf-8")):
-            for value in (entry[field] for field in fields):
+            for value in (entry[key] for key in keys):
                 said.update([value] if isinstance(value, str) else value)
     save_tokenizer(train_tokenizer(said, VOCABULARY), corpus / TOKENIZER)

@@ -231,10 +231,16 @@ def _given(rng: Generator, kind: str, right: str) -> list[str]:
 
 def _state(rng: Generator, left: Scene, right: Scene) -> Statement:
     """A statement that these pictures suggest; it may be false of them."""
-    thing = (left, right)[rng.integers(2)].things[0]
+    place = int(rng.integers(2))
+    thing = (left, right)[place].things[0]
     word = str(rng.choice([thing.color, thing.shape]))
     noun, nouns = _noun(word), _noun(word, several=True)
-    kind = int(rng.integers(5))
+    kind = int(rng.integers(6))
+    if kind == 5:
+        return Statement(
+            f"The {('left', 'right')[place]} image shows a {_name(thing)}.",
+            lambda *pair: _shows(pair[place].things, thing),
+        )
     if kind == 0:
         return Statement(
             f"Both images show a {noun}.", lambda a, b: bool(a.count(word) and b.count(word))
