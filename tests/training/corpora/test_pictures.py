@@ -189,10 +189,11 @@ def test_statements_are_true_as_labelled(folder: Path, scenes: dict[str, Scene])
         if word is None or words[0] == "In":
             continue
         counts = left.count(word), right.count(word)
-        if words[3:5] == ["shows", "a"]:
+        if words[0] == "At" or words[3:5] == ["shows", "a"]:
             pair = (left, right)
-            shown = pair[words[1] == "right"].things
-            assert row["label"] == str(any(t.look == tuple(words[-2:]) for t in shown)), row
+            seen = [any(t.look == tuple(words[-2:]) for t in scene.things) for scene in pair]
+            truth = any(seen) if words[0] == "At" else seen[words[1] == "right"]
+            assert row["label"] == str(truth), row
             checked += 1
             continue
         truth = {
