@@ -98,6 +98,8 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
         lines.append(line([name.strip(), "" if chance is None else f"{chance:.1f} %", *scores]))
     minutes = [f"{demo['seconds']['total'] / 60:.1f}" for demo in demos]
     lines.append(line(["minutes", "", *minutes]))
+    cores = [f"{demo['core_seconds'] / 60:.1f}" for demo in demos]
+    lines.append(line(["minutes of one core", "", *cores]))
     lines.append(line(["load of the machine", "", *(f"{demo['load']:.1f}" for demo in demos)]))
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ def facts(seed: int = 0, system: str = "softmask", **more: Any) -> dict[str, Any
         "corpus": {"train_pictures": 1600, "test_pictures": 100},
         "overrides": [],
         "seconds": {"total": 300.0},
+        "core_seconds": 540.0,
         "load": 1.5,
         **more,
     }
@@ -55,6 +56,7 @@ def test_tables(tmp_path: Path) -> None:
         "| of color |  | 70.0 % | 70.0 % |",
         "| grounding: points into the named box | 5.7 % | 44.0 % | 44.0 % |",
         "| minutes |  | 5.0 | 5.0 |",
+        "| minutes of one core |  | 9.0 | 9.0 |",
         "| without soft masks | 0 | 61.0 | 55.5 | 44.0 |",
         "| with soft masks | 0, 1 | 61.0 / 61.0 | 55.5 / 55.5 | 44.0 / 44.0 |",
     ):

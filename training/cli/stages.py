@@ -55,6 +55,7 @@ class Course:
     """How a demo went."""
 
     begun: float = field(default_factory=time.perf_counter)
+    used: float = field(default_factory=time.process_time)
     seconds: dict[str, float] = field(default_factory=dict)
     """Of each part."""
     loads: list[float] = field(default_factory=lambda: [os.getloadavg()[0]])
@@ -82,6 +83,7 @@ class Course:
         total = time.perf_counter() - self.begun
         return {
             "seconds": self.seconds | {"total": total},
+            "core_seconds": time.process_time() - self.used,  # without those of other programs
             "load": sum(self.loads) / len(self.loads),
         }
 

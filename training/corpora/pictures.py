@@ -34,7 +34,7 @@ from svitt_ops.training.corpora.scene_texts import (
 )
 from svitt_ops.training.corpora.scenes import PictureSpec, Scene, Split, plan
 
-STATEMENTS = 3  # of a picture; each is an entry with either label
+STATEMENTS = 5  # of a picture; each is an entry with either label
 JPEG = {"quality": 92, "subsampling": 0}  # colours as they are, to the edge
 
 

@@ -166,7 +166,7 @@ def check_answer(question: Any, scene: Scene) -> None:
 def test_statements_cannot_be_guessed(folder: Path) -> None:
     for split, pictures in (("train", 150), ("test", 100)):
         rows = load(folder, f"{split}-reasoning")
-        assert len(rows) == 6 * pictures
+        assert len(rows) == 10 * pictures
         labels = defaultdict(Counter)
         for row in rows:
             labels[row["sentence"]][row["label"]] += 1
