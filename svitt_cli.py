@@ -208,16 +208,24 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="film a little corpus, train a tiny model on it, evaluate, draw",
+        help="make a little corpus, train a tiny model on it, evaluate",
         description="Film a corpus of mp4 files whose captions differ by the order of events"
         " alone, pretrain a tiny SViTT on it through 4 and 8 frames, fine-tune it to answer"
-        " questions, evaluate both on scenes never seen, and draw which patches survive. A few"
-        " minutes on two CPU cores.",
+        " questions, evaluate both on scenes never seen, and draw which patches survive. With"
+        " --system, draw a corpus of pictures, pretrain a tiny model of that system, fine-tune it"
+        " for each of its tasks, and evaluate. A few minutes on two CPU cores.",
     )
     demo.add_argument(
         "--output", default="runs/demo", metavar="FOLDER", help="(default: %(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    demo.add_argument(
+        "--system",
+        choices=("svitt", "albef", "simla", "softmask"),
+        default="svitt",
+        help="svitt: films; albef, simla, softmask: a corpus of pictures, retrieval, qa, reasoning,"
+        " entailment and grounding (default: %(default)s)",
+    )
     demo.add_argument("--motion", action="store_true", help="the harder corpus of moving shapes")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     _add_overrides(demo)

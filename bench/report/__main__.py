@@ -19,7 +19,7 @@ from typing import Any
 import svitt_ops
 from bench.measure import environment, results
 from bench.measure.results import Document
-from bench.report import demo, figures, standing, step
+from bench.report import demo, demo_pictures, figures, standing, step
 from bench.report.markdown import head, line
 
 END = "<!-- /bench -->"
@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--readme", type=Path, default=environment.REPOSITORY / "README.md")
-    docs = environment.REPOSITORY / "docs" / "benchmarks.md"
-    parser.add_argument("--docs", type=Path, default=docs)
+    docs_file = environment.REPOSITORY / "docs" / "benchmarks.md"
+    parser.add_argument("--docs", type=Path, default=docs_file)
     parser.add_argument("--results", type=Path, default=environment.RESULTS)
     parser.add_argument("--no-figures", action="store_true")
     arguments = parser.parse_args(argv)
@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{arguments.readme.name}: {error}", file=sys.stderr)
         return 1
-    stale = []
-    for path, wanted in ((arguments.readme, readme), (arguments.docs, render_docs(by_op))):
+    pictures = demo_pictures.render(demo.load_pictures(arguments.results / "demo"))
+    docs, stale = render_docs(by_op, pictures), []
+    for path, wanted in ((arguments.readme, readme), (arguments.docs, docs)):
         if path.exists() and path.read_text() == wanted:
             continue
         stale.append(path.name)
@@ -167,8 +168,8 @@ def _standing(by_op: dict[str, list[Document]], render: Callable[[Sequence[Docum
     return "\n\n".join(render(documents) for documents in by_machine(by_op).values())
 
 
-def render_docs(by_op: dict[str, list[Document]]) -> str:
-    """Markdown of all results of all ops."""
+def render_docs(by_op: dict[str, list[Document]], pictures: str = "") -> str:
+    """Markdown of all results of all ops, and the tables of demos on pictures."""
     parts = [INTRODUCTION, METHOD]
     if by_op:
         parts += [STANDING, _standing(by_op, standing.render) + "\n"]
@@ -185,6 +186,8 @@ def render_docs(by_op: dict[str, list[Document]]) -> str:
     if "scaling" in by_op:
         parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
     parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
+    if pictures:
+        parts.append(f"## Demos on pictures\n\n{pictures}\n")
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
     if missing:
         parts.append(f"No results are committed yet of {', '.join(missing)}.\n")

@@ -1,4 +1,4 @@
-"""`python -m bench.report.demo RUN/demo.json...`: keep what demos measured, for README's table."""
+"""`python -m bench.report.demo RUN/demo.json...`: keep what demos measured, for the tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.measure import environment
+from bench.report import demo_pictures
 from bench.report.markdown import head, line
 
 FOLDER = environment.RESULTS / "demo"
@@ -30,18 +31,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = json.loads(path.read_text())
         if "seconds" not in facts:
             parser.error(f"{path}: is of a demo that did not end")
-        del facts["figure"]  # a path
+        facts.pop("figure", None)  # a path
         document = {"environment": environment.describe(torch.device("cpu")), "demo": facts}
-        moves, dense = _kind(document)
-        name = arguments.out / f"{'motion-' * moves}{'dense-' * dense}seed-{facts['seed']}.json"
-        name.write_text(json.dumps(document, indent=1) + "\n")
+        try:
+            name = _name(document)
+        except ValueError as error:
+            parser.error(f"{path}: {error}")
+        (arguments.out / name).write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
+def _name(document: dict[str, Any]) -> str:
+    facts = document["demo"]
+    if "system" in facts:
+        return f"{demo_pictures.name_of(facts)}-seed-{facts['seed']}.json"
+    moves, dense = _kind(document)
+    return f"{'motion-' * moves}{'dense-' * dense}seed-{facts['seed']}.json"
+
+
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The kept results, by corpus, sparsity and seed."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*seed-*.json")]
+    """The kept results of films, by corpus, sparsity and seed."""
+    found = [x for x in _read(folder) if "system" not in x["demo"]]
     return sorted(found, key=lambda document: (_kind(document), document["demo"]["seed"]))
+
+
+def load_pictures(folder: Path) -> list[dict[str, Any]]:
+    """Those of pictures, by system and seed."""
+    found = [x for x in _read(folder) if "system" in x["demo"]]
+    return sorted(
+        found, key=lambda document: (document["demo"]["system"], document["demo"]["seed"])
+    )
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in folder.glob("*seed-*.json")]
 
 
 def _kind(document: dict[str, Any]) -> tuple[bool, bool]:

@@ -99,14 +99,24 @@ class AnswersQuestions(FusedTowers):
             clip_numbers: int64 ``(batch,)``, the clip that each question is about; by default they
                 have one each, in order.
         """
-        video = self.encode_video(pixel_values).states
-        if clip_numbers is not None:
-            video = video[clip_numbers]
-        states = self.encode_questions(input_ids, attention_mask, video)
+        states = self.read_questions(pixel_values, input_ids, attention_mask, clip_numbers)
         losses = self.answer_losses(
             states, attention_mask, answer_ids, answer_mask, answers_per_question
         )
         return self._weighted_answers(losses, answer_weights, states)
+
+    def read_questions(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        clip_numbers: Tensor | None,
+    ) -> Tensor:
+        """States of questions that attended to their clips; arguments as of `forward`."""
+        video = self.encode_video(pixel_values).states
+        if clip_numbers is not None:
+            video = video[clip_numbers]
+        return self.encode_questions(input_ids, attention_mask, video)
 
     def _weighted_answers(
         self, losses: Tensor, weights: Tensor | None, states: Tensor

@@ -230,6 +230,7 @@ class DistilsAnswers(HasTeacher, AnswersQuestions):
         answer_mask: Tensor,
         answers_per_question: Tensor | None = None,
         answer_weights: Tensor | None = None,
+        clip_numbers: Tensor | None = None,
         *,
         alpha: float | None = None,
     ) -> QuestionAnsweringOutput:
@@ -240,15 +241,12 @@ class DistilsAnswers(HasTeacher, AnswersQuestions):
         share = self.share_of_teacher(alpha) * self.config.distils_answers
         answers = (answer_ids, answer_mask, answers_per_question)
 
-        def ask(model: Any) -> Tensor:
-            video = model.encode_video(pixel_values)
-            found: Tensor = model.encode_questions(input_ids, attention_mask, video.states)
-            return found
-
-        states, teacher = ask(self), None
+        questions = (pixel_values, input_ids, attention_mask, clip_numbers)
+        states, teacher = self.read_questions(*questions), None
         if share:
             with torch.no_grad():
-                teacher = self.teacher.answer_logits(ask(self.teacher), attention_mask, *answers)
+                taught = self.teacher.read_questions(*questions)
+                teacher = self.teacher.answer_logits(taught, attention_mask, *answers)
         losses = self.answer_losses(
             states, attention_mask, *answers, teacher_logits=teacher, alpha=share
         )

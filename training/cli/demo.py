@@ -6,12 +6,8 @@ Minutes on a CPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -25,14 +21,22 @@ from tqdm.auto import tqdm
 from svitt_ops.models import sparsity_table
 from svitt_ops.training.cli.figures import draw_survivors, find_survivors
 from svitt_ops.training.cli.objects import patches_on_objects, survivor_shares
+from svitt_ops.training.cli.stages import (
+    MARKER,
+    OF_FILMS,
+    TOKENIZER,
+    Course,
+    check_overrides,
+    note,
+    prepare,
+    write_tokenizer,
+)
 from svitt_ops.training.corpora import shapes
 from svitt_ops.training.corpora.shapes import CorpusSpec, Film, build_corpus
 from svitt_ops.training.data.annotations import read_annotations
-from svitt_ops.training.data.paths import expand, output_folder, write_text
-from svitt_ops.training.data.text import save_tokenizer, train_tokenizer
+from svitt_ops.training.data.paths import expand, write_text
 from svitt_ops.training.engine.loading import load_trained
 from svitt_ops.training.engine.recipes import Recipe, load_recipe
-from svitt_ops.training.engine.run import Trained, pretrain
 from svitt_ops.training.tasks.parts.evaluation import Reading
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy
@@ -44,30 +48,18 @@ from svitt_ops.training.tasks.retrieval import Evaluation, retrieval
 if TYPE_CHECKING:
     from svitt_ops.models import SViTTForPreTraining
 
-MARKER = "demo.json"
-SPLITS = ("train", "validation", "test")
 CANDIDATES = 13  # that are ranked anew: of 100 clips as large a share as 128 of MSR-VTT's 1,000
 TEXT_LENGTH = 16
-STAGES = ("demo-4f", "demo-4f-match", "demo-8f", "demo-qa")
-STAGE_FOLDERS = tuple(name.removeprefix("demo-") for name in STAGES)
-TOKENIZER = "tokenizer"
-VOCABULARY = 200  # pieces of the tokenizer at most, enough for every word to be one
-OF_A_RUN = ("recipe.yaml", "final", "checkpoint-*", ".partial-*", "tensorboard", "skipped-*.tsv")
-OWN = (
-    MARKER,
-    "survivors.png",
-    "corpus/answers.json",
-    f"corpus/{TOKENIZER}",
-    *(f"corpus/{split}{kind}.json" for split in SPLITS for kind in ("", "-questions")),
-    *(f"corpus/videos/{split}-*-*-{order}.mp4" for split in SPLITS for order in ("ab", "ba")),
-    *(f"{folder}/{name}" for folder in STAGE_FOLDERS for name in OF_A_RUN),
-)
-"""What a demo leaves in its folder, and the next one removes."""
+STAGES = tuple(f"demo-{stage}" for stage in OF_FILMS)
 SHUFFLES = 5  # shuffled orders that accuracies are averaged over
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo and print its table; the exit status."""
+    """Run the demo of a system and print its table; the exit status."""
+    if arguments.system != "svitt":
+        from svitt_ops.training.cli import demo_pictures
+
+        return demo_pictures.run(arguments)
     facts = run_demo(
         arguments.output,
         seed=arguments.seed,
@@ -100,35 +92,24 @@ def run_demo(
     Returns:
         What `demo.json` holds: every measured number.
     """
-    begun, loads = time.perf_counter(), [os.getloadavg()[0]]
-    folder = expand(output, "--output")
+    course, folder = Course(), expand(output, "--output")
     recipes = _stages(folder, seed, overrides)  # before anything is removed
     spec = demo_corpus(motion)
-    _prepare(folder, resume)
-    _note_corpus(folder / MARKER, spec)
+    prepare(folder, resume)
+    note(folder / MARKER, corpus=asdict(spec))
     corpus = folder / "corpus"
 
     def filming(films: Iterable[Film]) -> Iterable[Film]:
         return tqdm(films, desc="film corpus", unit="scene", dynamic_ncols=True)
 
-    if not (corpus / "test.json").is_file():
-        build_corpus(corpus, spec, filming)
-    _write_tokenizer(corpus)
-    seconds = {"corpus": time.perf_counter() - begun}
-    stages: list[Trained] = []
-    for name, recipe in recipes.items():
-        start = time.perf_counter()
-        doing = "fine-tune" if recipe.task == "qa" else "pretrain"
-        stages.append(pretrain(recipe, label=f"{doing} {name.removeprefix('demo-')}"))
-        seconds[name] = time.perf_counter() - start
-        loads.append(os.getloadavg()[0])
-    start = time.perf_counter()
-    facts = evaluate_demo(stages[-2].folder, stages[-1].folder, folder, spec)
-    facts["seed"] = seed
-    facts["corpus"] = asdict(spec)
-    seconds["evaluation"] = time.perf_counter() - start
-    facts["seconds"] = seconds | {"total": time.perf_counter() - begun}
-    facts["load"] = sum(loads) / len(loads)
+    with course.part("corpus"):
+        if not (corpus / "test.json").is_file():
+            build_corpus(corpus, spec, filming)
+        write_tokenizer(corpus, {"train": ["caption"], "train-questions": ["question", "answer"]})
+    *_, pretrained, finetuned = course.train(recipes).values()
+    with course.part("evaluation"):
+        facts = evaluate_demo(pretrained.folder, finetuned.folder, folder, spec)
+    facts |= {"seed": seed, "corpus": asdict(spec), **course.facts()}
     facts["resumed"] = resume  # or the seconds are those of what was left to do
     write_text(folder / MARKER, json.dumps(facts, indent=2) + "\n")
     return facts
@@ -136,16 +117,10 @@ def run_demo(
 
 def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Recipe]:
     """The recipes of the stages, each of which starts from the one before."""
-    for override in overrides:
-        own = r"(output|seed|task|system)=|(init|tokenizer)\.|data\.(train|annotations)\b"
-        if re.match(own, override):
-            raise ValueError(
-                "override: must leave output, seed, init and the corpus, task, system and tokenizer"
-                f" to --output, --seed and the demo, got {override!r}"
-            )
+    check_overrides(overrides)
     recipes: dict[str, Recipe] = {}
     before: Path | None = None
-    for name, stage in zip(STAGES, STAGE_FOLDERS, strict=True):
+    for name, stage in zip(STAGES, OF_FILMS, strict=True):
         questions = "-questions" if stage == "qa" else ""
         annotations = output / "corpus" / f"train{questions}.json"
         places = [f"output={output / stage}", f"seed={seed}"]
@@ -158,15 +133,6 @@ def _stages(output: Path, seed: int, overrides: Sequence[str]) -> dict[str, Reci
         recipes[name] = load_recipe(name, [*places, *overrides])
         before = output / stage
     return recipes
-
-
-def _write_tokenizer(corpus: Path) -> None:
-    """Train a tokenizer on all that is said of the films to train on."""
-    texts: set[str] = set()
-    for name, fields in (("train", ["caption"]), ("train-questions", ["question", "answer"])):
-        entries = json.loads((corpus / f"{name}.json").read_text(encoding="utf-8"))
-        texts.update(entry[field] for entry in entries for field in fields)
-    save_tokenizer(train_tokenizer(texts, VOCABULARY), corpus / TOKENIZER)
 
 
 def demo_corpus(motion: bool = False) -> CorpusSpec:
@@ -367,40 +333,6 @@ def render_demo(facts: dict[str, Any]) -> str:
         lines += ["", f"All of it took {facts['seconds']['total'] / 60:.1f} minutes."]
     lines += ["", f"Which patches survive: {facts['figure']}"]
     return "\n".join(lines)
-
-
-def _prepare(output: Path, resume: bool) -> None:
-    """Make the folder, without an earlier demo unless that is to be resumed."""
-    marker = output / MARKER
-    if output.is_dir() and any(output.iterdir()) and not marker.is_file():
-        raise ValueError(
-            f"--output: must be a new folder, or that of a demo, got {str(output)!r},"
-            " which holds something that is no demo"
-        )
-    output_folder(output, "--output")
-    if marker.is_file() and not resume:
-        for path in [path for pattern in OWN for path in output.glob(pattern)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        for folder in ("corpus/videos", "corpus", *STAGE_FOLDERS):
-            with contextlib.suppress(OSError):  # it holds something of the user's, or is not there
-                (output / folder).rmdir()
-    if not marker.is_file():
-        write_text(marker, "{}\n")
-
-
-def _note_corpus(marker: Path, spec: CorpusSpec) -> None:
-    """Say in the marker what is filmed; refuse to go on with a demo of another corpus."""
-    facts, wanted = json.loads(marker.read_text(encoding="utf-8")), asdict(spec)
-    if "corpus" not in facts:
-        write_text(marker, json.dumps(facts | {"corpus": wanted}, indent=2) + "\n")
-    elif facts["corpus"] != wanted:
-        raise ValueError(
-            f"--resume: must be the demo's corpus, {facts['corpus']}, got {wanted};"
-            " without --resume it is filmed anew"
-        )
 
 
 def _draw(

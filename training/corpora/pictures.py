@@ -34,6 +34,7 @@ from svitt_ops.training.corpora.scene_texts import (
 )
 from svitt_ops.training.corpora.scenes import PictureSpec, Scene, Split, plan
 
+STATEMENTS = 5  # of a picture; each is an entry with either label
 JPEG = {"quality": 92, "subsampling": 0}  # colours as they are, to the edge
 
 
@@ -75,7 +76,7 @@ def build_pictures(
         contents: dict[str, Iterable[Any]] = {
             split: [row for scene in mine for row in _captioned(scene, spec.captions)],
             f"{split}-questions": asked,
-            f"{split}-reasoning": statements(rng, mine, len(mine)),
+            f"{split}-reasoning": statements(rng, mine, STATEMENTS * len(mine)),
             f"{split}-entailment": hypotheses(rng, mine),
             f"{split}-grounding": [row for scene in mine for row in _named(scene)],
         }

@@ -30,6 +30,8 @@ PEOPLE = 10
 CARELESS = (0, 0, 1, 2, 3)
 """How many of them may answer something else."""
 CAPTIONS, QUESTIONS, EXPRESSIONS = 1, 2, 3  # what `Scene.random` is asked for
+STATEMENTS = (*["shows"] * 3, *["any"] * 2, *["both"] * 2, "one", "total", "more", "side")
+"""What is said of pairs of pictures, each as often as it stands here."""
 SENTENCES = 200  # tries to find other pictures for a statement
 
 
@@ -231,20 +233,31 @@ def _given(rng: Generator, kind: str, right: str) -> list[str]:
 
 def _state(rng: Generator, left: Scene, right: Scene) -> Statement:
     """A statement that these pictures suggest; it may be false of them."""
-    thing = (left, right)[rng.integers(2)].things[0]
+    place = int(rng.integers(2))
+    thing = (left, right)[place].things[0]
     word = str(rng.choice([thing.color, thing.shape]))
     noun, nouns = _noun(word), _noun(word, several=True)
-    kind = int(rng.integers(5))
-    if kind == 0:
+    kind = str(rng.choice(STATEMENTS))
+    if kind == "shows":
+        return Statement(
+            f"The {('left', 'right')[place]} image shows a {_name(thing)}.",
+            lambda *pair: _shows(pair[place].things, thing),
+        )
+    if kind == "any":
+        return Statement(
+            f"At least one of the images shows a {_name(thing)}.",
+            lambda *pair: any(_shows(s.things, thing) for s in pair),
+        )
+    if kind == "both":
         return Statement(
             f"Both images show a {noun}.", lambda a, b: bool(a.count(word) and b.count(word))
         )
-    if kind == 1:
+    if kind == "one":
         return Statement(
             f"Exactly one of the images shows a {noun}.",
             lambda a, b: bool(a.count(word)) != bool(b.count(word)),
         )
-    if kind == 2:
+    if kind == "total":
         total = left.count(word) + right.count(word)
         return Statement(
             f"There are {total} {nouns} in total."
@@ -252,7 +265,7 @@ def _state(rng: Generator, left: Scene, right: Scene) -> Statement:
             else f"There is one {noun} in total.",
             lambda a, b: a.count(word) + b.count(word) == total,
         )
-    if kind == 3:
+    if kind == "more":
         word = str(rng.choice([word, "object"]))
         return Statement(
             f"The left image shows more {_noun(word, several=True)} than the right image.",

@@ -141,6 +141,19 @@ def test_an_answer_decoder_and_its_twin_start_from_the_fusion_layers(
             assert torch.equal(found, getattr(start.fusion.layers[1], name).query.weight)
 
 
+def test_questions_share_an_image_with_the_twin_too(make: Make, pairs: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    model = ALBEFForQuestionAnswering(make())
+    pixels, ids, mask = (pairs[x] for x in ("pixel_values", "input_ids", "attention_mask"))
+    numbers = torch.tensor([1, 0, 1])
+    text = (ids[:3], mask[:3], ids[:3, :4], mask[:3, :4])
+    shared = model(pixels[:2], *text, clip_numbers=numbers, alpha=0.4)
+    apart = model(pixels[numbers], *text, alpha=0.4)
+    torch.testing.assert_close(shared.answer_losses, apart.answer_losses)
+    alone = model(pixels[:2], *text, clip_numbers=numbers, alpha=0.0)
+    assert not torch.allclose(shared.loss, alone.loss)  # so the twin has read them
+
+
 def test_only_one_layer_leaves_the_fused_kernels(make: Make, pairs: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
     model = ALBEFForRetrieval(make()).eval()

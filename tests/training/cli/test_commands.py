@@ -12,6 +12,7 @@ import pytest
 
 from svitt_ops.training import cli
 from svitt_ops.training.cli import demo
+from svitt_ops.training.cli.stages import prepare
 from svitt_ops.training.corpora.shapes import CorpusSpec, build_corpus, plan
 from svitt_ops.training.data.video import read_frames
 
@@ -231,7 +232,7 @@ def removes_its_own_files_alone(folder: Path) -> None:
     everything = sorted(folder.rglob("*"))
     assert cli.main(["demo", "--output", str(folder), "optimizer.lr=-1"]) == 2
     assert sorted(folder.rglob("*")) == everything  # nothing is removed for nothing
-    demo._prepare(folder, resume=False)
+    prepare(folder, resume=False)
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert left == sorted([*mine, "demo.json"])
     assert not any((folder / name).exists() for name in ("4f", "qa", "corpus/tokenizer"))

@@ -1,0 +1,311 @@
+"""`svitt demo --system albef|simla|softmask`: draw a corpus, pretrain, learn each task, evaluate.
+
+All systems share the recipes `demo-pictures*`, which are ALBEF's; `SYSTEMS` says what others
+change. Minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from svitt_ops.training.cli.stages import (
+    MARKER,
+    TOKENIZER,
+    Course,
+    check_overrides,
+    note,
+    prepare,
+    write_tokenizer,
+)
+from svitt_ops.training.corpora.pictures import build_pictures
+from svitt_ops.training.corpora.scenes import PictureSpec, Scene
+from svitt_ops.training.data.annotations import CAPTIONED
+from svitt_ops.training.data.paths import expand, write_text
+from svitt_ops.training.engine.build import read_corpora
+from svitt_ops.training.engine.loading import load_for_use
+from svitt_ops.training.engine.recipes import Corpus, Data, Recipe, load_recipe
+from svitt_ops.training.engine.settings import run_values
+from svitt_ops.training.engine.task import Evaluable, load_task
+from svitt_ops.training.tasks.parts.table import format_rows
+
+Overrides = Mapping[str, Sequence[str]]
+Rows = list[tuple[str, float, float | None]]
+SAID = {
+    "train": ["caption"],
+    "train-questions": ["question", "answer"],
+    "train-reasoning": ["sentence"],
+    "train-entailment": ["sentence"],
+    "train-grounding": ["text"],
+}
+"""Annotation files to train on, and their fields with words."""
+
+
+CANDIDATES = (
+    13  # that are ranked anew: of 100 pictures as large a share as 128 of Flickr30k's 1,000
+)
+SEP = 3
+"""[SEP] of a tokenizer that was trained here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run."""
+
+    recipe: str
+    starts_from: str | None = "match"
+    """The stage whose weights it begins with."""
+    annotations: str = ""
+    """End of the name of the file that it learns from."""
+
+
+STAGES = {
+    "towers": Stage(recipe="demo-pictures", starts_from=None),
+    "match": Stage(recipe="demo-pictures-match", starts_from="towers"),
+    "qa": Stage(recipe="demo-pictures-qa", annotations="-questions"),
+    "assignment": Stage(recipe="demo-pictures-assignment"),
+    "reasoning": Stage(
+        recipe="demo-pictures-reasoning", starts_from="assignment", annotations="-reasoning"
+    ),
+    "entailment": Stage(recipe="demo-pictures-entailment", annotations="-entailment"),
+    "grounding": Stage(recipe="demo-pictures-grounding", annotations="-grounding"),
+}
+"""By name, in their order."""
+SYSTEMS: dict[str, Overrides] = {
+    "albef": {stage: () for stage in STAGES},
+    "simla": {
+        "towers": (
+            "model.fusion_layer=0",
+            "model.text_num_hidden_layers=3",
+            "model.unpaired_layers=2",  # all but the last, of which reasoning has two
+            "model.image_vocab_size=128",
+            "model.masked_patches=19",  # of 64, as large a share as 75 of 256
+            f"model.keyword_excluded_ids=[{SEP}]",
+            "model.loss_weights={vtc: 1, vtm: 0, mlm: 0, mim: 0, psl: 0}",
+        ),
+        "match": (),  # of the losses that a recipe leaves out, each has weight 1
+        "qa": (),
+        "reasoning": (),
+        "entailment": (),
+        "grounding": ("model.loss_weights={vtc: 1, vtm: 1, mlm: 0, mim: 0, psl: 0}",),
+    },
+    "softmask": {
+        "towers": (
+            "model.mask_layer=2",
+            f"model.mask_excluded_ids=[{SEP}]",
+            "model.grayscale_rate=0",  # texts name colours
+            "model.loss_weights={vtc: 1, vtm: 0, mlm: 0, soft: 0}",
+        ),
+        "match": (),
+        "qa": (),
+        "grounding": ("model.loss_weights={vtc: 1, vtm: 1, mlm: 0, soft: 0}",),
+    },
+}
+"""The stages of each system, and what it changes in their recipes."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo and print its table; the exit status."""
+    if arguments.motion:
+        raise ValueError(f"--motion: is of films, got --system {arguments.system}")
+    facts = run_demo(
+        arguments.output,
+        system=arguments.system,
+        seed=arguments.seed,
+        overrides=arguments.overrides,
+        resume=arguments.resume,
+    )
+    print(f"\n{render_demo(facts)}")
+    return 0
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    system: str,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    spec: PictureSpec | None = None,
+) -> dict[str, Any]:
+    """Run the whole demo of a system on pictures.
+
+    Args:
+        output: folder for the corpus, all stages and `demo.json`. Those of an earlier demo are
+            replaced, and nothing else in it; a folder that is no demo's is refused.
+        system: a key of `SYSTEMS`.
+        seed: of the training; the corpus stays the same.
+        overrides: of the recipes of all stages, such as "optimizer.steps=100", or of one stage,
+            "match.model.alpha=0".
+        resume: go on with an interrupted demo instead of starting anew.
+        spec: what is drawn.
+
+    Returns:
+        What `demo.json` holds: every measured number.
+    """
+    course, folder, spec = Course(), expand(output, "--output"), spec or PictureSpec()
+    recipes = _recipes(folder, system, seed, overrides)  # before anything is removed
+    prepare(folder, resume)
+    note(folder / MARKER, system=system, corpus=asdict(spec))
+    corpus = folder / "corpus"
+
+    def drawing(scenes: Iterable[Scene]) -> Iterable[Scene]:
+        return tqdm(scenes, desc="draw corpus", unit="picture", dynamic_ncols=True)
+
+    with course.part("corpus"):
+        if not (corpus / "detections.json").is_file():  # the last file
+            build_pictures(corpus, spec, drawing)
+        write_tokenizer(corpus, SAID)
+    trained = course.train(recipes)
+    tasks = {}
+    with course.part("evaluation"):
+        for name, summary in SUMMARIES.items():
+            stage = "match" if name == "retrieval" else name
+            if stage in trained:
+                annotations = corpus / f"test{STAGES[stage].annotations}.json"
+                tasks[name] = summary(evaluate_task(name, trained[stage].folder, annotations))
+    facts = {
+        "system": system,
+        "tasks": tasks,
+        "parameters": sum(
+            p.numel() for p in trained["match"].model.parameters() if p.requires_grad
+        ),
+        "seed": seed,
+        "corpus": asdict(spec),
+        "overrides": list(overrides),
+        **course.facts(),
+        "resumed": resume,  # or the seconds are those of what was left to do
+    }
+    write_text(folder / MARKER, json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes of a system's stages."""
+    recipes, changes = {}, SYSTEMS[system]
+    for override in overrides:
+        named = override.partition(".")[0]
+        if named in STAGES and named not in changes:
+            raise ValueError(
+                f"override: must name a stage of {system}'s, {', '.join(changes)}, got {override!r}"
+            )
+    for name, own in changes.items():
+        stage = STAGES[name]
+        given = [x.removeprefix(f"{name}.") for x in overrides if _is_for(x, name)]
+        check_overrides(given)
+        annotations = output / "corpus" / f"train{stage.annotations}.json"
+        places = [f"system={system}", f"output={output / name}", f"seed={seed}"]
+        places.append(f"data.train.0.annotations={annotations}")
+        if stage.starts_from is None:  # its words are those of all tasks
+            places.append("tokenizer.train_vocab_size=null")
+            places.append(f"tokenizer.name={output / 'corpus' / TOKENIZER}")
+        else:
+            start = stage.starts_from if stage.starts_from in changes else "match"
+            places.append(f"init.checkpoint={output / start}")
+        recipes[name] = load_recipe(stage.recipe, [*places, *own, *given])
+    return recipes
+
+
+def _is_for(override: str, stage: str) -> bool:
+    """Whether an override is of a stage's recipe: it names no stage, or this one."""
+    named = override.partition(".")[0]
+    return named == stage or named not in STAGES
+
+
+def evaluate_task(task: str, folder: Path, annotations: Path) -> dict[str, Any]:
+    """What `svitt evaluate` finds for the model of a run."""
+    kind = load_task(task, Evaluable)
+    model, tokenizer, reading, _ = load_for_use(folder, head=kind.HEAD)
+    corpora = [Corpus(annotations=str(annotations), kind="image")]
+    examples = read_corpora(corpora, Data(), "test", getattr(kind, "FORM", CAPTIONED))
+    fixed = {"batch_size": 32, "workers": 0, "bf16": False}
+    options = {**kind.OPTIONS, **run_values(folder, kind.OPTIONS), **fixed}
+    if task == "retrieval":
+        options["top_k"] = CANDIDATES
+    if task == "qa":
+        options["answers"] = str(annotations.with_name("answers.json"))
+    return kind.evaluate(model, tokenizer, examples, reading, argparse.Namespace(**options))
+
+
+def _retrieval(found: dict[str, Any]) -> dict[str, Any]:
+    ways = ("text_to_video", "video_to_text")
+    return {
+        "score": found["text_to_video"]["R1"],
+        "chance": 100 / found["videos"],
+        "contrastive": found["contrastive"]["text_to_video"]["R1"],
+        "pictures": found["videos"],
+        **{way: found[way] for way in ways},
+    }
+
+
+def _accuracy(*facts: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Accuracy beside that of the best constant answer, with some more facts."""
+
+    def summary(found: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: found[name] for name in facts}
+        return {"score": found["accuracy"], "chance": found["chance"], **rest}
+
+    return summary
+
+
+def _pointing(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "score": found["pointing"],
+        "chance": found["pointing_chance"],
+        "box": found["accuracy"],
+        "references": found["references"],
+    }
+
+
+SUMMARIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "retrieval": _retrieval,
+    "qa": _accuracy("by_type", "questions", "answers"),
+    "reasoning": _accuracy("by_class", "examples"),
+    "entailment": _accuracy("by_class", "examples"),
+    "grounding": _pointing,
+}
+"""By task: what `demo.json` says of what `evaluate_task` finds."""
+
+
+def rows_of(tasks: Mapping[str, Any]) -> Rows:
+    """Name, score and chance of all that is said of tasks, in percent."""
+    found: Rows = []
+    if one := tasks.get("retrieval"):
+        found += [
+            ("retrieval: R@1, text to picture", one["score"], one["chance"]),
+            ("  before re-ranking", one["contrastive"], one["chance"]),
+            ("  R@1, picture to text", one["video_to_text"]["R1"], one["chance"]),
+        ]
+    if one := tasks.get("qa"):
+        found.append(("qa: questions answered rightly", one["score"], one["chance"]))
+        found += [(f"  of {name}", x["accuracy"], None) for name, x in one["by_type"].items()]
+    for name, what in (("reasoning", "statements judged rightly"), ("entailment", "rightly told")):
+        if one := tasks.get(name):
+            found.append((f"{name}: {what}", one["score"], one["chance"]))
+    if one := tasks.get("grounding"):
+        found.append(("grounding: points into the named box", one["score"], one["chance"]))
+        found.append(("  box of the map", one["box"], None))
+    return found
+
+
+def render_demo(facts: dict[str, Any]) -> str:
+    """The table that the demo ends with."""
+    rows: list[tuple[str, ...]] = [("", "score", "chance")]
+    for name, score, chance in rows_of(facts["tasks"]):
+        rows.append((name, f"{score:.1f} %", "" if chance is None else f"{chance:.1f} %"))
+    return "\n".join(
+        [
+            f"{facts['system']} of {facts['parameters']:,} parameters, on"
+            f" {facts['corpus']['test_pictures']} held-out pictures of scenes never trained on",
+            "",
+            *format_rows(rows),
+            "",
+            f"All of it took {facts['seconds']['total'] / 60:.1f} minutes.",
+        ]
+    )
