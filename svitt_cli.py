@@ -71,15 +71,15 @@ VISUALIZE = """\
 Draw the frames of videos with the patches that survive in a model of SViTT: after visual pruning,
 and after multimodal pruning, which looks for what the caption says:
 
-  svitt visualize runs/small clip.mp4 --caption "a dog jumps"
+  svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png
 
 Of a model of pictures, draw a figure for each: Grad-CAM maps of the text and of its pieces; the
 soft masks that they make, of a SoftMask; the words that are the picture's pseudo-labels, and where
 its patches attend to them, of a SIMLA. Without its twin, which weights for use lack, that one's
 labels are the model's own:
 
-  svitt visualize runs/albef photo.jpg --caption "a dog jumps" --output maps
-  svitt visualize runs/simla --annotations test.json --count 20 --output maps
+  svitt visualize runs/demo/match pictures/photo.jpg --caption "a red square" --output maps
+  svitt visualize runs/demo/match --annotations pictures.json --root pictures --output maps
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left

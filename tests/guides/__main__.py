@@ -45,6 +45,7 @@ PICTURES = (
 )
 FOUND = "svitt evaluate retrieval runs/small --annotations my.json --root videos"
 SEEN = 'svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png'
+MAPS = "svitt visualize runs/demo/match"
 RANKS = "torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml"
 TUNED = "svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small"
 ASKED = "svitt finetune --config qa-msrvtt init.checkpoint=runs/small"
@@ -88,6 +89,19 @@ PLAN = (
     Step(
         f"{FOUND.replace('small', 'retrieval-msrvtt')} --protocol msrvtt-1ka --json found-1ka.json",
         leaves="found-1ka.json",
+    ),
+    Step(
+        "svitt demo --system albef",
+        "optimizer.steps=2 optimizer.batch_size=8",
+        leaves="runs/demo/match/final/model.safetensors",
+    ),
+    Step(
+        f'{MAPS} pictures/photo.jpg --caption "a red square" --output maps',
+        leaves="maps/000-photo.png",
+    ),
+    Step(
+        f"{MAPS} --annotations pictures.json --root pictures --output maps",
+        leaves="maps/001-DSC_0001.png",
     ),
     Step(STAGES[4], "--show"),
     Step(

@@ -58,7 +58,7 @@ def write_corpus(folder: Path) -> None:
     photos = []
     for number in range(PHOTOS):
         colour, shape, _ = _scene(number)
-        name = f"DSC_{number:04}.JPG"
+        name = f"DSC_{number:04}.JPG" if number else "photo.jpg"
         picture = _with_shape(
             _texture(rng, HEIGHT, WIDTH), colour, shape, (WIDTH // 2, HEIGHT // 2)
         )
