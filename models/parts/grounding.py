@@ -87,13 +87,14 @@ class GroundsWords(MatchesPairs):
     def grounding_layer(self, layer: int | None = None) -> int:
         """The fusion layer that maps are made of, counted from 0 at the first text layer.
 
-        By default it is the one at two thirds of all, if it fuses: 8 of 12, as the authors have it.
+        By default it is the one at two thirds of all, as the authors have it (8 of 12), if it fuses
+        and is not the last, in which words have no gradient.
 
         Raises:
             ValueError: ``layer`` is no fusion layer.
         """
         first, last = self.config.fusion_layer, self.config.text_num_hidden_layers - 1
-        layer = max(first, 2 * (last + 1) // 3) if layer is None else layer
+        layer = max(first, min(2 * (last + 1) // 3, last - 1)) if layer is None else layer
         if not first <= layer <= last:
             raise ValueError(
                 f"{type(self).__name__}: layer must be a fusion layer, {first} to {last}, "
