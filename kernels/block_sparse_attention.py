@@ -15,8 +15,9 @@ ascending order. A block that leaves no spare row (64, 128) gets one more row ti
 own block only. For the saliency the row of global 0 also stores its logits (4 bytes a token and
 head), and a third kernel turns them into the mean over heads once maximum and sum are known.
 
-A row sees all of a step's tokens or none, which one number a row decides; selects are left for the
-spare columns and for blocks of which a part is missing.
+A row sees all of a block's tokens or none. In a step of one block, or a part of one, one number a
+row decides that; selects are left for the spare columns and for blocks of which a part is missing,
+and for steps of several blocks.
 
 Memory traffic per token and head of dimension D with e bytes an element: q, k, v read once from
 DRAM and out written, 4 D e bytes (512 for D = 64 in bf16), lse 4 bytes; k and v again for every

@@ -9,7 +9,7 @@ writes partial gradients; one more kernel adds the partials of the M blocks in a
 
 Memory traffic per token and head of dimension D with e bytes an element: query kernel q, k, v, out,
 grad_out read, grad_query written, 6 D e; key kernel q, k, v, grad_out read, grad_key and grad_value
-written, 6 D e; together 12 D e bytes (1,536 for D = 64 in bf16), plus 12 for lse and delta.
+written, 6 D e; together 12 D e bytes (1,536 for D = 64 in bf16), plus 20 for lse and delta.
 Repeated reads come from L2.
 
 Numerics. Logits as in the forward: fp32 dot product, then scale. delta = rowsum(grad_out * out) in
@@ -232,8 +232,7 @@ def _grad_key_kernel(
         weight = 1.0
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
-    # The steps that can hold a global.
-    first_steps: tl.constexpr = (max(BLOCK_SIZE, NUM_GLOBAL) + COLUMNS - 1) // COLUMNS
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
     for step in range(0, steps):
         following = list_entries(
@@ -264,7 +263,7 @@ def _grad_key_kernel(
             if NUM_GLOBAL > 0:
                 from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if step < first_steps + lead:
+                if step < parts + lead:  # the steps that can hold a global
                     is_global = token < NUM_GLOBAL
                     sums = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)

@@ -75,9 +75,10 @@ def list_extent(
     if (NUM_GLOBAL > 0) & ((tile + 1) * ROWS > BLOCK_SIZE):
         # One entry a lane, without waiting for the count: a warp adds them without a barrier.
         found = 0
-        for start in range(0, width, 32):
+        end = tl.where(block < num_blocks, width, 0)  # block 0 of none has no list
+        for start in range(0, end, 32):
             slot = start + tl.arange(0, 32)
-            entry = tl.load(blocks_ptr + slot, mask=slot < width, other=-1)
+            entry = tl.load(blocks_ptr + slot, mask=slot < end, other=-1)
             found += tl.sum(((entry == block) & (slot < listed)).to(tl.int32), axis=0)
         missing = tl.where(found > 0, 0, 1)
     walked = listed + missing
@@ -162,17 +163,17 @@ def column_tokens(
     first = NUM_GLOBAL + entry * BLOCK_SIZE
     limit = tl.where(there, length - first, 0)
     exists = tl.where(beyond, number < globals, within < limit)
-    # Each global row meets a token in that token's own block, and the globals in block 0.
-    to_tokens = in_list
-    to_globals = tl.where(there, entry, -1) == block
+    # Each global row meets a token in that token's own block, and the globals in block 0, whose own
+    # block is the first that it lists, if any.
+    home = tl.where(there, entry, -1)
     if pack > 1:
         to_tokens = in_list | (beyond & with_globals)
-        to_globals = tl.where(beyond, 0, tl.where(there, entry, -1)) == block
+        to_globals = tl.where(beyond, 0, home) == block
         within += first
         first = 0
     else:
         to_tokens = in_list | with_globals
-        to_globals = tl.where(with_globals & (block == 0), 0, tl.where(there, entry, -1)) == block
+        to_globals = tl.where(with_globals & (block == 0), 0, home) == block
     place = tl.where(beyond, number - first, within)
     return first, place, exists, limit, to_tokens, to_globals, beyond, number
 
@@ -242,7 +243,7 @@ def column_logits(
         step, entry, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
     )
     token = first + place
-    bias, index = 0.0, 0
+    index = 0
     if table_ptr is not None:
         # Before the product: of two layouts that meet, the compiler goes on with the later one's.
         of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE

@@ -75,7 +75,7 @@ def block_sparse_attention(
             R0 rows are indexed by ``code_i - code_j + (R0 - 1) / 2``.
         position_codes: int32 ``(num_tokens,)`` or ``(batch, num_tokens)``, see `position_codes`;
             given exactly when ``bias_table`` is. On a CPU codes too far apart for the table raise,
-            elsewhere and under ``torch.compile`` the index is clamped to the table.
+            elsewhere and under ``torch.compile`` another entry of the table is taken.
         key_lengths: int32 ``(batch,)``, tokens per sample that exist, globals included, 0 to
             ``tokens``; the others are not attended and their rows are zero.
         scale: factor of the logits, ``head_dim ** -0.5`` by default.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -41,6 +41,8 @@ class Case:
     layout: str = "random"
     packed: bool = False
     batch: int = 2
+    tile: tuple[int, int] | None = None
+    """Rows and columns other than the table's."""
 
     @property
     def seq_len(self) -> int:
@@ -181,12 +183,42 @@ CASES = {
     "scale_16": Case(scale=16.0, dtype=torch.float16),
     "scale_16_single": Case(scale=16.0, bias="shared"),
 }
+# Every way to walk: parts of a block or several blocks a step; the globals beside or before them.
+SMALL = Case(head_dim=16, heads=1, batch=1, tokens=60)
+CASES |= {
+    f"{name}_of_{columns}": replace(case, tile=(rows, columns))
+    for name, rows, columns, case in (
+        ("parts", 16, 16, replace(SMALL, block_size=20, num_global=3, bias="shared")),
+        ("parts_alone", 16, 16, replace(SMALL, block_size=33, num_global=0)),
+        ("parts_led", 32, 16, replace(SMALL, block_size=32, num_global=2, bias="shared")),
+        ("parts_lack", 16, 16, replace(SMALL, block_size=28, layout="empty_rows")),
+        ("blocks", 16, 32, replace(SMALL, block_size=7, tokens=40, num_global=3, bias="shared")),
+        ("blocks", 16, 128, replace(SMALL, block_size=28, tokens=80, dtype=torch.float16)),
+        ("blocks_led", 16, 32, replace(SMALL, block_size=16, num_global=9)),
+        ("blocks_lack", 16, 64, replace(SMALL, block_size=20, layout="empty_rows")),
+        ("blocks_ragged", 16, 64, replace(
+            SMALL, block_size=16, tokens=45, num_global=2, batch=2, lengths=(1, 21),
+            layout="per_sample", bias="per_sample",
+        )),
+        ("parts_ragged", 16, 16, replace(
+            SMALL, block_size=28, num_global=3, batch=2, lengths=(2, 50),
+            layout="per_sample", bias="per_sample",
+        )),
+    )
+}  # fmt: skip
 NAMES = ("out", "lse", "saliency", "grad_query", "grad_key", "grad_value", "grad_bias_table")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_dense_attention(name: str) -> None:
+def test_matches_dense_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
+    if case.tile is not None:
+        rows, columns = case.tile
+        table = block_sparse_attention.attention_tile
+        for module in (block_sparse_attention, block_sparse_attention_backward):
+            monkeypatch.setattr(
+                module, "attention_tile", lambda *x: replace(table(*x), rows=rows, columns=columns)
+            )
     arguments, grad_out = make(case)
     if case.lengths is not None:
         # Tokens that do not exist hold anything.
@@ -221,6 +253,25 @@ def test_wide_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (block_sparse_attention, block_sparse_attention_backward):
         monkeypatch.setattr(module, "needs_wide_offsets", lambda *tensors: True)
     for first, second in zip(narrow, run(arguments, grad_out), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_reads_no_list_of_no_blocks() -> None:
+    arguments, grad_out = make(CASES["no_token"])
+    sizes = (0, 56, 3)
+    counts, lists = (torch.empty(size, dtype=torch.int32, device=DEVICE) for size in ((0,), (0, 5)))
+    wide = {**arguments, "layout": BlockLayout(*sizes, counts, lists, counts, lists)}
+    for first, second in zip(run(arguments, grad_out), run(wide, grad_out), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_codes_too_far_apart_read_the_table() -> None:
+    arguments, grad_out = make(replace(SMALL, num_global=2, bias="shared"))
+    arguments["bias_table"].fill_(0.5)
+    wanted = run(arguments, grad_out)
+    arguments["position_codes"][:, ::2] = -(2**31)
+    arguments["position_codes"][:, 1::3] = 2**31 - 1
+    for first, second in zip(wanted[:-1], run(arguments, grad_out), strict=False):
         assert torch.equal(first, second)
 
 

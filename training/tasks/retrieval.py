@@ -258,7 +258,7 @@ def _rerank(
     by_video: bool,
     progress: Progress | None,
 ) -> Tensor:
-    """Scores (texts, videos) in which each query's best candidates have their match score."""
+    """Scores (texts, videos), of each query's best candidates what `MatchesPairs` ranks by."""
     assert videos.states is not None
     queries = scores.T if by_video else scores
     candidates = queries.topk(min(settings.top_k, queries.shape[1]), dim=1).indices

@@ -102,6 +102,7 @@ def test_the_others_keep_their_order_below_those_ranked_anew(
     trained: Any, monkeypatch: Any
 ) -> None:
     gallery = trained[2]
+    model = SimpleNamespace(prior_scores=torch.zeros_like)
     scores = 0.9 + 1e-6 * torch.randperm(64).view(8, 8)
     states = SimpleNamespace(states=torch.zeros(8, 1, 1, 1))
     for logit in (-3e4, 0.0, 3e4):
@@ -110,7 +111,7 @@ def test_the_others_keep_their_order_below_those_ranked_anew(
         )
         for by_video in (False, True):
             merged = module._rerank(
-                None, scores, gallery, None, states, Evaluation(top_k=2), by_video, None
+                model, scores, gallery, None, states, Evaluation(top_k=2), by_video, None
             )
             rows, wanted = (merged.T, scores.T) if by_video else (merged, scores)
             order = wanted.argsort(1, descending=True)
