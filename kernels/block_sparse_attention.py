@@ -133,8 +133,11 @@ def _forward_kernel(
     rows, row_token, row_exists = row_tokens_again(
         entry, block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS
     )
-    filled = row_exists & (total != 0)  # NaN is no empty row
-    acc = tl.where(filled[:, None], acc / tl.where(total != 0, total, 1.0)[:, None], 0.0)
+    empty = total == 0  # NaN is no empty row
+    if NUM_GLOBAL > 0:
+        empty = empty & (rows >= BLOCK_SIZE)  # a token sees the globals: NaN if all logits are -inf
+    filled = row_exists & ~empty
+    acc = tl.where(filled[:, None], acc / tl.where(empty, 1.0, total)[:, None], 0.0)
     top = tl.where(filled, top, float("-inf"))
     total = tl.where(filled, total, 1.0)
     stored = (rows < BLOCK_SIZE) & (row_token < seq_len)
@@ -247,6 +250,8 @@ def block_sparse_attention(
     """
     if scale < 0:  # the kernels take a row's maximum before they scale it
         query, scale = -query, -scale
+    elif scale == 0:
+        query, scale = 0 * query, 1.0  # an infinite key shows: 0 times it is NaN
     batch, heads, seq_len, head_dim = query.shape
     num_tokens = seq_len - num_global
     out = query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)

@@ -256,6 +256,18 @@ def test_wide_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("which", "scale"), [("query", 0.25), ("key", 0.0)])
+def test_infinities_show(which: str, scale: float) -> None:
+    arguments, grad_out = make(replace(SMALL, tokens=9, block_size=4, layout="full"))
+    arguments["key"].abs_().neg_()  # all logits of an infinite query are -inf
+    arguments[which][0, 0, 2, 1] = float("inf")
+    arguments["scale"] = scale
+    exact, got = dense(arguments, grad_out, torch.float64), run(arguments, grad_out)
+    assert exact[0].isnan().any()
+    for k in (0, 3):
+        assert not got[k][exact[k].isnan()].isfinite().any(), NAMES[k]
+
+
 def test_reads_no_list_of_no_blocks() -> None:
     arguments, grad_out = make(CASES["no_token"])
     sizes = (0, 56, 3)
