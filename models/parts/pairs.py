@@ -80,8 +80,9 @@ class MatchesPairs(FusedTowers):
         """What similarities, of any shape, add to `match_scores` among all candidates, fp32.
 
         A head that learned against negatives drawn by similarity knows the odds of a match against
-        those draws, and Bayes' rule wants the odds of the draw too: the contrastive logits. Against
-        negatives drawn uniformly, and for the authors, who rank by the head alone, it is 0.
+        those draws, and by Bayes' rule the odds of a draw belong to it: the contrastive logits, as
+        far as no candidate dominates its batch. Against negatives drawn uniformly, and for the
+        authors, who rank by the head alone, it is 0.
         """
         if self.config.official or not self.config.hard_negatives:
             return torch.zeros_like(similarities, dtype=torch.float32)
