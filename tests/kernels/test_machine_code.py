@@ -70,7 +70,7 @@ import torch
 from svitt_ops.kernels import block_sparse_attention, compile_check
 
 today = block_sparse_attention.attention_tile
-block_sparse_attention.attention_tile = lambda *given: replace(today(*given), max_registers=120)
+block_sparse_attention.attention_tile = lambda *given: replace(today(*given), max_registers=96)
 backward = compile_check.block_sparse_attention_backward
 backward.block_sparse_attention_backward = lambda *given: None
 run = partial(compile_check.run_attention, 64, 56, 1, torch.bfloat16, False)

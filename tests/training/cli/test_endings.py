@@ -315,7 +315,9 @@ def test_ctrl_c_while_it_trains(make_recipe: Any, tmp_path: Path) -> None:
 
     recipe = make_recipe(tmp_path / "run", "optimizer.steps=100000", "data.workers=1")
     (tmp_path / "r.yaml").write_text(recipe_text(recipe))
-    code = "import sys, svitt_cli; sys.exit(svitt_cli.main(sys.argv[1:]))"
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "import svitt_cli; sys.exit(svitt_cli.main(sys.argv[1:]))"
     words = ["pretrain", "--config", str(tmp_path / "r.yaml"), "run.save_steps=1"]
     errors = tmp_path / "stderr"
     with errors.open("w") as file:

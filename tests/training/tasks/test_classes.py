@@ -140,7 +140,7 @@ def test_the_corpus_is_read_whole(folder: Path, name: str) -> None:
     assert isinstance(load_task(name, Trainable), Validated)
     found = read_annotations(folder / f"test-{name}.json", form=task.FORM)
     assert found.problems == ()
-    assert len(found.entries) == (40 if name == "reasoning" else 60)
+    assert len(found.entries) == (200 if name == "reasoning" else 60)
     counts = Counter(entry.label for entry in found.entries)
     assert len(set(counts.values())) == 1
     assert all(Path(path).is_file() for entry in found.entries for path in entry.media)
