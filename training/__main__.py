@@ -2,7 +2,13 @@
 
 import sys
 
+import torch.distributed as dist
+
 from svitt_ops.training.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # Threads of a group that still stands when the process ends can abort it.
+    if status == 0 and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
