@@ -258,10 +258,10 @@ def recorded_launches(arch: int) -> Iterator[list[tuple[str, ASTSource, dict[str
         yield launches
 
 
-def measure(source: ASTSource, options: dict[str, int], arch: int) -> Usage:
+def measure(source: ASTSource, options: dict[str, int], arch: int, loops: bool = True) -> Usage:
     """Compiles for one architecture and reads what it takes out of the cubin."""
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return usage(compiled, arch, options["num_warps"])
+    return usage(compiled, arch, options["num_warps"], loops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +275,18 @@ class Checked:
     faults: list[str]
 
 
-def check(arch: int, name: str, call: Callable[[], object]) -> list[Checked]:
-    """Compiles what one call launches."""
+def check(
+    arch: int, name: str, call: Callable[[], object], disassembled: frozenset[str] | None = None
+) -> list[Checked]:
+    """Compiles what one call launches; the loops of those named are read, by default of all."""
     with recorded_launches(arch) as launches:
         call()
     found = []
     for kernel, source, config in launches:
-        taken = measure(source, config, arch)
+        full = f"{arch} {kernel.strip('_')} {name}"
+        if again := sum(x.name.partition(" #")[0] == full for x in found):
+            full += f" #{again + 1}"
+        taken = measure(source, config, arch, disassembled is None or full in disassembled)
         warps, stages = config["num_warps"], config["num_stages"]
         faults = []
         if taken.spills > 0:
@@ -293,9 +298,6 @@ def check(arch: int, name: str, call: Callable[[], object]) -> list[Checked]:
         line = f"{arch:4} {kernel.strip('_'):22} {warps:5} {stages:6} {taken.registers:4} "
         line += f"{taken.spills:5} {taken.shared:7} {taken.programs:5} "
         line += f"{'+'.join(f'{x.instructions}({x.index})' for x in taken.loops) or '-':>12} {name}"
-        full = f"{arch} {kernel.strip('_')} {name}"
-        if again := sum(x.name.partition(" #")[0] == full for x in found):
-            full += f" #{again + 1}"
         found.append(Checked(name=full, line=line, usage=taken, faults=faults))
     return found
 
@@ -340,7 +342,9 @@ def main(argv: list[str] | None = None) -> int:
         *cross_calls(options.quick),
         *contrast_calls(options.quick),
     ]
-    work = [(arch, *call) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
+    # Disassembling takes longer than most kernels take to compile.
+    named = None if options.keep else frozenset(kept["kernels"])
+    work = [(arch, *call, named) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
     failures = compiled = compared = 0
     taken = {}
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may
