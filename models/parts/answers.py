@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svitt_ops.models.parts.clips import Merge, merge_clips
+from svitt_ops.models.parts.clips import Merge, clips_of_texts, merge_clips
 from svitt_ops.models.parts.decoder import AnswerDecoder
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.heads import MaskedTokenHead
@@ -115,7 +115,7 @@ class AnswersQuestions(FusedTowers):
         """States of questions that attended to their clips; arguments as of `forward`."""
         video = self.encode_video(pixel_values).states
         if clip_numbers is not None:
-            video = video[clip_numbers]
+            video = clips_of_texts(self, video, clip_numbers, len(input_ids))
         return self.encode_questions(input_ids, attention_mask, video)
 
     def _weighted_answers(

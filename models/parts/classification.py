@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svitt_ops.models.parts.clips import clips_of_texts
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.layers import in_fp32
 from svitt_ops.models.parts.losses import distilled_cross_entropies
@@ -46,17 +47,29 @@ class Classifies(FusedTowers):
         super().build(config)
         self.class_head = ClassHead(config.text_hidden_size, len(self.classes))
 
-    def read(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def read(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        clip_numbers: Tensor | None = None,
+    ) -> Tensor:
         """The text's [CLS] after it attended to what it is about, ``(batch, text_hidden_size)``."""
-        video = self.encode_video(pixel_values)
+        video = self.encode_video(pixel_values).states
+        if clip_numbers is not None:
+            video = clips_of_texts(self, video, clip_numbers, len(input_ids))
         text = self.encode_text(input_ids, attention_mask).states
-        return cast(Tensor, self.fuse(text, attention_mask, video.states).states[:, 0])
+        return cast(Tensor, self.fuse(text, attention_mask, video).states[:, 0])
 
     def class_logits(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        clip_numbers: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What `read` returns, and logits ``(batch, classes)`` of it."""
-        states = self.read(pixel_values, input_ids, attention_mask)
+        states = self.read(pixel_values, input_ids, attention_mask, clip_numbers)
         return states, in_fp32(self.class_head, states)
 
 
@@ -69,19 +82,23 @@ class DistilsClasses(HasTeacher, Classifies):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None = None,
+        clip_numbers: Tensor | None = None,
         *,
         alpha: float | None = None,
     ) -> ClassificationOutput:
         """Classes of a batch, and with labels their loss.
 
         Args:
-            pixel_values: as `encode_video` of the model takes them.
+            pixel_values: as `encode_video` of the model takes them; or, of a model that reads two
+                images, ``(batch, 2, 3, image_size, image_size)``.
             input_ids: ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``, 0 at padding.
             labels: int64 ``(batch,)``, places in `classes`.
+            clip_numbers: int64 ``(batch,)``, which of the pixel values each text is about, or
+                ``(batch, 2)`` of a model that reads two; by default each has its own, in order.
             alpha: share of the twin in the targets; by default the one of this step.
         """
-        arguments = (pixel_values, input_ids, attention_mask)
+        arguments = (pixel_values, input_ids, attention_mask, clip_numbers)
         states, logits = self.class_logits(*arguments)
         if labels is None:
             return ClassificationOutput(logits=logits, states=states)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from svitt_ops.models.parts.clips import clips_of_texts
 from svitt_ops.models.parts.configuration import TwoTowersConfig
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.outputs import VideoOutput
@@ -99,9 +100,19 @@ class ReadsTwoImages(FusedTowers):
         """The texts' [CLS] after the fusion layers, ``(batch, text_hidden_size)``."""
         return cast(Tensor, self.fusion(text_states, attention_mask, images)[:, 0])
 
-    def read(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def read(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        clip_numbers: Tensor | None = None,
+    ) -> Tensor:
         """The text's [CLS] after it attended to both images, ``(batch, text_hidden_size)``."""
-        images = self.encode_pair(pixel_values).states.unflatten(0, (-1, 2))
+        if clip_numbers is None:
+            images = self.encode_pair(pixel_values).states.unflatten(0, (-1, 2))
+        else:
+            found = self.encode_video(pixel_values).states
+            images = clips_of_texts(self, found, clip_numbers, len(input_ids), 2)
         text = self.encode_text(input_ids, attention_mask).states
         return self.fuse_pair(text, attention_mask, (images[:, 0], images[:, 1]))
 

@@ -8,7 +8,7 @@ Of each split there are pictures of a few things with colours, shapes, sizes and
 | `train.json` | `image`, `caption`, `image_id`: one for each caption | ALBEF's COCO, Flickr30k |
 | `validation.json`, `test.json` | `image`, `caption` (a list), `image_id` | the same |
 | `*-questions.json`, `answers.json` | `image`, `question`, ten answers, their types | VQAv2 |
-| `*-reasoning.json` | two `images`, `sentence`, `label`: True or False | NLVR2 |
+| `*-reasoning.json` | two `images`, `sentence`, `label`; to train on, `pool` | NLVR2 |
 | `*-entailment.json` | `image` without its suffix, `sentence`, `label` | SNLI-VE |
 | `*-grounding.json` | `image`, `text`, `ref_id`, `image_id`, `box`, `width`, `height` | RefCOCO+ |
 | `detections.json` | boxes of all things by `image_id` | ALBEF's `dets.json` |
@@ -34,7 +34,10 @@ from svitt_ops.training.corpora.scene_texts import (
 )
 from svitt_ops.training.corpora.scenes import PictureSpec, Scene, Split, plan
 
-STATEMENTS = 5  # of a picture; each is an entry with either label
+STATEMENTS = 5  # of a picture to test on; each is an entry with either label
+POOL = 24  # pictures that statements to train on are about, so that a batch need not have more
+POOL_STATEMENTS = 64  # of a pool
+ROUNDS = 4  # pools that a picture is in
 JPEG = {"quality": 92, "subsampling": 0}  # colours as they are, to the edge
 
 
@@ -76,7 +79,7 @@ def build_pictures(
         contents: dict[str, Iterable[Any]] = {
             split: [row for scene in mine for row in _captioned(scene, spec.captions)],
             f"{split}-questions": asked,
-            f"{split}-reasoning": statements(rng, mine, STATEMENTS * len(mine)),
+            f"{split}-reasoning": _stated(rng, split, mine),
             f"{split}-entailment": hypotheses(rng, mine),
             f"{split}-grounding": [row for scene in mine for row in _named(scene)],
         }
@@ -97,6 +100,18 @@ def _captioned(scene: Scene, count: int) -> list[dict[str, Any]]:
     if scene.split == "train":
         return [{**_about(scene), "caption": text} for text in texts]
     return [{**_about(scene), "caption": texts}]
+
+
+def _stated(rng: np.random.Generator, split: Split, scenes: list[Scene]) -> Iterable[Any]:
+    """Statements about pairs of pictures; those to train on, about pairs of a `pool` each."""
+    if split != "train":
+        yield from statements(rng, scenes, STATEMENTS * len(scenes))
+        return
+    count = max(1, len(scenes) // POOL)
+    pools = [p for _ in range(ROUNDS) for p in np.array_split(rng.permutation(len(scenes)), count)]
+    for number, pool in enumerate(pools):
+        for row in statements(rng, [scenes[k] for k in pool], POOL_STATEMENTS):
+            yield {**row, "pool": number}
 
 
 def _named(scene: Scene) -> list[dict[str, Any]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from svitt_ops.training.data.annotations import Form, Record
-from svitt_ops.training.engine import recipes
-from svitt_ops.training.tasks.parts.labelled import TEXTS, ClassTask, Labelled, labelled, render
-from svitt_ops.training.tasks.parts.pictures import PictureEvaluation
+from svitt_ops.training.tasks.parts.labelled import (
+    TEXTS,
+    ClassTask,
+    Labelled,
+    LabelledRecipe,
+    labelled,
+    render,
+)
 
 __all__ = ["render"]  # and those that are written here
 HEAD = "visual_entailment"
@@ -16,12 +21,10 @@ CLASSES = ("contradiction", "neutral", "entailment")
 
 
 @dataclass
-class Recipe(recipes.Recipe):
+class Recipe(LabelledRecipe):
     """Fine-tuning on texts that pictures entail, or don't."""
 
     task: str = "entailment"
-    evaluation: PictureEvaluation = field(default_factory=PictureEvaluation)
-    """How `data.validation` is evaluated."""
 
 
 def _hypothesis(record: Record) -> Labelled:

@@ -35,6 +35,7 @@ from svitt_ops.training.tasks.parts.questions import (
     encode_answers,
     read_answers,
 )
+from svitt_ops.training.tasks.parts.sharing import share_clips
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
 from svitt_ops.training.tasks.parts.vqa import LEAST, best_constant, vqa_accuracy
@@ -143,7 +144,7 @@ class QuestionCollator(Collator):
     def __call__(self, clips: Sequence[Any]) -> Batch:
         batch = super().__call__(clips)
         if self.share_clips:
-            _share(batch, [(clip.pair_id, clip.seed) for clip in clips])
+            share_clips(batch, [(clip.pair_id, clip.seed) for clip in clips])
         answers = [answer for clip in clips for answer in clip.answers]
         ids, mask = encode_answers(self.tokenizer, answers, self.answer_length)
         return batch | {
@@ -152,24 +153,6 @@ class QuestionCollator(Collator):
             "answers_per_question": torch.tensor([len(clip.answers) for clip in clips]),
             "answer_weights": torch.tensor([w for clip in clips for w in clip.weights]),
         }
-
-
-def _share(batch: Batch, names: Sequence[tuple[int, int]]) -> None:
-    """Keep the first of the clips of each name, and note which clip every question is about."""
-    first: dict[tuple[int, int], int] = {}
-    for place, name in enumerate(names):
-        first.setdefault(name, place)
-    kept = list(first.values())
-    numbers = {name: number for number, name in enumerate(first)}
-    of_questions = [numbers[name] for name in names]
-    clips = batch["clips"]
-    batch["clips"] = clips[kept] if isinstance(clips, Tensor) else [clips[k] for k in kept]
-    batch["boxes"] = [batch["boxes"][k] for k in kept]
-    flips = [True] * len(kept)  # unless one of the questions names a side
-    for number, flip in zip(of_questions, batch["flips"], strict=True):
-        flips[number] &= flip
-    batch["flips"] = flips
-    batch["clip_numbers"] = torch.tensor(of_questions)
 
 
 def check(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from svitt_ops.models import (
     ALBEFForQuestionAnswering,
     ALBEFForRetrieval,
     ALBEFForTextAssignment,
+    ALBEFForVisualEntailment,
     ALBEFForVisualReasoning,
     change_image_size,
 )
@@ -152,6 +153,24 @@ def test_questions_share_an_image_with_the_twin_too(make: Make, pairs: dict[str,
     torch.testing.assert_close(shared.answer_losses, apart.answer_losses)
     alone = model(pixels[:2], *text, clip_numbers=numbers, alpha=0.0)
     assert not torch.allclose(shared.loss, alone.loss)  # so the twin has read them
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_texts_share_images_with_the_twin_too(
+    make: Make, pairs: dict[str, Tensor], pictures: int
+) -> None:
+    torch.manual_seed(0)
+    kind = (ALBEFForVisualEntailment, ALBEFForVisualReasoning)[pictures - 1]
+    model = kind(make(drop_path_rate=0.0))
+    pixels, ids, mask = (pairs[x] for x in ("pixel_values", "input_ids", "attention_mask"))
+    numbers = torch.tensor([[1, 0], [0, 1], [1, 1]])[:, :pictures].squeeze(1)
+    text, labels = (ids[:3], mask[:3]), torch.tensor([0, 1, 1])
+    shared = model(pixels[:2], *text, labels, numbers, alpha=0.4)
+    apart = model(pixels[numbers], *text, labels, alpha=0.4)
+    torch.testing.assert_close(shared.logits, apart.logits)
+    torch.testing.assert_close(shared.loss, apart.loss)
+    with pytest.raises(ValueError, match=r"clip_numbers must have shape \(3,( 2)?\), got \(2,"):
+        model(pixels[:2], *text, labels, numbers[:2])
 
 
 def test_only_one_layer_leaves_the_fused_kernels(make: Make, pairs: dict[str, Tensor]) -> None:

@@ -164,9 +164,9 @@ def check_answer(question: Any, scene: Scene) -> None:
 
 
 def test_statements_cannot_be_guessed(folder: Path) -> None:
-    for split, pictures in (("train", 150), ("test", 100)):
+    for split, count in (("train", 4 * 6 * 128), ("test", 100 * 10)):
         rows = load(folder, f"{split}-reasoning")
-        assert len(rows) == 10 * pictures
+        assert len(rows) == count
         labels = defaultdict(Counter)
         for row in rows:
             labels[row["sentence"]][row["label"]] += 1
@@ -176,6 +176,17 @@ def test_statements_cannot_be_guessed(folder: Path) -> None:
         for one, other in zip(rows[::2], rows[1::2], strict=True):
             assert len(set(one["images"]) & set(other["images"])) >= 1
     assert len(labels) > 40
+
+
+def test_statements_to_train_on_share_their_pictures(folder: Path) -> None:
+    pools, rounds = defaultdict(set), Counter()
+    for row in load(folder, "train-reasoning"):
+        pools[row["pool"]].update(row["images"])
+    for pool in pools.values():
+        assert len(pool) <= 25
+        rounds.update(pool)
+    assert len(rounds) == 150 and max(rounds.values()) == 4
+    assert not any("pool" in row for row in load(folder, "test-reasoning"))
 
 
 def test_statements_are_true_as_labelled(folder: Path, scenes: dict[str, Scene]) -> None:

@@ -20,7 +20,7 @@ from svitt_ops.training.data.collate import encode_texts
 from svitt_ops.training.data.datasets import ClipSpec
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.data.video import read_frames
-from svitt_ops.training.engine.recipes import Corpus
+from svitt_ops.training.engine.recipes import Corpus, load_recipe
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.engine.task import Evaluable, Trainable, Validated, load_task
 from svitt_ops.training.tasks import entailment, reasoning
@@ -186,6 +186,35 @@ def test_pictures_of_a_pair_are_augmented_apart(folder: Path, tokenizer: Any) ->
     sided = [k for k in range(20) if "left" in examples[k].captions[0]]
     assert not any(batch["flips"][2 * k] or batch["flips"][2 * k + 1] for k in sided)
     assert any(batch["flips"])
+
+
+@pytest.mark.parametrize("task", [reasoning, entailment])
+def test_texts_share_their_pictures(folder: Path, tokenizer: Any, task: Any) -> None:
+    name, pictures = (("reasoning", 2), ("entailment", 1))[task is entailment]
+    examples = read_annotations(folder / f"train-{name}.json", form=task.FORM).entries
+    crop = Augmentation(crop_scale=(0.3, 1.0), flip=True)
+    dataset = LabelledDataset(examples, ClipSpec(num_frames=1), seed=3, share_clips=True)
+    collate = LabelledCollator(tokenizer=tokenizer, augmentation=crop, share_clips=True)
+    numbers = list(range(40)) * 2  # so that each picture is shared
+    batch, again = (collate([dataset[k, epoch] for k in numbers]) for epoch in (0, 1))
+    places = batch["clip_numbers"]
+    assert places.shape == ((80, 2) if pictures == 2 else (80,))
+    files = [path for k in numbers for path in examples[k].media]
+    assert len(batch["clips"]) == len(batch["boxes"]) == len(batch["flips"]) == len(set(files))
+    for path, place in zip(files, places.flatten().tolist(), strict=True):
+        assert torch.equal(batch["clips"][place], read_frames(path))
+    assert len(set(batch["boxes"])) > 1 and batch["boxes"] != again["boxes"]
+    # What is drawn for a picture does not depend on the rest of the batch.
+    few = collate([dataset[k, 0] for k in numbers[20:30]])
+    both = zip(few["clip_numbers"].flatten(), places[20:30].flatten(), strict=True)
+    assert all(few["boxes"][one] == batch["boxes"][other] for one, other in both)
+    for k, mine in zip(numbers, places.view(80, -1).tolist(), strict=True):
+        if "left" in examples[k].captions[0]:
+            assert not any(batch["flips"][place] for place in mine)
+    recipe = load_recipe(f"demo-pictures-{name}", ["data.share_clips=true"])
+    inputs = task.model_inputs(recipe, SimpleNamespace(image_size=8), batch)
+    assert inputs["pixel_values"].shape == (len(set(files)), 3, 8, 8)
+    assert torch.equal(inputs["clip_numbers"], places)
 
 
 def test_a_pair_that_lacks_a_picture_is_replaced(folder: Path, tmp_path: Path) -> None:

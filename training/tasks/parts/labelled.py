@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.training.data.annotations import Entry, Form, Record
 from svitt_ops.training.data.augment import to_pixel_values
 from svitt_ops.training.data.collate import Collator, count_cut, encode_texts
-from svitt_ops.training.data.columns import Strings
-from svitt_ops.training.data.datasets import Clip, PairDataset
+from svitt_ops.training.data.columns import FileNames, Strings
+from svitt_ops.training.data.datasets import Clip, Key, PairDataset
 from svitt_ops.training.data.transport import Batch
 from svitt_ops.training.engine import recipes
 from svitt_ops.training.engine.build import read_corpora
@@ -30,12 +31,31 @@ from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import Reading, evaluating
 from svitt_ops.training.tasks.parts.pictures import PictureEvaluation, Unread, read_pictures
 from svitt_ops.training.tasks.parts.ranks import are_first
+from svitt_ops.training.tasks.parts.sharing import share_clips
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
 
 TEXTS = ("sentence", "caption", "hypothesis")
 """Fields of the text."""
-INPUTS = ("input_ids", "attention_mask", "labels")
+INPUTS = ("input_ids", "attention_mask", "labels", "clip_numbers")
+
+
+@dataclass
+class Data(recipes.Data):
+    """What is read."""
+
+    share_clips: bool = False
+    """Encode a picture once for all texts of a batch about it, such as `keep_together` makes meet;
+    otherwise each text has its pictures to itself, cropped in other ways."""
+
+
+@dataclass
+class LabelledRecipe(recipes.Recipe):
+    """Fine-tuning on texts of a class each."""
+
+    data: Data = field(default_factory=Data)
+    evaluation: PictureEvaluation = field(default_factory=PictureEvaluation)
+    """How `data.validation` is evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +95,10 @@ class LabelledClip(Clip):
 
     others: list[Tensor] = field(default_factory=list)
     label: int = 0
+    numbers: list[int] = field(default_factory=list)
+    """Which each picture is of the corpus."""
+    seeds: list[int] = field(default_factory=list)
+    """Of the augmentation of each picture that other texts share."""
 
     def pictures(self) -> list[Clip]:
         """A clip of each picture, whose augmentation is its own."""
@@ -83,35 +107,65 @@ class LabelledClip(Clip):
             replace(first, frames=frames, seed=self.seed + number, skipped=[])
             for number, frames in enumerate(self.others, start=1)
         ]
-        return [first, *others]
+        clips = [first, *others]
+        if self.seeds:
+            clips = [replace(c, seed=seed) for c, seed in zip(clips, self.seeds, strict=True)]
+        return clips
 
 
 class LabelledDataset(PairDataset):
-    """Examples to train on; one that lacks a picture is replaced by another."""
+    """Examples to train on; one that lacks a picture is replaced by another.
 
-    def __init__(self, examples: Sequence[Labelled], *given: Any, **more: Any) -> None:
+    Args:
+        share_clips: crop a picture alike for all its texts in an epoch.
+    """
+
+    def __init__(
+        self, examples: Sequence[Labelled], *given: Any, share_clips: bool = False, **more: Any
+    ) -> None:
         super().__init__(_by_first(examples), *given, **more)
+        self.share_clips = share_clips
+        name_of, numbers = FileNames(), dict[str, int]()
+        names = [name_of(path) for example in examples for path in example.media]
+        self._numbers = np.array([numbers.setdefault(x, len(numbers)) for x in names], np.int64)
         self._labels: NDArray[np.int8] = np.array([e.label for e in examples], dtype=np.int8)
         self._per_example = len(examples[0].media) - 1
         self._others = Strings(path for e in examples for path in e.media[1:])
 
+    def __getitem__(self, key: Key) -> LabelledClip:
+        clip = cast(LabelledClip, super().__getitem__(key))
+        if self.share_clips:
+            for number in clip.numbers:
+                rng = random.Random(f"{self.seed} {key[1]} picture {number}")
+                clip.seeds.append(rng.getrandbits(48))
+        return clip
+
     def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> LabelledClip:
         clip = super().read(number, seed, skipped)
-        first = number * self._per_example
+        first, count = number * self._per_example, self._per_example + 1
+        numbers = self._numbers[number * count : (number + 1) * count].tolist()
         others = [
             self.reader.read(path, "image", lambda times: [0])
             for path in self._others[first : first + self._per_example]
         ]
-        return LabelledClip(**vars(clip), others=others, label=int(self._labels[number]))
+        more = {"label": int(self._labels[number]), "numbers": numbers}
+        return LabelledClip(**vars(clip), others=others, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledCollator(Collator):
     """Makes a batch of examples: the pictures of each follow each other."""
 
+    share_clips: bool = False
+    """Whether the batch holds a picture of several texts once."""
+
     def __call__(self, clips: Sequence[Any]) -> Batch:
         batch = super().__call__([picture for clip in clips for picture in clip.pictures()])
         step = len(batch["pair_ids"]) // len(clips)
+        if self.share_clips:
+            share_clips(batch, [number for clip in clips for number in clip.numbers])
+            if step > 1:
+                batch["clip_numbers"] = batch["clip_numbers"].unflatten(0, (-1, step))
         once = ("pair_ids", "input_ids", "attention_mask")
         batch |= {name: batch[name][::step].clone() for name in once}
         return batch | {"labels": torch.tensor([clip.label for clip in clips])}
@@ -166,23 +220,32 @@ class ClassTask:
         return found
 
     def build_dataset(
-        self, recipe: recipes.Recipe, examples: Sequence[Labelled], config: VideoConfig
+        self, recipe: LabelledRecipe, examples: Sequence[Labelled], config: VideoConfig
     ) -> LabelledDataset:
         """The training examples."""
-        return LabelledDataset(examples, clip_spec(recipe, config), seed=recipe.seed)
+        share = recipe.data.share_clips
+        spec = clip_spec(recipe, config)
+        return LabelledDataset(examples, spec, seed=recipe.seed, share_clips=share)
 
     def build_collator(
-        self, recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
+        self, recipe: LabelledRecipe, tokenizer: PreTrainedTokenizerBase, config: Any
     ) -> LabelledCollator:
         """The collator."""
-        return collator(LabelledCollator, recipe, tokenizer)
+        return collator(LabelledCollator, recipe, tokenizer, share_clips=recipe.data.share_clips)
 
     def model_inputs(
         self, recipe: recipes.Recipe, config: VideoConfig, batch: dict[str, Any]
     ) -> dict[str, Any]:
-        """Pictures ``(batch, pictures, 3, size, size)``, texts, and labels ``(batch,)``."""
+        """Pictures ``(batch, pictures, 3, size, size)``, texts, and labels ``(batch,)``.
+
+        Of shared pictures there are as many as the batch has, ``(pictures, 3, size, size)``, and
+        their `clip_numbers`.
+        """
         inputs = pretrain.model_inputs(recipe, config, batch, INPUTS)
-        return inputs | {"pixel_values": by_example(inputs["pixel_values"], len(inputs["labels"]))}
+        pixels = inputs["pixel_values"]
+        if "clip_numbers" in inputs:
+            return inputs | {"pixel_values": pixels[:, 0]}
+        return inputs | {"pixel_values": by_example(pixels, len(inputs["labels"]))}
 
     def read_validation(self, recipe: recipes.Recipe) -> list[Labelled]:
         """The examples."""
