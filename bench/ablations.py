@@ -1,7 +1,8 @@
 """`python -m bench.ablations simla --seed 0`: demos of a system without some of its parts.
 
-Each is a demo on pictures, which takes minutes; what it measured is kept beside other demos'
-results, and `python -m bench.report` writes the table. Those that are kept are not run again.
+Each is a demo on pictures without reasoning and entailment, which takes minutes; what it measured
+is kept beside other demos' results, and `python -m bench.report` writes the table. Those that are
+kept are not run again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 
 from bench.report import demo
 from bench.report.demo_pictures import VARIANTS
-from svitt_ops.training.cli.demo_pictures import run_demo
+from svitt_ops.training.cli.demo_pictures import STAGES, run_demo
+
+ABLATED = ("towers", "match", "qa", "grounding")
+"""Stages of those that lack something."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "demo"
-            run_demo(output, system=arguments.system, seed=arguments.seed, overrides=overrides)
+            stages = ABLATED if name else tuple(STAGES)
+            run_demo(
+                output,
+                system=arguments.system,
+                seed=arguments.seed,
+                overrides=overrides,
+                stages=stages,
+            )
             demo.main([str(output / "demo.json"), "--out", str(arguments.out)])
     return 0
 

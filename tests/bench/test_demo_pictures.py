@@ -13,7 +13,7 @@ WAYS = {way: {"R1": 61.0} for way in ("text_to_video", "video_to_text")}
 TASKS: dict[str, Any] = {
     "retrieval": {"score": 61.0, "chance": 1.0, "contrastive": 58.0, **WAYS},
     "qa": {"score": 55.5, "chance": 20.0, "by_type": {"color": {"accuracy": 70.0}}},
-    "grounding": {"score": 44.0, "chance": 5.7, "box": 20.0},
+    "grounding": {"score": 44.0, "chance": 5.7, "untrained": 33.0, "box": 20.0},
 }
 
 
@@ -55,6 +55,7 @@ def test_tables(tmp_path: Path) -> None:
         "| qa: questions answered rightly | 20.0 % | 55.5 % | 55.5 % |",
         "| of color |  | 70.0 % | 70.0 % |",
         "| grounding: points into the named box | 5.7 % | 44.0 % | 44.0 % |",
+        "| the same of an untrained model |  | 33.0 % | 33.0 % |",
         "| minutes |  | 5.0 | 5.0 |",
         "| minutes of one core |  | 9.0 | 9.0 |",
         "| without soft masks | 0 | 61.0 | 55.5 | 44.0 |",
@@ -92,5 +93,6 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         assert ablations.main(["softmask", "--out", str(tmp_path / "kept")]) == 0
     (one,) = runs
+    assert one["stages"] == ("towers", "match", "qa", "grounding")
     assert (one["system"], one["overrides"]) == ("softmask", ("model.mask_source=none",))
     assert (tmp_path / "kept" / "softmask-unmasked-seed-0.json").is_file()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from svitt_ops.training.cli.stages import (
@@ -133,6 +134,7 @@ def run_demo(
     overrides: Sequence[str] = (),
     resume: bool = False,
     spec: PictureSpec | None = None,
+    stages: Sequence[str] = tuple(STAGES),
 ) -> dict[str, Any]:
     """Run the whole demo of a system on pictures.
 
@@ -145,12 +147,14 @@ def run_demo(
             "match.model.alpha=0".
         resume: go on with an interrupted demo instead of starting anew.
         spec: what is drawn.
+        stages: which to train, of those that the system has.
 
     Returns:
         What `demo.json` holds: every measured number.
     """
     course, folder, spec = Course(), expand(output, "--output"), spec or PictureSpec()
     recipes = _recipes(folder, system, seed, overrides)  # before anything is removed
+    recipes = {name: recipe for name, recipe in recipes.items() if name in stages}
     prepare(folder, resume)
     note(folder / MARKER, system=system, corpus=asdict(spec))
     corpus = folder / "corpus"
@@ -170,6 +174,9 @@ def run_demo(
             if stage in trained:
                 annotations = corpus / f"test{STAGES[stage].annotations}.json"
                 tasks[name] = summary(evaluate_task(name, trained[stage].folder, annotations))
+        if grounded := tasks.get("grounding"):
+            untrained = evaluate_task("grounding", trained["grounding"].folder, annotations, seed)
+            grounded["untrained"] = _pointing(untrained)["score"]
     facts = {
         "system": system,
         "tasks": tasks,
@@ -218,10 +225,15 @@ def _is_for(override: str, stage: str) -> bool:
     return named == stage or named not in STAGES
 
 
-def evaluate_task(task: str, folder: Path, annotations: Path) -> dict[str, Any]:
-    """What `svitt evaluate` finds for the model of a run."""
+def evaluate_task(
+    task: str, folder: Path, annotations: Path, untrained: int | None = None
+) -> dict[str, Any]:
+    """What `svitt evaluate` finds for the model of a run, or for one with weights of a seed."""
     kind = load_task(task, Evaluable)
     model, tokenizer, reading, _ = load_for_use(folder, head=kind.HEAD)
+    if untrained is not None:
+        torch.manual_seed(untrained)
+        model = type(model)(model.config)
     corpora = [Corpus(annotations=str(annotations), kind="image")]
     examples = read_corpora(corpora, Data(), "test", getattr(kind, "FORM", CAPTIONED))
     fixed = {"batch_size": 32, "workers": 0, "bf16": False}
@@ -290,6 +302,7 @@ def rows_of(tasks: Mapping[str, Any]) -> Rows:
             found.append((f"{name}: {what}", one["score"], one["chance"]))
     if one := tasks.get("grounding"):
         found.append(("grounding: points into the named box", one["score"], one["chance"]))
+        found.append(("  the same of an untrained model", one["untrained"], None))
         found.append(("  box of the map", one["box"], None))
     return found
 

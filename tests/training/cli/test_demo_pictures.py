@@ -42,6 +42,7 @@ def test_demo(system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for task in facts["tasks"].values():
         assert 0 <= task["score"] <= 100 and 0 < task["chance"] <= 100
     assert facts["tasks"]["retrieval"]["chance"] == 10
+    assert 0 <= facts["tasks"]["grounding"]["untrained"] <= 100
     assert facts["corpus"]["test_pictures"] == facts["tasks"]["retrieval"]["pictures"] == 10
     assert set(facts["seconds"]) == {
         *demo_pictures.SYSTEMS[system],
