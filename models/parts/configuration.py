@@ -99,6 +99,11 @@ class VideoConfig(PreTrainedConfig):
         return self.num_frames
 
     @property
+    def given_features(self) -> int | None:
+        """Width of features that are read from files in the place of frames; None: frames are."""
+        return None
+
+    @property
     def own_fixed(self) -> list[str]:
         """Fields of this system alone that weights of this configuration cannot be changed in."""
         return []

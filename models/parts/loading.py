@@ -45,6 +45,7 @@ PARTS = (
     ("token_head.", "the head for masked tokens starts"),
     ("decoder.", "the answer decoder starts"),
     ("class_head.", "the class head starts"),
+    ("hash_layer.", "the hash layer starts"),
     ("assignment_head.", "the head of text assignment starts"),
     ("video_projection.", "the embeddings of clips start"),
     ("text_projection.", "the embeddings of texts start"),
