@@ -10,7 +10,7 @@ from transformers import ResNetConfig
 
 from svitt_ops.models.parts.configuration import DROP_RATE, NOT_NEGATIVE, TwoTowersConfig
 
-FIXED = {
+FIXED: dict[str, object] = {
     "edge_sparsity": False,
     "keep_rate": 1,
     "multimodal_keep_rate": 1,
@@ -180,10 +180,9 @@ class COOKIEConfig(TwoTowersConfig):
 
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
-        for name, value in FIXED.items():
-            if getattr(self, name) != value:
-                self._refuse(name, f"{value!r}: COOKIE has no such layers", getattr(self, name))
+        self._check_only(FIXED, "COOKIE has no such layers")
         super().check()
+        self._check_colours()
         if self.num_fusion_layers:
             self._refuse("fusion_layer", f"{self.text_num_hidden_layers}", self.fusion_layer)
         if self.projection_dim != self.hidden_size:
@@ -227,9 +226,3 @@ class COOKIEConfig(TwoTowersConfig):
             )
         if self.cnn_groups > 1 and self.cnn_layer != "bottleneck":
             self._refuse("cnn_groups", "1 with cnn_layer='basic'", self.cnn_groups)
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or len(values) != 3:
-                self._refuse(name, "three numbers", values)
-        if min(self.image_std) <= 0:
-            self._refuse("image_std", "three positive numbers", self.image_std)

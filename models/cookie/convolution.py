@@ -13,7 +13,7 @@ from transformers import ResNetModel
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 from svitt_ops.models.cookie.configuration import COOKIEConfig
-from svitt_ops.models.parts.layers import normalized_pixels
+from svitt_ops.models.parts.layers import renormalized
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -111,7 +111,7 @@ class ConvolutionalTower(nn.Module):
                 f"ConvolutionalTower: pixel_values must have shape (batch, 3, {size}, {size}), "
                 f"got {tuple(pixel_values.shape)}"
             )
-        images = normalized_pixels(images, config.image_mean, config.image_std)
+        images = renormalized(images, config.image_mean, config.image_std)
         return cast(Tensor, self.cnn(images).last_hidden_state)
 
     def reset_positions(self, device: torch.device | None = None) -> None:

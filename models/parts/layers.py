@@ -71,8 +71,8 @@ def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator |
     return drawn.expand(batch, count)
 
 
-def normalized_pixels(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, with other ones of the three colours."""
+def renormalized(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, now of others, those of weights."""
     if set(mean) == set(std) == {0.5}:
         return frames
     scale = frames.new_tensor([0.5 / s for s in std])[:, None, None]
