@@ -306,6 +306,23 @@ def _parser() -> argparse.ArgumentParser:
         help="search this many parts of the corpus apart, and say the mean (default: 1)",
     )
     some.add_argument(
+        "--ensemble",
+        metavar="MODEL",
+        help="a second model, whose similarities are added to those of the first",
+    )
+    some.add_argument(
+        "--database",
+        nargs="+",
+        metavar="JSON",
+        help="of hashing: annotations of what is searched",
+    )
+    some.add_argument(
+        "--join",
+        choices=("concatenated", "mean"),
+        help="of text-similarity: the sets of a file as one, or the mean of theirs (default:"
+        " concatenated)",
+    )
+    some.add_argument(
         "--detections",
         metavar="FILE",
         help="boxes to choose from, a JSON object of lists by image (default: the run's)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.saving import SavingTrainer, wait
-from svitt_ops.training.engine.schedule import learning_rate_factor
+from svitt_ops.training.engine.schedule import learning_rate_factor, stepped_factor
 from svitt_ops.training.engine.sharding import fit_optimizer_state, shard, whole
 from svitt_ops.training.engine.task import Trainable
 from svitt_ops.training.engine.validation import Validation
@@ -110,14 +110,22 @@ class RecipeTrainer(SavingTrainer):
             settings = self.recipe.optimizer
             tables = {m.table for m in target.modules() if isinstance(m, RelativePositionBias3D)}
             wanted = [p for p in target.parameters() if p.requires_grad]
+            scales = _scales(target, settings.lr_scales)
+            plain = [p for p in wanted if p not in scales]
             groups: list[dict[str, Any]] = [
-                {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
-                {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
+                {"params": [p for p in plain if p.ndim > 1 and p not in tables]},
+                {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
                 {
-                    "params": [p for p in wanted if p in tables],
+                    "params": [p for p in plain if p in tables],
                     "lr": settings.lr * settings.bias_lr_scale,
                 },
             ]
+            for scale in sorted(set(scales.values())):
+                own = [p for p in wanted if scales.get(p) == scale]
+                lr = settings.lr * scale
+                groups.append({"params": [p for p in own if p.ndim > 1], "lr": lr})
+                vectors = [p for p in own if p.ndim <= 1]
+                groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0})
             self.optimizer = torch.optim.AdamW(
                 groups,
                 lr=settings.lr,
@@ -134,12 +142,14 @@ class RecipeTrainer(SavingTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            floor = self.recipe.optimizer.min_lr_ratio
+            settings = self.recipe.optimizer
+            length = {"total": num_training_steps, "warmup": self.warmup_steps}
 
             def factor(step: int) -> float:
-                return learning_rate_factor(
-                    step, total=num_training_steps, warmup=self.warmup_steps, floor=floor
-                )
+                if settings.schedule == "step":
+                    decay, decay_at = settings.decay, settings.decay_at
+                    return stepped_factor(step, **length, decay=decay, decay_at=decay_at)
+                return learning_rate_factor(step, **length, floor=settings.min_lr_ratio)
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
@@ -246,6 +256,22 @@ class RecipeTrainer(SavingTrainer):
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)
+
+
+def _scales(model: torch.nn.Module, scales: Mapping[str, float]) -> dict[Any, float]:
+    """The parameters whose names begin with some of `optimizer.lr_scales`, and their scales."""
+    found: dict[Any, float] = {}
+    unused = set(scales)
+    for name, parameter in model.named_parameters():
+        own = [start for start in scales if name.removeprefix("module.").startswith(start)]
+        unused -= set(own)
+        if own:
+            found[parameter] = scales[max(own, key=len)]
+    if unused:
+        raise ValueError(
+            f"recipe: optimizer.lr_scales must begin names of parameters, got {min(unused)!r}"
+        )
+    return found
 
 
 def hash_seed(*numbers: int) -> int:
