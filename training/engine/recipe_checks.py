@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
@@ -31,10 +31,6 @@ def _least(number: int) -> Rule:
     return f"at least {number}", lambda x: x >= number
 
 
-def _are(rule: Rule, values: Iterable[Any]) -> bool:
-    return all(map(rule[1], values))
-
-
 def _one_of(*choices: object) -> Rule:
     return f"one of {', '.join(map(str, choices))}", lambda x: x in choices
 
@@ -53,10 +49,13 @@ RULES: dict[str, Rule] = {
     "data.workers": _least(0),
     "optimizer.lr": POSITIVE,
     "optimizer.bias_lr_scale": POSITIVE,
-    "optimizer.lr_scales": ("positive and finite numbers", lambda x: _are(POSITIVE, x.values())),
-    "optimizer.schedule": _one_of("cosine", "step"),
-    "optimizer.decay": POSITIVE,
-    "optimizer.decay_at": ("numbers of 0 to 1", lambda x: _are(SHARE, x)),
+    "optimizer.lr_scales": (
+        "a mapping to positive numbers",
+        lambda x: all(0 < scale < inf for scale in x.values()),
+    ),
+    "optimizer.decay": _one_of("cosine", "linear", "step"),
+    "optimizer.drop": POSITIVE,
+    "optimizer.drop_at": ("a list of shares, 0 to 1", lambda x: all(0 <= s <= 1 for s in x)),
     "optimizer.min_lr_ratio": SHARE,
     "optimizer.betas": ("two numbers of 0 to less than 1", lambda x: all(0 <= b < 1 for b in x)),
     "optimizer.eps": POSITIVE,

@@ -111,22 +111,22 @@ class Data:
 
 @dataclass
 class Optimizer:
-    """AdamW, linear warm-up, and a cosine decay that is clipped at a floor, or one in steps."""
+    """AdamW, linear warm-up, and a decay that is clipped at a floor."""
 
     lr: float = 3e-5
     bias_lr_scale: float = 1.0
     """Learning rate of the relative position bias tables, in terms of `lr`."""
     lr_scales: dict[str, float] = field(default_factory=dict)
-    """Learning rates of some parameters in terms of `lr`, by the beginnings of their names, of
-    which the longest counts: {video.cnn.: 0.1}."""
-    schedule: str = "cosine"
-    """After the warm-up: "cosine", or "step": `lr` times `decay` at each of `decay_at`."""
-    decay: float = 0.1
-    """What the learning rate is multiplied by, of a "step" schedule."""
-    decay_at: list[float] = field(default_factory=lambda: [0.5])
-    """When it is, of a "step" schedule: shares of the run's steps."""
+    """Learning rates of parts of the model, in terms of `lr`, by what the names of their parameters
+    begin with, such as {fusion: 5}; of several the longest counts."""
+    decay: str = "cosine"
+    """What follows the warm-up: "cosine", "linear" to 0, or "step": `drop` at each of `drop_at`."""
+    drop: float = 0.1
+    """What the learning rate is multiplied by."""
+    drop_at: list[float] = field(default_factory=lambda: [0.5])
+    """When it is: shares of the run's steps."""
     min_lr_ratio: float = 0.01
-    """Floor of the learning rate, as a share of `lr`, of a "cosine" schedule."""
+    """Floor of the learning rate, as a share of `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.02

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 
-from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.data.transport import leave_interrupts_to_parent
 from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
+from svitt_ops.training.engine.groups import parameter_groups
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.saving import SavingTrainer, wait
-from svitt_ops.training.engine.schedule import learning_rate_factor, stepped_factor
+from svitt_ops.training.engine.schedule import learning_rate_factor
 from svitt_ops.training.engine.sharding import fit_optimizer_state, shard, whole
 from svitt_ops.training.engine.task import Trainable
 from svitt_ops.training.engine.validation import Validation
@@ -97,7 +97,7 @@ class RecipeTrainer(SavingTrainer):
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
+        """AdamW over `parameter_groups`."""
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
@@ -108,26 +108,8 @@ class RecipeTrainer(SavingTrainer):
                     self.model, device_placement=False, evaluation_mode=True
                 )  # autocast; and what is prepared is not wrapped in DDP
             settings = self.recipe.optimizer
-            tables = {m.table for m in target.modules() if isinstance(m, RelativePositionBias3D)}
-            wanted = [p for p in target.parameters() if p.requires_grad]
-            scales = _scales(target, settings.lr_scales)
-            plain = [p for p in wanted if p not in scales]
-            groups: list[dict[str, Any]] = [
-                {"params": [p for p in plain if p.ndim > 1 and p not in tables]},
-                {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
-                {
-                    "params": [p for p in plain if p in tables],
-                    "lr": settings.lr * settings.bias_lr_scale,
-                },
-            ]
-            for scale in sorted(set(scales.values())):
-                own = [p for p in wanted if scales.get(p) == scale]
-                lr = settings.lr * scale
-                groups.append({"params": [p for p in own if p.ndim > 1], "lr": lr})
-                vectors = [p for p in own if p.ndim <= 1]
-                groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0})
             self.optimizer = torch.optim.AdamW(
-                groups,
+                parameter_groups(target, settings),
                 lr=settings.lr,
                 betas=settings.betas,
                 eps=settings.eps,
@@ -143,13 +125,17 @@ class RecipeTrainer(SavingTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
             settings = self.recipe.optimizer
-            length = {"total": num_training_steps, "warmup": self.warmup_steps}
 
             def factor(step: int) -> float:
-                if settings.schedule == "step":
-                    decay, decay_at = settings.decay, settings.decay_at
-                    return stepped_factor(step, **length, decay=decay, decay_at=decay_at)
-                return learning_rate_factor(step, **length, floor=settings.min_lr_ratio)
+                return learning_rate_factor(
+                    step,
+                    total=num_training_steps,
+                    warmup=self.warmup_steps,
+                    floor=settings.min_lr_ratio,
+                    decay=settings.decay,
+                    drop=settings.drop,
+                    drop_at=settings.drop_at,
+                )
 
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
@@ -256,22 +242,6 @@ class RecipeTrainer(SavingTrainer):
         batches = self.state.global_step * self.args.gradient_accumulation_steps
         self.state.epoch = batches / self.batches.batches_per_epoch
         super().log(logs, start_time)
-
-
-def _scales(model: torch.nn.Module, scales: Mapping[str, float]) -> dict[Any, float]:
-    """The parameters whose names begin with some of `optimizer.lr_scales`, and their scales."""
-    found: dict[Any, float] = {}
-    unused = set(scales)
-    for name, parameter in model.named_parameters():
-        own = [start for start in scales if name.removeprefix("module.").startswith(start)]
-        unused -= set(own)
-        if own:
-            found[parameter] = scales[max(own, key=len)]
-    if unused:
-        raise ValueError(
-            f"recipe: optimizer.lr_scales must begin names of parameters, got {min(unused)!r}"
-        )
-    return found
 
 
 def hash_seed(*numbers: int) -> int:

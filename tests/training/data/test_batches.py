@@ -15,7 +15,7 @@ from svitt_ops.training.data.augment import Augmentation, to_pixel_values
 from svitt_ops.training.data.collate import Collator, encode_texts
 from svitt_ops.training.data.datasets import Clip, ClipSpec, GlobalBatches, Item, PairDataset
 from svitt_ops.training.data.text import train_tokenizer
-from svitt_ops.training.engine.schedule import learning_rate_factor, stepped_factor
+from svitt_ops.training.engine.schedule import learning_rate_factor
 
 CAPTIONS = ["a red square then a blue circle", "a green cross", "a blue square then a red cross"]
 
@@ -192,9 +192,10 @@ def test_learning_rate() -> None:
 
 def test_learning_rate_in_steps() -> None:
     def factor(step: int, warmup: int = 0) -> float:
-        return stepped_factor(step, total=90, warmup=warmup, decay=0.7, decay_at=[1 / 9, 2 / 9])
+        shape = {"total": 90, "warmup": warmup, "floor": 0.01}
+        return learning_rate_factor(step, **shape, decay="step", drop=0.7, drop_at=[1 / 9, 2 / 9])
 
     assert [factor(step) for step in (0, 9)] == [1, 1]
     assert [factor(step) for step in (10, 19)] == pytest.approx([0.7, 0.7])
     assert [factor(step) for step in (20, 90)] == pytest.approx([0.49, 0.49])
-    assert [factor(step, 5) for step in (0, 1, 5)] == pytest.approx([0, 0.2, 1])
+    assert [factor(step, 5) for step in (0, 1, 5)] == pytest.approx([0.01, 0.2, 1])

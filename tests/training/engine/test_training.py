@@ -181,7 +181,7 @@ def test_rates_by_name_and_in_steps(make_recipe: Any, tmp_path: Path) -> None:
 
     options = (
         "optimizer.lr_scales={text.: 0.1, text.embeddings.: 5, match_head.weight: 5}",
-        *("optimizer.schedule=step", "optimizer.decay=0.5", "optimizer.decay_at=[0.5]"),
+        *("optimizer.decay=step", "optimizer.drop=0.5", "optimizer.drop_at=[0.5]"),
         *("optimizer.warmup_steps=0", "optimizer.weight_decay=0.1", "optimizer.steps=4"),
     )
     trained = pretrain(make_recipe(tmp_path / "run", *options), callbacks=[Watch()])
@@ -197,7 +197,7 @@ def test_rates_by_name_and_in_steps(make_recipe: Any, tmp_path: Path) -> None:
     # After a step, the rate of the next one.
     assert rates[0] == pytest.approx(first)
     assert rates[1] == rates[2] == pytest.approx([rate / 2 for rate in first])
-    with pytest.raises(ValueError, match=r"lr_scales must begin names of parameters, got 'vision'"):
+    with pytest.raises(ValueError, match=r"lr_scales: keys must begin names of .*, got 'vision'"):
         pretrain(make_recipe(tmp_path / "other", "optimizer.lr_scales={vision: 2, text: 2}"))
 
 

@@ -116,7 +116,7 @@ def tune(make: Any, pictures: Path, pretrained: Path) -> Any:
 def test_two_stages(make: Any, tmp_path: Path, capsys: Capture) -> None:
     """First the contrast of both modalities alone, then that within each one, too."""
     alone = {"loss_weights": {"ccl": 1, "vcl": 0, "tcl": 0}}
-    first = pretrain(make(tmp_path / "1", "optimizer.schedule=step", **alone))
+    first = pretrain(make(tmp_path / "1", "optimizer.decay=step", **alone))
     logged = [entry for entry in first.history if "loss" in entry]
     assert all("loss_vcl" not in entry and entry["loss_ccl"] == entry["loss"] for entry in logged)
     second = make(
