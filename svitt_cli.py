@@ -76,7 +76,8 @@ and after multimodal pruning, which looks for what the caption says:
 Of a model of pictures, draw a figure for each: Grad-CAM maps of the text and of its pieces; the
 soft masks that they make, of a SoftMask; the words that are the picture's pseudo-labels, and where
 its patches attend to them, of a SIMLA. Without its twin, which weights for use lack, that one's
-labels are the model's own:
+labels are the model's own; of a COOKIE the picture's regions and the text's words that are most
+like the whole:
 
   svitt visualize runs/demo/match pictures/photo.jpg --caption "a red square" --output maps
   svitt visualize runs/demo/match --annotations pictures.json --root pictures --output maps
