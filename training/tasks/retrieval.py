@@ -325,7 +325,7 @@ def _rerank(
     progress: Progress | None,
 ) -> Tensor:
     """Scores (texts, videos), of each query's best candidates what `MatchesPairs` ranks by."""
-    assert videos.states is not None and texts.states is not None
+    assert videos.states is not None
     queries = scores.T if by_video else scores
     candidates = queries.topk(min(settings.top_k, queries.shape[1]), dim=1).indices
     chunk = max(1, settings.batch_size // videos.states.shape[1])
