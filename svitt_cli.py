@@ -53,12 +53,14 @@ folder `best` of the output. All else is as in `svitt pretrain`.
 """
 EVALUATE = """\
 Find videos by text and texts by video, answer questions, choose among texts, judge statements about
-pictures, or find what texts mean in them, in annotation files like those of training:
+pictures, find what texts mean in them, compare texts, or find images by binary codes, in annotation
+files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
   svitt evaluate qa runs/qa-msrvtt --annotations questions.json --root videos
   svitt evaluate multiple-choice runs/retrieval-msrvtt --annotations choices.json --root videos
+  svitt evaluate text-similarity runs/cookie --annotations sts-b.tsv --protocol sts
 
 R@K is the share of queries with a right answer among the first K. Candidates with the same score
 as the right answer come before it, so a model that gives everything one score finds nothing.
@@ -251,8 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument(
         "task",
         metavar="TASK",
-        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment or"
-        " grounding",
+        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment,"
+        " grounding, text-similarity or hashing",
     )
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
@@ -263,7 +265,8 @@ def _parser() -> argparse.ArgumentParser:
         help='{"video": path, "caption": text or texts}, in any form that training reads; for qa'
         ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number,'
         ' for reasoning "images": two paths, "sentence" and "label", for entailment "sentence" and'
-        ' "label", for grounding "text" and "box": left, top, width, height',
+        ' "label", for grounding "text" and "box": left, top, width, height, for text-similarity'
+        ' "sentence1", "sentence2" and "score", for hashing "image" and "labels": names',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
@@ -284,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="K",
         help="candidates that are looked at closely: by the match head, 0: none; answers that are"
-        " decoded whole, 0: all (default: the run's, else 128)",
+        " decoded whole, 0: all (default: the run's, else 128); of hashing, those that count",
     )
     some.add_argument(
         "--answers",

@@ -79,7 +79,7 @@ def test_losses_are_those_of_the_paper(make: Make, batch: Batch) -> None:
     model = COOKIEForPreTraining(make(cnn_norm="frozen", **STILL)).train()
     output = model(**batch)
 
-    def nce(query: Tensor, key: Tensor) -> Tensor:
+    def info_nce(query: Tensor, key: Tensor) -> Tensor:
         return F.cross_entropy(query @ key.T / 0.07, torch.arange(len(query)))
 
     ids, masks = batch["view_input_ids"], batch["view_attention_mask"]
@@ -89,12 +89,12 @@ def test_losses_are_those_of_the_paper(make: Make, batch: Batch) -> None:
         model.encode_video(batch["pixel_values"]).embeds,
         model.encode_text(batch["input_ids"], batch["attention_mask"]).embeds,
     )
-    torch.testing.assert_close(output.loss_ccl, nce(image, text) + nce(text, image))
-    torch.testing.assert_close(output.loss_vcl, nce(*images))
-    torch.testing.assert_close(output.loss_tcl, nce(*texts))
+    torch.testing.assert_close(output.loss_ccl, info_nce(image, text) + info_nce(text, image))
+    torch.testing.assert_close(output.loss_vcl, info_nce(*images))
+    torch.testing.assert_close(output.loss_tcl, info_nce(*texts))
     model.config.contrast_views = "augmented"
     found = model(**batch).loss_ccl
-    torch.testing.assert_close(found, nce(images[0], texts[0]) + nce(texts[0], images[0]))
+    torch.testing.assert_close(found, info_nce(images[0], texts[0]) + info_nce(texts[0], images[0]))
     alone = COOKIEForPreTraining(make(loss_weights={"vcl": 0, "tcl": 0}, cnn_norm="frozen"))
     alone.load_state_dict(model.state_dict())
     first = alone.train()(**{name: batch[name] for name in PAIRS})

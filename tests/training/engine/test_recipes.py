@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, sparsity_table
+from svitt_ops.models.systems import load_system
 from svitt_ops.training import cli
 from svitt_ops.training.engine.recipes import (
     Corpus,
@@ -27,6 +28,25 @@ DENSE = [(4, 784, 203_394_653), (8, 1568, 204_234_461)]
         ("pretrain-16f", 16, 0.5, 5e-6, 192),
     ],
 )
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "weights"),
+    [
+        ("cookie-pretrain-1", 576, 30, {"ccl": 1, "vcl": 0, "tcl": 0}),
+        ("cookie-pretrain-2", 288, 10, {"ccl": 1, "vcl": 1, "tcl": 1}),
+    ],
+)
+def test_cookie_s_stages(name: str, batch: int, epochs: int, weights: dict[str, int]) -> None:
+    recipe = load_recipe(name)
+    optimizer = recipe.optimizer
+    assert (recipe.system, recipe.data.text_length) == ("cookie", 50)
+    assert (optimizer.batch_size, optimizer.epochs, optimizer.lr) == (batch, epochs, 2e-5)
+    assert (optimizer.decay, optimizer.drop, optimizer.drop_at) == ("step", 0.1, [0.5])
+    assert optimizer.lr_scales == {"video.cnn.": 0.1}
+    assert recipe.model["loss_weights"] == weights
+    config = load_system("cookie").config(**recipe.model)
+    assert (config.image_size, config.grid_size, config.shared_layers) == (512, 16, 2)
+
+
 def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, batch: int) -> None:
     recipe = load_recipe(name)
     assert recipe.model["num_frames"] == frames
