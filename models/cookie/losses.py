@@ -48,7 +48,18 @@ def triplet_loss(
             f"triplet_loss: texts must have the shape of images, (B, D), got {tuple(texts.shape)}"
             f" and {tuple(images.shape)}"
         )
-    images, texts = images.float(), texts.float()
+    with torch.autocast(images.device.type, enabled=False):  # rounded similarities would tie
+        return _triplet_loss(images.float(), texts.float(), margin, negatives, ids, group)
+
+
+def _triplet_loss(
+    images: Tensor,
+    texts: Tensor,
+    margin: float,
+    negatives: str,
+    ids: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     if group is not None:
         images, texts = (_GatherRows.apply(x, group) for x in (images, texts))
         ids = None if ids is None else _gathered(ids, group)

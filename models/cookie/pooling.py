@@ -19,6 +19,7 @@ class MeanPooling(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Pool the first ``lengths`` tokens of ``(batch, n, dim)`` to ``(batch, dim)``."""
+        tokens = tokens.float()
         if lengths is None:
             return tokens.mean(1)
         exists = _places(tokens) < lengths[:, None]
@@ -43,6 +44,10 @@ class GeneralizedPooling(nn.Module):
 
     def weights(self, lengths: Tensor) -> Tensor:
         """Weights ``(batch, longest)`` of places in sequences of so many tokens, 0 behind them."""
+        with torch.autocast(lengths.device.type, enabled=False):
+            return self._weights(lengths)
+
+    def _weights(self, lengths: Tensor) -> Tensor:
         longest = int(lengths.max())
         places = positions(longest, self.size).to(self.linear.weight)
         packed = nn.utils.rnn.pack_padded_sequence(
@@ -63,7 +68,12 @@ class GeneralizedPooling(nn.Module):
         kinds, kind = lengths.clamp(min=1).unique(return_inverse=True)
         weights = self.weights(kinds)[kind]
         absent = _places(tokens) >= lengths[:, None]
-        found = tokens.masked_fill(absent[..., None], -torch.inf).sort(1, descending=True).values
+        found = (
+            tokens.float()
+            .masked_fill(absent[..., None], -torch.inf)
+            .sort(1, descending=True)
+            .values
+        )
         found = found[:, : weights.shape[1]]
         found = torch.where(absent[:, : weights.shape[1], None], 0, found)
         return (weights[..., None] * found).sum(1)

@@ -45,6 +45,8 @@ PARTS = (
     ("token_head.", "the head for masked tokens starts"),
     ("decoder.", "the answer decoder starts"),
     ("class_head.", "the class head starts"),
+    ("video_pool.", "the pooling of images starts"),
+    ("text_pool.", "the pooling of texts starts"),
     ("hash_layer.", "the hash layer starts"),
     ("assignment_head.", "the head of text assignment starts"),
     ("video_projection.", "the embeddings of clips start"),

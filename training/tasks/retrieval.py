@@ -235,16 +235,17 @@ def search_together(
     if len(members) == 1:
         return _search(*members[0][:2], gallery, settings, members[0][2])
     total: Tensor | None = None
+    skipped: dict[str, str] = {}
     alone = replace(settings, top_k=0)
     for model, tokenizer, reading in members:
         found = _search(model, tokenizer, gallery, alone, reading, keep_scores=True)
         scores = found.pop("scores").cpu()
-        if total is not None and scores.shape != total.shape:
+        if total is not None and found["skipped"].keys() != skipped.keys():
             raise ValueError("retrieval: the models of an ensemble must read the same videos")
-        share = scores / len(members)
+        share, skipped = scores / len(members), found["skipped"]
         total = share if total is None else total + share
     assert total is not None
-    kept = gallery.without([k for k, v in enumerate(gallery.videos) if v in found["skipped"]])
+    kept = gallery.without([k for k, v in enumerate(gallery.videos) if v in skipped])
     together = recalls(total, kept)
     return {**found, **together, "contrastive": together}
 

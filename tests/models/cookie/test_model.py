@@ -110,6 +110,23 @@ def test_views_are_distorted_only_while_training(make: Make, batch: Batch) -> No
     torch.testing.assert_close(found[0].loss_ccl, found[1].loss_ccl)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "gpo"])
+def test_under_autocast(pooling: str, make: Make, batch: Batch) -> None:
+    """Embeddings and the hardest negatives are those of fp32, but for the towers' rounding."""
+    torch.manual_seed(0)
+    model = COOKIEForRetrieval(make(pooling=pooling, cnn_norm="frozen")).train()
+    arguments = {name: batch[name] for name in PAIRS}
+    wanted = model(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**arguments)
+        images, texts = found.video_embeds, found.text_embeds
+        assert triplet_loss(images, texts, 0.2) == found.loss_match
+    assert triplet_loss(images, texts, 0.2) == found.loss_match
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, wanted.video_embeds, atol=0.05, rtol=0)
+    found.loss.backward()
+
+
 def test_both_modalities_go_through_the_same_layers(make: Make) -> None:
     """The same states have the same embedding, whichever they are of."""
     model = COOKIEModel(make()).eval()
