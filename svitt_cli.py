@@ -60,7 +60,7 @@ files like those of training:
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
   svitt evaluate qa runs/qa-msrvtt --annotations questions.json --root videos
   svitt evaluate multiple-choice runs/retrieval-msrvtt --annotations choices.json --root videos
-  svitt evaluate text-similarity runs/cookie --annotations sts-b.tsv --protocol sts
+  svitt evaluate text-similarity runs/small --annotations similar.csv
 
 R@K is the share of queries with a right answer among the first K. Candidates with the same score
 as the right answer come before it, so a model that gives everything one score finds nothing.
