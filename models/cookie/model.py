@@ -316,6 +316,7 @@ class COOKIEForHashing(TwoTowers):
     """COOKIE's ResNet below a hash layer: images of the same classes have similar binary codes."""
 
     projects = False
+    supports_gradient_checkpointing = False
     config_class = COOKIEConfig
     config: COOKIEConfig
     centres: Tensor
