@@ -64,7 +64,7 @@ def _triplet_loss(
         images, texts = (_GatherRows.apply(x, group) for x in (images, texts))
         ids = None if ids is None else _gathered(ids, group)
     matching = (images * texts).sum(1)
-    total = matching.new_zeros(())
+    total = 0 * matching.sum()  # NaN, where an embedding is: it has no negative
     for query, key in ((images, texts), (texts, images)):
         if negatives == "hardest":
             hardest = so.sample_hard_negatives(query, key, HARDEST, ids=ids)

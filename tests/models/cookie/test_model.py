@@ -174,6 +174,8 @@ def test_the_hardest_negative() -> None:
     for negatives in ("hardest", "all"):
         found = triplet_loss(images, texts, 0.2, negatives=negatives, ids=torch.arange(64) // 2)  # type: ignore[arg-type]
         assert 0 < found < triplet_loss(images, texts, 0.2, negatives="all")
+    broken = torch.where(torch.arange(64)[:, None] == 3, torch.nan, images)
+    assert triplet_loss(broken, texts, 0.2).isnan()
     with pytest.raises(ValueError, match=r"texts must have the shape of images, .* got \(3, 16\)"):
         triplet_loss(images, texts[:3], 0.2)
 
