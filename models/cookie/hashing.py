@@ -81,7 +81,10 @@ def hash_targets(centres: Tensor, labels: Tensor, random_centre: Tensor) -> Tens
 def centre_loss(codes: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of codes in (-1, 1) with targets of 1 and -1, over all bits."""
     with torch.autocast(codes.device.type, enabled=False):
-        return F.binary_cross_entropy((codes.float() + 1) / 2, (targets.float() + 1) / 2)
+        share = (codes.float() + 1) / 2
+        # Of a NaN torch's raises an error on CPUs; here the loss is one.
+        loss = F.binary_cross_entropy(share.nan_to_num(0.5), (targets.float() + 1) / 2)
+        return loss + 0 * share.sum()
 
 
 def pairwise_loss(codes: Tensor, labels: Tensor) -> Tensor:

@@ -260,6 +260,12 @@ def test_hashing(make: Make, batch: Batch) -> None:
     assert torch.equal(targets[0], model.centres[0]) and agree.any() and not agree.all()
     assert torch.equal(targets[1][agree], model.centres[0][agree])
     assert torch.equal(targets[1][~agree], model.random_centre[~agree])
+    torch.nn.init.constant_(model.hash_layer[5].bias, torch.nan)
+    assert model(batch["pixel_values"], labels).loss_centre.isnan()
+    torch.nn.init.constant_(model.hash_layer[5].bias, 30.0)  # codes of 1: no share is left
+    saturated = model(batch["pixel_values"], labels).loss_centre
+    (gradient,) = torch.autograd.grad(saturated, model.hash_layer[3].weight)
+    assert saturated.isfinite() and gradient.isfinite().all()
     model.config.loss_weights = {"pairwise": 0}
     assert model(batch["pixel_values"], labels).loss_pairwise is None
     with pytest.raises(ValueError, match=r"labels must have shape \(4, 12\), got \(4, 11\)"):
