@@ -353,6 +353,16 @@ def test_hashing(tune: Any, pictures: Path, tmp_path: Path, capsys: Capture) -> 
     }
     out = capsys.readouterr().out
     assert "MAP@10" in out and "random codes" in out
+    rows = json.loads((pictures / "test-classes.json").read_text())
+    (pictures / "cut.png").write_bytes((pictures / rows[0]["image"]).read_bytes()[:99])
+    broken = [{**rows[0], "image": "cut.png"}, {**rows[0], "labels": []}, {"image": "a.png"}]
+    (pictures / "broken-classes.json").write_text(json.dumps([*rows, *broken]))
+    words[words.index(str(pictures / "test-classes.json"))] = str(pictures / "broken-classes.json")
+    assert cli.main(words) == 0
+    again = json.loads(target.read_text())
+    assert (again["map"], again["queries"]) == (found["map"], found["queries"])
+    assert len(again["left_out"]) == 2 and len(again["skipped"]) == 1
+    assert "2 of 13 entries left out" in capsys.readouterr().out
     assert cli.main([*words, "--protocol", "coco-hashing"]) == 2
     message = "top_k must be 1 to 20, the size of the database, got 5000"
     assert message in capsys.readouterr().err
