@@ -53,12 +53,14 @@ folder `best` of the output. All else is as in `svitt pretrain`.
 """
 EVALUATE = """\
 Find videos by text and texts by video, answer questions, choose among texts, judge statements about
-pictures, or find what texts mean in them, in annotation files like those of training:
+pictures, find what texts mean in them, compare texts, or find images by binary codes, in annotation
+files like those of training:
 
   svitt evaluate retrieval runs/small --annotations my.json --root videos
   svitt evaluate retrieval runs/small --annotations my.json --root videos --probe
   svitt evaluate qa runs/qa-msrvtt --annotations questions.json --root videos
   svitt evaluate multiple-choice runs/retrieval-msrvtt --annotations choices.json --root videos
+  svitt evaluate text-similarity runs/small --annotations similar.csv
 
 R@K is the share of queries with a right answer among the first K. Candidates with the same score
 as the right answer come before it, so a model that gives everything one score finds nothing.
@@ -76,7 +78,8 @@ and after multimodal pruning, which looks for what the caption says:
 Of a model of pictures, draw a figure for each: Grad-CAM maps of the text and of its pieces; the
 soft masks that they make, of a SoftMask; the words that are the picture's pseudo-labels, and where
 its patches attend to them, of a SIMLA. Without its twin, which weights for use lack, that one's
-labels are the model's own:
+labels are the model's own; of a COOKIE the picture's regions and the text's words that are most
+like the whole:
 
   svitt visualize runs/demo/match pictures/photo.jpg --caption "a red square" --output maps
   svitt visualize runs/demo/match --annotations pictures.json --root pictures --output maps
@@ -221,10 +224,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     demo.add_argument(
         "--system",
-        choices=("svitt", "albef", "simla", "softmask"),
+        choices=("svitt", "albef", "simla", "softmask", "cookie"),
         default="svitt",
         help="svitt: films; albef, simla, softmask: a corpus of pictures, retrieval, qa, reasoning,"
-        " entailment and grounding (default: %(default)s)",
+        " entailment and grounding; cookie: the same pictures, retrieval, similarity of texts and"
+        " hashing (default: %(default)s)",
     )
     demo.add_argument("--motion", action="store_true", help="the harder corpus of moving shapes")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
@@ -250,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument(
         "task",
         metavar="TASK",
-        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment or"
-        " grounding",
+        help="retrieval (R@1/5/10 both ways), qa, multiple-choice, reasoning, entailment,"
+        " grounding, text-similarity or hashing",
     )
     found.add_argument("model", help="folder of a run or of a model")
     found.add_argument(
@@ -262,7 +266,8 @@ def _parser() -> argparse.ArgumentParser:
         help='{"video": path, "caption": text or texts}, in any form that training reads; for qa'
         ' "question" and "answer", for multiple-choice "caption": texts and "answer": a number,'
         ' for reasoning "images": two paths, "sentence" and "label", for entailment "sentence" and'
-        ' "label", for grounding "text" and "box": left, top, width, height',
+        ' "label", for grounding "text" and "box": left, top, width, height, for text-similarity'
+        ' "sentence1", "sentence2" and "score", for hashing "image" and "labels": names',
     )
     found.add_argument("--root", help="folder of the videos (default: that of the annotations)")
     found.add_argument("--kind", choices=("video", "image"), default="video", help="of the files")
@@ -283,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="K",
         help="candidates that are looked at closely: by the match head, 0: none; answers that are"
-        " decoded whole, 0: all (default: the run's, else 128)",
+        " decoded whole, 0: all (default: the run's, else 128); of hashing, those that count",
     )
     some.add_argument(
         "--answers",
@@ -304,6 +309,23 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="search this many parts of the corpus apart, and say the mean (default: 1)",
+    )
+    some.add_argument(
+        "--ensemble",
+        metavar="MODEL",
+        help="a second model, whose similarities are added to those of the first",
+    )
+    some.add_argument(
+        "--database",
+        nargs="+",
+        metavar="JSON",
+        help="of hashing: annotations of what is searched",
+    )
+    some.add_argument(
+        "--join",
+        choices=("concatenated", "mean"),
+        help="of text-similarity: the sets of a file as one, or the mean of theirs (default:"
+        " concatenated)",
     )
     some.add_argument(
         "--detections",

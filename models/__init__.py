@@ -11,6 +11,13 @@ from svitt_ops.models.albef.model import (
     ALBEFForVisualReasoning,
     ALBEFModel,
 )
+from svitt_ops.models.cookie.configuration import COOKIEConfig
+from svitt_ops.models.cookie.model import (
+    COOKIEForHashing,
+    COOKIEForPreTraining,
+    COOKIEForRetrieval,
+    COOKIEModel,
+)
 from svitt_ops.models.frozen.configuration import FrozenConfig
 from svitt_ops.models.frozen.model import FrozenForRetrieval
 from svitt_ops.models.parts.expansion import change_image_size, expand_frames
@@ -74,6 +81,11 @@ __all__ = [
     "ALBEFForVisualReasoning",
     "ALBEFModel",
     "AnswerRanking",
+    "COOKIEConfig",
+    "COOKIEForHashing",
+    "COOKIEForPreTraining",
+    "COOKIEForRetrieval",
+    "COOKIEModel",
     "ClassificationOutput",
     "EdgeCount",
     "FrozenConfig",

@@ -36,15 +36,26 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "": (),
     },
     "softmask": {"unmasked": ("model.mask_source=none",), "": ()},
+    "cookie": {
+        "unshared": ("model.weight_sharing=unshared",),
+        "ccl": ("match.model.loss_weights={ccl: 1, vcl: 0, tcl: 0}",),
+        "": (),
+    },
 }
 """Overrides of what a demo is compared with, by system and name; "" is the demo itself."""
 TITLES = {
     "simla": {"itm": "ITM", "itc": "+ ITC", "mlm": "+ MLM", "mim": "+ MIM", "": "+ PSL"},
     "softmask": {"unmasked": "without soft masks", "": "with soft masks"},
+    "cookie": {
+        "unshared": "all losses, own weights",
+        "ccl": "CCL alone, shared weights",
+        "": "all losses, shared weights",
+    },
 }
 INTRODUCTION = {
     "simla": "SIMLA pretrained by one loss more in each row; fine-tuning is the same for all.",
     "softmask": "SoftMask without its masks and their matching loss, and with them.",
+    "cookie": "COOKIE without shared weights, without the losses within a modality, and with both.",
 }
 
 

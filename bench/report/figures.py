@@ -56,7 +56,7 @@ def draw(documents: Sequence[Document], folder: Path) -> list[Path]:
     written = []
     for name, paint in _figures(documents):
         for theme in THEMES:
-            written.append(_save(paint, theme, folder / f"{name}-{theme.name}.png"))
+            written.append(save(paint, theme, folder / f"{name}-{theme.name}.png"))
     return written
 
 
@@ -108,7 +108,8 @@ def _kinds(document: Document) -> list[str]:
     return list(dict.fromkeys(x["dtype"] for x in document["results"]))
 
 
-def _save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path:
+def save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path:
+    """Write a figure in the colours of a theme."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ RELEASED = {
     "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
     "bert": "google-bert/bert-base-uncased",
     "vit": "facebook/deit-base-patch16-224",
+    "resnet": "microsoft/resnet-50",
 }
 """What the papers start from, by type of model."""
 
@@ -91,7 +92,7 @@ def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """
     from transformers import BeitModel
 
-    tensors, heads = _read_transformers(BeitModel, source, "load_beit")
+    tensors, heads = read_transformers(BeitModel, source, "load_beit")
     tensors = _per_layer_bias(tensors, model)
     rules = below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"num_attention_heads": heads}
@@ -116,7 +117,7 @@ def load_vit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """
     from transformers import ViTModel
 
-    tensors, heads = _read_transformers(ViTModel, source, "load_vit")
+    tensors, heads = read_transformers(ViTModel, source, "load_vit")
     found = {name.removeprefix("vit."): value for name, value in tensors.items()}
     places = found.pop("embeddings.position_embeddings")
     found["cls_position"] = places[:, :1]
@@ -153,7 +154,7 @@ def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     """
     from transformers import BertForPreTraining
 
-    tensors, heads = _read_transformers(BertForPreTraining, source, "load_bert")
+    tensors, heads = read_transformers(BertForPreTraining, source, "load_bert")
     rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
     check_fixed("load_bert", shown, model.config, _name(source))
@@ -261,12 +262,12 @@ def bias_geometry(
     return (own or found)[0]
 
 
-def _read_transformers(
+def read_transformers(
     kind: Any, source: str | Path | nn.Module, who: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Weights and attention heads of a transformers' model, or of the folder of one."""
+    """Weights and attention heads, 0 without any, of a transformers' model or of its folder."""
     if isinstance(source, nn.Module):
-        return source.state_dict(), cast(Any, source).config.num_attention_heads
+        return source.state_dict(), getattr(source.config, "num_attention_heads", 0)
     wanted = kind.config_class.model_type
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
@@ -290,7 +291,7 @@ def _read_transformers(
     tensors = found.state_dict()
     absent = info["missing_keys"]  # they hold random values
     kept = {name: value for name, value in tensors.items() if name not in absent}
-    return kept, found.config.num_attention_heads
+    return kept, getattr(found.config, "num_attention_heads", 0)
 
 
 def _name(source: object) -> object:

@@ -92,7 +92,7 @@ def _fit_tower(tower: VideoTower, config: VideoConfig, old_grid: int, mode: Mode
     """Resize a tower's tables and positions to a configuration."""
     grid = (config.tower_frames, config.grid_size, config.grid_size)
     for layer in tower.layers:
-        bias = layer.attention.bias
+        bias = getattr(layer.attention, "bias", None)
         if isinstance(bias, RelativePositionBias3D):
             old = bias.table
             wanted = resize_bias_table(
@@ -105,7 +105,7 @@ def _fit_tower(tower: VideoTower, config: VideoConfig, old_grid: int, mode: Mode
         old = tower.patch_positions
         places = resize_places(_resize(old.detach(), config.tower_frames, mode), config.grid_size)
         tower.patch_positions = _like(old, places)
-    tower.reset_positions(tower.cls_token.device)
+    tower.reset_positions(next(tower.parameters()).device)
 
 
 def frames_of_bias_table(rows: int, grid_size: int) -> int:

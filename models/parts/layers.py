@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -68,6 +69,15 @@ def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator |
     # Of a seed alike for all samples, so that what becomes of one does not depend on its batch.
     drawn = rand((batch if generator is None else 1, count), generator, tokens.device)
     return drawn.expand(batch, count)
+
+
+def renormalized(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, now of others, those of weights."""
+    if set(mean) == set(std) == {0.5}:
+        return frames
+    scale = frames.new_tensor([0.5 / s for s in std])[:, None, None]
+    shift = frames.new_tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
+    return torch.addcmul(shift[:, None, None], frames, scale)
 
 
 def embed(projection: nn.Module, states: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Source:
     """Takes over the weights of a folder: `load(model, folder)`."""
     is_file: bool = False
     """Whether it is a file, of a part that weights for use lack; it is read besides these."""
+    takes_files: bool = False
+    """Whether a file may stand in the place of the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

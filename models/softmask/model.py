@@ -19,6 +19,7 @@ from svitt_ops.models.albef.model import (
     ALBEFForVisualReasoning,
     ALBEFModel,
 )
+from svitt_ops.models.parts.distortion import distort
 from svitt_ops.models.parts.losses import cross_entropy
 from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
 from svitt_ops.models.parts.words import check_masked
@@ -26,7 +27,6 @@ from svitt_ops.models.softmask.configuration import SoftMaskConfig
 from svitt_ops.models.softmask.masks import (
     choose_words,
     compensated,
-    distort,
     focal_contrast,
     normalized,
     soft_masked,

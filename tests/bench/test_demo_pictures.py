@@ -96,3 +96,26 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert one["stages"] == ("towers", "match", "qa", "grounding")
     assert (one["system"], one["overrides"]) == ("softmask", ("model.mask_source=none",))
     assert (tmp_path / "kept" / "softmask-unmasked-seed-0.json").is_file()
+
+
+def test_cookie_s_table(tmp_path: Path) -> None:
+    found = {
+        "retrieval": {"score": 61.0, "chance": 1.0, "contrastive": 61.0, **WAYS},
+        "text_similarity": {"score": 52.0, "chance": 0.0},
+        "hashing": {"score": 48.0, "chance": 24.0, "top_k": 1600},
+    }
+    variants = demo_pictures.VARIANTS["cookie"]
+    keep(
+        tmp_path,
+        *(facts(system="cookie", tasks=found, overrides=list(x)) for x in variants.values()),
+    )
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {f"cookie{name}-seed-0.json" for name in ("", "-unshared", "-ccl")}
+    text = demo_pictures.render(demo.load_pictures(tmp_path / "kept"))
+    for row in (
+        "| text_similarity: correlation | 0.0 % | 52.0 % |",
+        "| hashing: MAP@1600 | 24.0 % | 48.0 % |",
+        "| CCL alone, shared weights | 0 | 61.0 | 52.0 | 48.0 |",
+        "| all losses, shared weights | 0 | 61.0 | 52.0 | 48.0 |",
+    ):
+        assert row in text

@@ -87,6 +87,11 @@ PLAN = (
     Step(ANSWERED, "--json answered.json", leaves="answered.json"),
     Step(f"{CHOSEN} --root videos", "--json chosen.json", leaves="chosen.json"),
     Step(
+        "svitt evaluate text-similarity runs/small --annotations similar.csv",
+        "--json similar.json",
+        leaves="similar.json",
+    ),
+    Step(
         f"{FOUND.replace('small', 'retrieval-msrvtt')} --protocol msrvtt-1ka --json found-1ka.json",
         leaves="found-1ka.json",
     ),

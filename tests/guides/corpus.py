@@ -26,7 +26,8 @@ Picture = NDArray[np.uint8]
 def write_corpus(folder: Path) -> None:
     """`videos/` with `my.json` beside it, `pictures/` with `pictures.json`.
 
-    `questions.json`, `answers.json` and `choices.json` are about the same films.
+    `questions.json`, `answers.json` and `choices.json` are about the same films; `similar.csv` has
+    pairs of texts.
     """
     rng = np.random.default_rng(0)
     (folder / "videos").mkdir(parents=True)
@@ -55,6 +56,11 @@ def write_corpus(folder: Path) -> None:
     _write(folder / "questions.json", asked)
     _write(folder / "choices.json", choices)
     (folder / "answers.json").write_text(json.dumps(list(COLOURS)), encoding="utf-8")
+    similar = ["sentence1,sentence2,score"]
+    for number, colour in enumerate(COLOURS):
+        similar.append(f'"A {colour} ball moves, slowly.",The {colour} ball moves.,{5 - number}')
+        similar.append(f"A {colour} ball moves.,Nothing moves.,0")
+    (folder / "similar.csv").write_text("\n".join(similar), encoding="utf-8")
     photos = []
     for number in range(PHOTOS):
         colour, shape, _ = _scene(number)

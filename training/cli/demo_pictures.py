@@ -1,7 +1,7 @@
-"""`svitt demo --system albef|simla|softmask`: draw a corpus, pretrain, learn each task, evaluate.
+"""`svitt demo --system S`, of pictures: draw a corpus, pretrain, learn each task, evaluate.
 
-All systems share the recipes `demo-pictures*`, which are ALBEF's; `SYSTEMS` says what others
-change. Minutes on a CPU.
+ALBEF and its kin share the recipes `demo-pictures*`, which are ALBEF's; `SYSTEMS` says what others
+change. COOKIE has its own, `demo-cookie*`. Minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ SAID = {
 CANDIDATES = (
     13  # that are ranked anew: of 100 pictures as large a share as 128 of Flickr30k's 1,000
 )
+CODES = 16
+"""One in so many of the database counts as found: 100 of 1,600."""
 SEP = 3
 """[SEP] of a tokenizer that was trained here."""
 
@@ -66,6 +68,13 @@ class Stage:
     """End of the name of the file that it learns from."""
 
 
+COOKIE = {
+    "towers": Stage(recipe="demo-cookie", starts_from=None),
+    "match": Stage(recipe="demo-cookie-views", starts_from="towers"),
+    "retrieval": Stage(recipe="demo-cookie-retrieval"),
+    "hashing": Stage(recipe="demo-cookie-hashing", annotations="-classes"),
+}
+"""Stages of a system with recipes of its own: its two of pretraining, and its tasks'."""
 STAGES = {
     "towers": Stage(recipe="demo-pictures", starts_from=None),
     "match": Stage(recipe="demo-pictures-match", starts_from="towers"),
@@ -107,8 +116,14 @@ SYSTEMS: dict[str, Overrides] = {
         "qa": (),
         "grounding": ("model.loss_weights={vtc: 1, vtm: 1, mlm: 0, soft: 0}",),
     },
+    "cookie": {stage: () for stage in COOKIE},
 }
 """The stages of each system, and what it changes in their recipes."""
+
+
+def stages_of(system: str) -> dict[str, Stage]:
+    """The stages that a system may have, by name."""
+    return COOKIE if system == "cookie" else STAGES
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -170,9 +185,10 @@ def run_demo(
     tasks = {}
     with course.part("evaluation"):
         for name, summary in SUMMARIES.items():
-            stage = "match" if name == "retrieval" else name
-            if stage in trained:
-                annotations = corpus / f"test{STAGES[stage].annotations}.json"
+            stage = name if name in trained else PRETRAINED.get(name, "")
+            if stage in trained and (name != "text_similarity" or system == "cookie"):
+                suffix = SUFFIXES.get(name, stages_of(system)[stage].annotations)
+                annotations = corpus / f"test{suffix}.json"
                 tasks[name] = summary(evaluate_task(name, trained[stage].folder, annotations))
         if grounded := tasks.get("grounding"):
             untrained = evaluate_task("grounding", trained["grounding"].folder, annotations, seed)
@@ -195,15 +211,15 @@ def run_demo(
 
 def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> dict[str, Recipe]:
     """The recipes of a system's stages."""
-    recipes, changes = {}, SYSTEMS[system]
+    recipes, changes, stages = {}, SYSTEMS[system], stages_of(system)
     for override in overrides:
         named = override.partition(".")[0]
-        if named in STAGES and named not in changes:
+        if named in (*STAGES, *COOKIE) and named not in changes:
             raise ValueError(
                 f"override: must name a stage of {system}'s, {', '.join(changes)}, got {override!r}"
             )
     for name, own in changes.items():
-        stage = STAGES[name]
+        stage = stages[name]
         given = [x.removeprefix(f"{name}.") for x in overrides if _is_for(x, name)]
         check_overrides(given)
         annotations = output / "corpus" / f"train{stage.annotations}.json"
@@ -222,7 +238,7 @@ def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> 
 def _is_for(override: str, stage: str) -> bool:
     """Whether an override is of a stage's recipe: it names no stage, or this one."""
     named = override.partition(".")[0]
-    return named == stage or named not in STAGES
+    return named == stage or named not in (*STAGES, *COOKIE)
 
 
 def evaluate_task(
@@ -240,6 +256,10 @@ def evaluate_task(
     options = {**kind.OPTIONS, **run_values(folder, kind.OPTIONS), **fixed}
     if task == "retrieval":
         options["top_k"] = CANDIDATES
+    if task == "hashing":
+        database = annotations.with_name(annotations.name.replace("test", "train", 1))
+        count = len(json.loads(database.read_text(encoding="utf-8")))
+        options |= {"database": [str(database)], "root": None, "top_k": count // CODES or 1}
     if task == "qa":
         options["answers"] = str(annotations.with_name("answers.json"))
     return kind.evaluate(model, tokenizer, examples, reading, argparse.Namespace(**options))
@@ -275,14 +295,29 @@ def _pointing(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _similarity(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in ("score", "chance", "pearson", "spearman", "pairs")}
+
+
+def _hashing(found: dict[str, Any]) -> dict[str, Any]:
+    rest = {name: found[name] for name in ("bits", "top_k", "queries", "database")}
+    return {"score": found["map"], "chance": found["chance"], **rest}
+
+
 SUMMARIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "retrieval": _retrieval,
     "qa": _accuracy("by_type", "questions", "answers"),
     "reasoning": _accuracy("by_class", "examples"),
     "entailment": _accuracy("by_class", "examples"),
     "grounding": _pointing,
+    "text_similarity": _similarity,
+    "hashing": _hashing,
 }
 """By task: what `demo.json` says of what `evaluate_task` finds."""
+PRETRAINED = {"retrieval": "match", "text_similarity": "match"}
+"""Tasks without a stage of their own, and the stage whose model they take."""
+SUFFIXES = {"text_similarity": "-similarity"}
+"""Ends of the names of files that no stage learns from."""
 
 
 def rows_of(tasks: Mapping[str, Any]) -> Rows:
@@ -304,6 +339,10 @@ def rows_of(tasks: Mapping[str, Any]) -> Rows:
         found.append(("grounding: points into the named box", one["score"], one["chance"]))
         found.append(("  the same of an untrained model", one["untrained"], None))
         found.append(("  box of the map", one["box"], None))
+    if one := tasks.get("text_similarity"):
+        found.append(("text_similarity: correlation", one["score"], one["chance"]))
+    if one := tasks.get("hashing"):
+        found.append((f"hashing: MAP@{one['top_k']}", one["score"], one["chance"]))
     return found
 
 

@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 SETTINGS = ("annotations", "root", "kind", "paragraph", "bf16")
 OF_SOME_TASKS = {
     *("answer_length", "answers", "clips", "detections", "folds", "layer"),
-    *("merge", "metric", "probe", "strided", "top_k"),
+    *("database", "ensemble", "join", "merge", "metric", "probe", "strided", "top_k"),
 }
 """Options that are absent unless they were given."""
 OF_ALL_TASKS = {"frames": None, "text_length": None, "resize": None, "paragraph": False}
 """Options that change numbers; the model's own, or the run's, where nothing is said."""
-FILES = ("answers", "detections")
-"""Options that name a file."""
+FILES = ("answers", "database", "detections")
+"""Options that name a file, or several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         chosen.values["clips"], chosen.sources["clips"] = 1, "default"
     vars(arguments).update(chosen.values)
     for option in FILES:
-        if (path := getattr(arguments, option, None)) is not None:
+        paths = getattr(arguments, option, None) or []
+        for path in [paths] if isinstance(paths, str) else paths:
             named[path] = input_file(path, f"--{option}")
+    weights = weight_files(source)
+    if (second := getattr(arguments, "ensemble", None)) is not None:
+        others = weight_files(model_folder(second, "--ensemble: must be the folder of a model"))
+        weights |= {f"{second}/{name}": path for name, path in others.items()}
 
     model, tokenizer, reading, folder = load_for_use(
         arguments.model,
@@ -156,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
         "overridden": chosen.overridden,
         "entries": count,
         "files": hashes(named),
-        "weights": hashes(weight_files(folder)),
+        "weights": hashes(weights),
         "version": svitt_ops.__version__,
         "commit": commit(),
     }

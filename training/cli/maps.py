@@ -30,6 +30,7 @@ COLUMNS = 6
 PANEL = 1.4  # inches, of a picture's longer side
 THINNEST = 0.25  # of that
 LONGEST = 320  # pixels, of a picture as it is shown
+SALIENT = 5  # words
 HEAT = 0.55  # of the colours over a picture
 
 
@@ -77,8 +78,12 @@ def find_maps(
     piece makes; and the pseudo-labels of the picture, with the attention that its patches, as
     queries of the same layer, pay to them.
 
+    Of a model without fusion layers, such as COOKIE: how similar the picture's regions are to its
+    embedding; and of the words that are most similar to the text's, how similar the regions are to
+    each. Colours go from the least to the greatest similarity.
+
     Args:
-        model: put into eval mode; has `word_maps`.
+        model: put into eval mode; has `word_maps`, or `salience`.
         tokenizer: the model's.
         picture: uint8 (3, height, width).
         caption: the text.
@@ -88,6 +93,9 @@ def find_maps(
 
     Raises:
         ValueError: the text has no words; `layer` is no fusion layer; maps are not finite.
+
+    Source:
+        COOKIE (ICCV 2021), figure 3, for the latter.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -99,6 +107,13 @@ def find_maps(
     if not places:
         raise ValueError(f"visualize: a text must have words, got {caption!r}")
     pixels = to_pixel_values(picture[None, None].to(device), model.config.image_size, resize=resize)
+    if hasattr(model, "salience"):
+        if layer is not None:
+            raise ValueError(
+                f"--layer: must be absent, {type(model).__name__} has no fusion layers, got {layer}"
+            )
+        found = _salience(model, pixels, ids, mask, pieces, places)
+        return PictureMaps(picture=picture, caption=caption, groups=found)
     video = model.encode_video(pixels)
     words = model.encode_text(ids, mask).states
     groups = [_grounding(model, words, mask, video.states, layer, pieces, places)]
@@ -133,6 +148,29 @@ def _grounding(
     group = _group(model, name, maps, labels, trained=trained)
     panels = (Panel(label=f"match {match:.0%}", values=None), *group.panels)
     return replace(group, panels=panels)
+
+
+def _salience(
+    model: Any,
+    pixels: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    pieces: Sequence[str],
+    places: Sequence[int],
+) -> tuple[Group, ...]:
+    """Salient regions, and the most salient words with the regions that are like them."""
+    regions, words, between = (x[0] for x in model.salience(pixels, ids, mask))
+    check_finite(words[places, None], "visualize: words", lambda k: pieces[places[k]])
+    order = words[places].argsort(descending=True, stable=True)[:SALIENT].tolist()
+    best = [places[k] for k in order]
+    labels = [f"{pieces[place]} {float(words[place]):.2f}" for place in best]
+    contrasts = [x - x.amin(1, keepdim=True) for x in (regions[None], between[best])]
+    return (
+        _group(model, "regions, like the picture as a whole", contrasts[0], ["all regions"]),
+        _group(
+            model, "words, most like the text as a whole; regions like each", contrasts[1], labels
+        ),
+    )
 
 
 def _labels(

@@ -27,11 +27,14 @@ OF_FILMS = ("4f", "4f-match", "8f", "qa")
 """Stages of the demo on films."""
 OF_PICTURES = (
     *("towers", "match", "qa", "assignment"),
-    *("reasoning", "entailment", "grounding"),
+    *("reasoning", "entailment", "grounding", "retrieval", "hashing"),
 )
 """Stages of the demos on pictures."""
 STAGES = tuple(dict.fromkeys((*OF_FILMS, *OF_PICTURES)))
-KINDS = ("", "-questions", "-reasoning", "-entailment", "-grounding")
+KINDS = (
+    *("", "-questions", "-reasoning", "-entailment", "-grounding"),
+    *("-classes", "-similarity"),
+)
 """Ends of the names of annotation files."""
 OWN = (
     MARKER,

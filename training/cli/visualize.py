@@ -22,6 +22,8 @@ TEXTS = ("caption", "text", "sentence")
 COUNT = 10
 """Entries of annotations that are drawn."""
 FIGURE, FOLDER = "survivors.png", "maps"
+MAPS = ("word_maps", "salience")
+"""Of models that find words in pictures, either."""
 STEM = 60  # letters of a picture's name in its figure's
 
 
@@ -49,11 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
         text_length=arguments.text_length,
         resize=arguments.resize,
     )
-    if not of_videos and not hasattr(model, "word_maps"):
+    if not of_videos and not any(hasattr(model, maps) for maps in MAPS):
         raise ValueError(
             "model: must be for pretraining or retrieval to have maps of words, got"
             f" {type(model).__name__}"
         )
+    if model.config.given_features:
+        raise ValueError("model: must be one of pictures, got one of given features")
     length = reading.text_length
     captions = [entry.captions[0] for entry in entries]
     if cut := count_cut(tokenizer, captions, length):
@@ -96,7 +100,7 @@ def _kinds() -> list[str]:
 
     found = ["svitt"]
     for system in map(load_system, system_names()):
-        if hasattr(system.models.get("retrieval"), "word_maps"):
+        if any(hasattr(system.models.get("retrieval"), maps) for maps in MAPS):
             found.append(system.config.model_type)
     return found
 

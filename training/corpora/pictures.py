@@ -11,6 +11,8 @@ Of each split there are pictures of a few things with colours, shapes, sizes and
 | `*-reasoning.json` | two `images`, `sentence`, `label`; to train on, `pool` | NLVR2 |
 | `*-entailment.json` | `image` without its suffix, `sentence`, `label` | SNLI-VE |
 | `*-grounding.json` | `image`, `text`, `ref_id`, `image_id`, `box`, `width`, `height` | RefCOCO+ |
+| `*-classes.json` | `image`, `labels`: what there is in it | lists of classes, for hashing |
+| `*-similarity.json` | `sentence1`, `sentence2`, `score` from 0 to 5 | STS |
 | `detections.json` | boxes of all things by `image_id` | ALBEF's `dets.json` |
 
 Boxes are [left, top, width, height] in pixels. No scene is in two splits.
@@ -27,9 +29,11 @@ import numpy as np
 
 from svitt_ops.training.corpora.scene_texts import (
     captions,
+    classes,
     expressions,
     hypotheses,
     questions,
+    similar_texts,
     statements,
 )
 from svitt_ops.training.corpora.scenes import PictureSpec, Scene, Split, plan
@@ -38,6 +42,7 @@ STATEMENTS = 5  # of a picture to test on; each is an entry with either label
 POOL = 24  # pictures that statements to train on are about, so that a batch need not have more
 POOL_STATEMENTS = 64  # of a pool
 ROUNDS = 4  # pools that a picture is in
+SIMILARITY = 4  # what pairs of texts are drawn by, besides the seed and the split
 JPEG = {"quality": 92, "subsampling": 0}  # colours as they are, to the edge
 
 
@@ -82,6 +87,10 @@ def build_pictures(
             f"{split}-reasoning": _stated(rng, split, mine),
             f"{split}-entailment": hypotheses(rng, mine),
             f"{split}-grounding": [row for scene in mine for row in _named(scene)],
+            f"{split}-classes": [{"image": s.file, "labels": classes(s)} for s in mine],
+            f"{split}-similarity": similar_texts(
+                np.random.default_rng((spec.seed, number, SIMILARITY)), mine
+            ),
         }
         for name, rows in contents.items():
             _write(folder / f"{name}.json", list(rows))

@@ -157,6 +157,28 @@ def hypotheses(rng: Generator, scenes: Sequence[Scene]) -> Iterator[dict[str, An
             yield {"image": picture.rpartition(".")[0], "sentence": text, "label": label}
 
 
+def classes(scene: Scene) -> list[str]:
+    """What there is in a scene, in the order of the alphabet: "blue cross", "red square"."""
+    return sorted({_name(thing) for thing in scene.things})
+
+
+def similar_texts(rng: Generator, scenes: Sequence[Scene]) -> Iterator[dict[str, Any]]:
+    """Three entries for each scene, in STS's fields: its caption beside another one.
+
+    The other is about the same scene in other words, about the one with most things in common, and
+    about any. The score is 5 times the things that both scenes have, over those that either has.
+    """
+    for scene in scenes:
+        own = set(classes(scene))
+        others = [scenes[k] for k in rng.permutation(len(scenes)) if scenes[k] is not scene]
+        alike = max(others, key=lambda other: len(own & set(classes(other))))
+        text = captions(scene, 1)[0]
+        for other in (scene, alike, others[0]):
+            told = set(classes(other))
+            score = round(5 * len(own & told) / len(own | told), 2)
+            yield {"sentence1": text, "sentence2": captions(other, 2)[1], "score": score}
+
+
 def _name(thing: Thing) -> str:
     return f"{thing.color} {thing.shape}"
 

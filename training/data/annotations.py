@@ -22,6 +22,7 @@ CAPTION = ("caption", "sentence")
 SUFFIXES = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    ".npy",
 )
 """Of the files that a video's or image's id is looked for as, the first before the others."""
 

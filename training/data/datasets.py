@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from svitt_ops.training.data.annotations import Entry, Kind
 from svitt_ops.training.data.columns import FileNames, Item, Items
+from svitt_ops.training.data.features import read_features
 from svitt_ops.training.data.sampling import sample_positions
 from svitt_ops.training.data.video import Choose, UnusableVideoError, read_frames
 
@@ -31,6 +32,8 @@ class ClipSpec:
     """"rand", "middle" or "fpsX": `sampling.sample_positions`."""
     official: bool = False
     short_side: int | None = None
+    features: int | None = None
+    """Width of given features, which videos' files hold in the place of frames; None: frames."""
     cache: bool = False
     """Keep every decoded video in memory, of each worker: for corpora that fit."""
 
@@ -39,7 +42,7 @@ class ClipSpec:
 class Clip:
     """One item, read: what the collator makes a batch of."""
 
-    frames: Tensor  # uint8 (frames, 3, height, width)
+    frames: Tensor  # uint8 (frames, 3, height, width), or given features, fp32 (frames, width)
     caption: str
     pair_id: int
     seed: int  # of this item in this epoch; augmentation and masking draw from it
@@ -59,7 +62,9 @@ class FrameReader:
         self._videos: dict[str, Tensor | str] = {}  # or why there is none
 
     def read(self, path: str, kind: Kind, choose: Choose) -> Tensor:
-        """The chosen frames of a video, or the one picture of an image."""
+        """The chosen frames of a video, or their features, or the one picture of an image."""
+        if self.spec.features:
+            return read_features(path, choose, self.spec.features)
         if kind == "image":
             choose = _first
         if not self.spec.cache:

@@ -145,6 +145,8 @@ def _check_init(recipe: Recipe) -> None:
         if is_file:
             input_file(folder, f"recipe: init.{kind}")
             continue
+        if sources[kind].takes_files and Path(folder).is_file():
+            continue
         advice = f"get it by: hf download {sources[kind].released} --local-dir {folder}"
         check_folder(f"recipe: init.{kind}", folder, (kind,), advice)
     if unread:

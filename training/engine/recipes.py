@@ -48,6 +48,9 @@ class Init:
     """Folder of an earlier run (its frames are expanded to this run's), or an official file."""
     beit: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BEiT, for the video tower."""
+    resnet: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face ResNet, for COOKIE's; or a file of
+    torchvision's names, as ResNeXt's weights are released."""
     vit: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face ViT or DeiT, for an image tower of ALBEF's."""
     bert: str | None = field(default=None, metadata=PATH)
@@ -108,11 +111,20 @@ class Data:
 
 @dataclass
 class Optimizer:
-    """AdamW, linear warm-up, cosine decay that is clipped at a floor."""
+    """AdamW, linear warm-up, and a decay that is clipped at a floor."""
 
     lr: float = 3e-5
     bias_lr_scale: float = 1.0
     """Learning rate of the relative position bias tables, in terms of `lr`."""
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Learning rates of parts of the model, in terms of `lr`, by what the names of their parameters
+    begin with, such as {fusion: 5}; of several the longest counts."""
+    decay: str = "cosine"
+    """What follows the warm-up: "cosine", "linear" to 0, or "step": `drop` at each of `drop_at`."""
+    drop: float = 0.1
+    """What the learning rate is multiplied by."""
+    drop_at: list[float] = field(default_factory=lambda: [0.5])
+    """When it is: shares of the run's steps."""
     min_lr_ratio: float = 0.01
     """Floor of the learning rate, as a share of `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -132,7 +144,8 @@ class Optimizer:
     max_grad_norm: float = 0.0
     """Longer gradients are scaled to this norm; 0: never."""
     mask_probability: float = 0.5
-    """Share of tokens masked for masked language modelling."""
+    """Share of tokens masked for masked language modelling, or, of COOKIE's views of texts, masked,
+    substituted or deleted."""
 
 
 @dataclass

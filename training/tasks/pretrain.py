@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.models.parts.configuration import VideoConfig
@@ -12,13 +14,19 @@ from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.augment import to_pixel_values
 from svitt_ops.training.data.collate import Collator
 from svitt_ops.training.data.datasets import PairDataset
+from svitt_ops.training.data.views import ViewCollator
 from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.gate import check_batches
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
 
 HEAD = "pretraining"
-INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
+VIEWS = {"of_pictures": "vcl", "of_texts": "tcl"}
+"""Of `ViewCollator`, and the loss that wants them."""
+INPUTS = (
+    *("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels"),
+    *("view_input_ids", "view_attention_mask"),
+)
 
 
 def read_examples(recipe: Recipe) -> list[Entry]:
@@ -36,7 +44,11 @@ def build_dataset(recipe: Recipe, examples: Sequence[Entry], config: VideoConfig
 
 
 def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Collator:
-    """The collator; it prepares masked texts only for a model that learns from them."""
+    """The collator; it prepares masked texts, or views, only for a model that learns from them."""
+    views = {name: config.weights.get(loss, 0) > 0 for name, loss in VIEWS.items()}
+    if any(views.values()):
+        noise = recipe.optimizer.mask_probability
+        return collator(ViewCollator, recipe, tokenizer, noise=noise, **views)
     masked = config.weights.get("mlm", 0) > 0
     share = recipe.optimizer.mask_probability if masked else 0.0
     return collator(Collator, recipe, tokenizer, mask_probability=share)
@@ -48,12 +60,16 @@ def model_inputs(
     batch: dict[str, Any],
     inputs: Sequence[str] = INPUTS,
 ) -> dict[str, Any]:
-    """Pictures of the model's size, and texts."""
-    pixels = to_pixel_values(
-        batch["clips"],
-        int(config.image_size),
-        batch["boxes"],
-        batch["flips"],
-        resize=recipe.data.resize,
-    )
-    return {"pixel_values": pixels, **{name: batch[name] for name in inputs if name in batch}}
+    """Pictures of the model's size or given features, views of the pictures, and texts."""
+    found = {name: batch[name] for name in inputs if name in batch}
+    if config.given_features:
+        return {"pixel_values": batch["clips"], **found}
+
+    def pictures(boxes: Any, flips: Any) -> Tensor:
+        size = int(config.image_size)
+        return to_pixel_values(batch["clips"], size, boxes, flips, resize=recipe.data.resize)
+
+    if "view_boxes" in batch:
+        views = zip(batch["view_boxes"], batch["view_flips"], strict=True)
+        found["view_pixel_values"] = torch.stack([pictures(*view) for view in views], 1)
+    return {"pixel_values": pictures(batch["boxes"], batch["flips"]), **found}

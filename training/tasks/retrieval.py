@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.collate import Collator, count_cut
 from svitt_ops.training.engine import recipes
 from svitt_ops.training.engine.build import read_corpora
+from svitt_ops.training.engine.loading import load_for_use
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.encoding import (
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 HEAD = "retrieval"
 OPTIONS = {
     **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
-    "folds": 1,
+    **{"folds": 1, "ensemble": None},
 }
 
 
@@ -88,6 +89,7 @@ def retrieval(
     workers: int = 0,
     progress: Progress | None = None,
     resize: str = "antialias",
+    keep_scores: bool = False,
 ) -> dict[str, Any]:
     """Evaluate retrieval in both directions.
 
@@ -105,11 +107,13 @@ def retrieval(
         workers: processes that decode.
         progress: wraps the loops, such as tqdm; called with the iterable and desc=.
         resize: as in `to_pixel_values`.
+        keep_scores: whether to return the similarities, too, as `scores` (texts, videos).
 
     Returns:
         Percentages `text_to_video` and `video_to_text`, each {"R1", "R5", "R10", "mean"},
-        `mean` of both; `contrastive`: the same before re-ranking; `videos`, `texts`, `skipped`,
-        and `texts_cut`, the texts longer than `text_length`.
+        `mean` of both, and `rsum`, the sum of their six recalls; `contrastive`: the same before
+        re-ranking; `videos`, `texts`, `skipped`, and `texts_cut`, the texts longer than
+        `text_length`.
 
     Raises:
         ValueError: no video can be read; embeddings or scores are not finite.
@@ -134,7 +138,9 @@ def retrieval(
                 "retrieval: all %d videos belong together, so that any model gets 100 %%",
                 len(gallery.videos),
             )
-        texts = encode_gallery_texts(model, tokenizer, gallery.texts, text_length=text_length)
+        texts = encode_gallery_texts(
+            model, tokenizer, gallery.texts, text_length=text_length, keep_states=rerank
+        )
         with torch.autocast(device.type, enabled=False):
             scores = texts.embeds @ videos.embeds.T
         found: dict[str, Any] = {"contrastive": recalls(scores, gallery)}
@@ -148,7 +154,8 @@ def retrieval(
             found |= found["contrastive"]
     counts = {"videos": len(gallery.videos), "texts": len(gallery.texts)}
     cut = {"texts_cut": count_cut(tokenizer, gallery.texts, text_length)}
-    return found | counts | cut | {"skipped": dict(skipped.reasons)}
+    kept = {"scores": scores} if keep_scores else {}
+    return found | counts | cut | kept | {"skipped": dict(skipped.reasons)}
 
 
 def probe_retrieval(
@@ -177,6 +184,7 @@ def probe_retrieval(
             short_side=short_side,
             order=order,
             seed=seed,
+            features=model.config.given_features,
         )
         return retrieval(model, tokenizer, clips, settings=settings, **options)
 
@@ -195,13 +203,68 @@ def evaluate(
     how = Reading.of(reading, options)
     if options.probe and options.folds > 1:
         raise ValueError("--folds: must be 1 with --probe")
+    members = [(model, tokenizer, how)]
+    if options.ensemble:
+        if options.probe:
+            raise ValueError("--probe: must be absent with --ensemble")
+        members.append(_second(options, model))
     if not options.probe:
         parts = fold_gallery(gallery, options.folds)
-        return mean_of_folds([_search(model, tokenizer, part, settings, how) for part in parts])
+        return mean_of_folds([search_together(members, part, settings) for part in parts])
     more = _options(how)
     return probe_retrieval(
         model, tokenizer, gallery, settings=settings, short_side=how.short_side, **more
     )
+
+
+def search_together(
+    members: Sequence[tuple[Any, PreTrainedTokenizerBase, Reading]],
+    gallery: Gallery,
+    settings: Evaluation,
+) -> dict[str, Any]:
+    """What `retrieval` finds by the mean of the similarities of several models.
+
+    Args:
+        members: each with its tokenizer and how it reads; of more than one, none ranks anew.
+        gallery: what to search.
+        settings: as of `retrieval`.
+
+    Raises:
+        ValueError: as `retrieval`, or the models can read different videos.
+    """
+    if len(members) == 1:
+        return _search(*members[0][:2], gallery, settings, members[0][2])
+    total: Tensor | None = None
+    skipped: dict[str, str] = {}
+    alone = replace(settings, top_k=0)
+    for model, tokenizer, reading in members:
+        found = _search(model, tokenizer, gallery, alone, reading, keep_scores=True)
+        scores = found.pop("scores").cpu()
+        if total is not None and found["skipped"].keys() != skipped.keys():
+            raise ValueError("retrieval: the models of an ensemble must read the same videos")
+        share, skipped = scores / len(members), found["skipped"]
+        total = share if total is None else total + share
+    assert total is not None
+    kept = gallery.without([k for k, v in enumerate(gallery.videos) if v in skipped])
+    together = recalls(total, kept)
+    return {**found, **together, "contrastive": together}
+
+
+def _second(
+    options: argparse.Namespace, first: Any
+) -> tuple[Any, PreTrainedTokenizerBase, Reading]:
+    """The other model of an ensemble, on the device of the first."""
+    try:
+        model, tokenizer, found, _ = load_for_use(
+            options.ensemble,
+            head=HEAD,
+            frames=options.frames,
+            text_length=options.text_length,
+            resize=options.resize,
+        )
+    except ValueError as error:
+        raise ValueError(f"--ensemble: {error}") from error
+    return model.to(next(first.parameters()).device), tokenizer, Reading.of(found, options)
 
 
 def _search(
@@ -210,6 +273,7 @@ def _search(
     gallery: Gallery,
     settings: Evaluation,
     reading: Reading,
+    **more: Any,
 ) -> dict[str, Any]:
     clips = GalleryClips(
         gallery,
@@ -217,8 +281,9 @@ def _search(
         num_clips=settings.clips,
         strided=settings.strided,
         short_side=reading.short_side,
+        features=model.config.given_features,
     )
-    return retrieval(model, tokenizer, clips, settings=settings, **_options(reading))
+    return retrieval(model, tokenizer, clips, settings=settings, **_options(reading), **more)
 
 
 def _options(reading: Reading) -> dict[str, Any]:
@@ -242,6 +307,8 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"{first['texts']} texts, {first['videos']} videos", *format_rows(rows)]
     if first.get("folds", 1) > 1:
         lines[0] += f", the mean of {first['folds']} parts"
+    if "rsum" in first:
+        lines.append(f"Rsum {first['rsum']:.1f}")
     lines += delta_lines(facts)
     if cut := first.get("texts_cut"):
         lines.append(f"{cut} of {first['texts']} texts are longer than the text length, and cut")
@@ -293,6 +360,7 @@ def _match(
     merge: Merge,
 ) -> Tensor:
     """Match scores of pairs, over all clips of the videos."""
+    assert texts.states is not None
     clips = join_clips(states[video.cpu()], merge)
     num_clips = clips.shape[1]
     pairs = clips.flatten(0, 1).to(texts.states.device)

@@ -17,10 +17,10 @@ from svitt_ops.models import (
     SoftMaskForPreTraining,
     SoftMaskForRetrieval,
 )
+from svitt_ops.models.parts.distortion import distort
 from svitt_ops.models.softmask.masks import (
     choose_words,
     compensated,
-    distort,
     focal_contrast,
     normalized,
     soft_masked,

@@ -17,6 +17,7 @@ TASKS = {
     "albef": ["retrieval", "qa", "reasoning", "entailment", "grounding"],
     "simla": ["retrieval", "qa", "reasoning", "entailment", "grounding"],
     "softmask": ["retrieval", "qa", "grounding"],
+    "cookie": ["retrieval", "text_similarity", "hashing"],
 }
 SHORT = ["optimizer.steps=2", "optimizer.batch_size=8", "run.tensorboard=false"]
 FEW = {"train_pictures": 24, "validation_pictures": 10, "test_pictures": 10}
@@ -34,13 +35,16 @@ def test_demo(system: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     words = ["demo", "--system", system, "--output", str(folder)]
     assert cli.main([*words, "--seed", "1", *SHORT]) == 0
     out, err = capsys.readouterr()
-    for phase in ("draw corpus", "pretrain towers", "pretrain match", "fine-tune qa"):
+    last = "fine-tune qa" if "qa" in TASKS[system] else "fine-tune hashing"
+    for phase in ("draw corpus", "pretrain towers", "pretrain match", last):
         assert phase in err
     facts = json.loads((folder / "demo.json").read_text())
     assert (facts["system"], facts["seed"], facts["overrides"]) == (system, 1, SHORT)
     assert list(facts["tasks"]) == TASKS[system]
-    for task in facts["tasks"].values():
-        assert 0 <= task["score"] <= 100 and 0 < task["chance"] <= 100
+    for name, task in facts["tasks"].items():
+        least = -100 if name == "text_similarity" else 0
+        assert least <= task["score"] <= 100 and 0 <= task["chance"] <= 100
+        assert bool(task["chance"]) == (name != "text_similarity")
     assert facts["tasks"]["retrieval"]["chance"] == 10
     assert 0 <= facts["tasks"]["grounding"]["untrained"] <= 100
     assert facts["corpus"]["test_pictures"] == facts["tasks"]["retrieval"]["pictures"] == 10
@@ -99,13 +103,14 @@ def test_each_stage_starts_from_an_earlier_one(system: str) -> None:
         start = recipe.init.checkpoint
         assert start is None if not seen else Path(str(start)).name in seen
         seen.append(name)
-    assert {*TASKS[system]} - {"retrieval"} <= {*seen}
+    assert {*TASKS[system]} - {"retrieval", "text_similarity"} <= {*seen}
 
 
 def test_recipes_stand_alone() -> None:
-    for stage in demo_pictures.STAGES.values():
-        recipe = load_recipe(stage.recipe)
-        assert recipe.system == "albef" and recipe.data.train[0].kind == "image"
+    for system in ("albef", "cookie"):
+        for stage in demo_pictures.stages_of(system).values():
+            recipe = load_recipe(stage.recipe)
+            assert recipe.system == system and recipe.data.train[0].kind == "image"
 
 
 @pytest.mark.parametrize(

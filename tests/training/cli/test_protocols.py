@@ -16,6 +16,7 @@ from svitt_ops.training.engine.recipes import load_recipe, shipped_recipes
 from svitt_ops.training.engine.task import Evaluable, load_task
 
 NAMES = ["agqa", "anet", "anet-qa", "charades", "didemo"]
+NAMES += ["sts", "coco-hashing"]
 NAMES += ["flickr30k", "coco-1k", "coco-5k", "vqa2", "nlvr2", "snli-ve", "refcoco-plus"]
 NAMES += ["msrvtt-1ka", "msrvtt-7k", "msrvtt-mc", "msrvtt-qa", "ssv2-label", "ssv2-template"]
 TABLE_A4 = {  # text, batch, rate, epochs, multimodal keep rate
@@ -35,7 +36,7 @@ def test_every_protocol_rules_what_its_task_knows() -> None:
     for name in NAMES:
         protocol = load_protocol(name)
         task = load_task(protocol.task, Evaluable)
-        told = {"answers", "detections", "probe"}  # files, and another question
+        told = {"answers", "database", "detections", "ensemble", "probe"}  # files, another question
         assert protocol.values.keys() == (OF_ALL_TASKS.keys() | task.OPTIONS.keys()) - told, name
         for key, value in protocol.values.items():
             default = task.OPTIONS.get(key)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from svitt_ops.training.corpora.pictures import build_pictures
 from svitt_ops.training.corpora.scene_texts import TYPES, captions, expressions
-from svitt_ops.training.corpora.scenes import COLORS, OPPOSITE, PictureSpec, Scene, plan
+from svitt_ops.training.corpora.scenes import COLORS, OPPOSITE, SHAPES, PictureSpec, Scene, plan
 from svitt_ops.training.data.annotations import read_annotations
 from svitt_ops.training.data.video import read_frames
 from svitt_ops.training.tasks.parts.gallery import build_gallery
@@ -250,10 +250,34 @@ def test_expressions_fit_one_thing(folder: Path, scenes: dict[str, Scene]) -> No
         assert row["box"] in boxes[str(row["image_id"])]
 
 
+def test_classes_and_similar_texts(folder: Path, scenes: dict[str, Scene]) -> None:
+    for split in ("train", "test"):
+        mine = [scene for scene in scenes.values() if scene.split == split]
+        rows = load(folder, f"{split}-classes")
+        assert [row["image"] for row in rows] == [scene.file for scene in mine]
+        for scene, row in zip(mine, rows, strict=True):
+            assert row["labels"] == sorted(f"{t.color} {t.shape}" for t in scene.things)
+        pairs = load(folder, f"{split}-similarity")
+        assert len(pairs) == 3 * len(mine)
+        for number, scene in enumerate(mine):
+            same, alike, other = pairs[3 * number : 3 * number + 3]
+            assert same["score"] == 5 > alike["score"] >= other["score"] >= 0
+            for pair in (same, alike, other):
+                sides = [
+                    {f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" in pair[key].lower()}
+                    for key in ("sentence1", "sentence2")
+                ]
+                assert sides[0] == {f"{t.color} {t.shape}" for t in scene.things}
+                wanted = 5 * len(sides[0] & sides[1]) / len(sides[0] | sides[1])
+                assert pair["score"] == pytest.approx(wanted, abs=0.01)
+        scores = {pair["score"] for pair in pairs}
+        assert {0, 5} < scores and len(scores) >= 4
+
+
 def test_the_same_seed_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
     build_pictures(tmp_path, SPEC)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 2 * 270 + 3 * 5 + 2
+    assert len(files) == 2 * 270 + 3 * 7 + 2
     for path in files:
         again = (tmp_path / path.relative_to(folder)).read_bytes()
         assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(again).digest(), path

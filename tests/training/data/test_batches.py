@@ -188,3 +188,14 @@ def test_learning_rate() -> None:
     assert factor(110) == 0.01
     assert factor(109) == 0.01  # clipped at the floor, not rescaled to it
     assert learning_rate_factor(0, total=10, warmup=0, floor=0.1) == 1
+
+
+def test_learning_rate_in_steps() -> None:
+    def factor(step: int, warmup: int = 0) -> float:
+        shape = {"total": 90, "warmup": warmup, "floor": 0.01}
+        return learning_rate_factor(step, **shape, decay="step", drop=0.7, drop_at=[1 / 9, 2 / 9])
+
+    assert [factor(step) for step in (0, 9)] == [1, 1]
+    assert [factor(step) for step in (10, 19)] == pytest.approx([0.7, 0.7])
+    assert [factor(step) for step in (20, 90)] == pytest.approx([0.49, 0.49])
+    assert [factor(step, 5) for step in (0, 1, 5)] == pytest.approx([0.01, 0.2, 1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from svitt_ops.models import SViTTConfig, SViTTForPreTraining, sparsity_table
+from svitt_ops.models.systems import load_system
 from svitt_ops.training import cli
 from svitt_ops.training.engine.recipes import (
     Corpus,
@@ -27,6 +28,25 @@ DENSE = [(4, 784, 203_394_653), (8, 1568, 204_234_461)]
         ("pretrain-16f", 16, 0.5, 5e-6, 192),
     ],
 )
+@pytest.mark.parametrize(
+    ("name", "batch", "epochs", "weights"),
+    [
+        ("cookie-pretrain-1", 576, 30, {"ccl": 1, "vcl": 0, "tcl": 0}),
+        ("cookie-pretrain-2", 288, 10, {"ccl": 1, "vcl": 1, "tcl": 1}),
+    ],
+)
+def test_cookie_s_stages(name: str, batch: int, epochs: int, weights: dict[str, int]) -> None:
+    recipe = load_recipe(name)
+    optimizer = recipe.optimizer
+    assert (recipe.system, recipe.data.text_length) == ("cookie", 50)
+    assert (optimizer.batch_size, optimizer.epochs, optimizer.lr) == (batch, epochs, 2e-5)
+    assert (optimizer.decay, optimizer.drop, optimizer.drop_at) == ("step", 0.1, [0.5])
+    assert optimizer.lr_scales == {"video.cnn.": 0.1}
+    assert recipe.model["loss_weights"] == weights
+    config = load_system("cookie").config(**recipe.model)
+    assert (config.image_size, config.grid_size, config.shared_layers) == (512, 16, 2)
+
+
 def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, batch: int) -> None:
     recipe = load_recipe(name)
     assert recipe.model["num_frames"] == frames
@@ -257,6 +277,10 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("optimizer.lr=inf", "optimizer.lr must be positive and finite, got inf"),
         ("optimizer.lr=0", "optimizer.lr must be positive"),
         ("optimizer.bias_lr_scale=-1", "optimizer.bias_lr_scale must be positive"),
+        ("optimizer.lr_scales={text.: 0}", "optimizer.lr_scales must be a mapping to positive"),
+        ("optimizer.decay=never", "optimizer.decay must be one of cosine, linear, step, got"),
+        ("optimizer.drop=0", "optimizer.drop must be positive and finite, got 0"),
+        ("optimizer.drop_at=[0.5,1.5]", r"optimizer.drop_at must be a list of shares, 0 to 1, got"),
         ("optimizer.min_lr_ratio=1.5", "optimizer.min_lr_ratio must be 0 to 1, got 1.5"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas must be two numbers of 0 to less than 1"),
         ("optimizer.eps=0", "optimizer.eps must be positive"),

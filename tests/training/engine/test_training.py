@@ -167,6 +167,40 @@ def test_bias_tables_have_a_rate_of_their_own(make_recipe: Any, tmp_path: Path) 
         assert rates[parameter] == (pytest.approx(rate), decay), name
 
 
+def test_rates_by_name_and_in_steps(make_recipe: Any, tmp_path: Path) -> None:
+    """The longest beginning counts; the decay is of the same parameters; rates fall together."""
+    groups: list[dict[str, Any]] = []
+    rates: list[list[float]] = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            groups.extend(optimizer.param_groups)
+
+        def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    options = (
+        "optimizer.lr_scales={text.: 0.1, text.embeddings.: 5, match_head.weight: 5}",
+        *("optimizer.decay=step", "optimizer.drop=0.5", "optimizer.drop_at=[0.5]"),
+        *("optimizer.warmup_steps=0", "optimizer.weight_decay=0.1", "optimizer.steps=4"),
+    )
+    trained = pretrain(make_recipe(tmp_path / "run", *options), callbacks=[Watch()])
+    found = {p: (g["initial_lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found.keys() == set(trained.model.parameters())
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    for name, parameter in trained.model.named_parameters():
+        scale = 0.1 if name.startswith("text.") else 1
+        scale = 5 if name.startswith(("text.embeddings.", "match_head.weight")) else scale
+        decay = 0.1 if parameter.ndim > 1 else 0.0
+        assert found[parameter] == (pytest.approx(1e-3 * scale), decay), name
+    first = [group["initial_lr"] for group in groups]
+    # After a step, the rate of the next one.
+    assert rates[0] == pytest.approx(first)
+    assert rates[1] == rates[2] == pytest.approx([rate / 2 for rate in first])
+    with pytest.raises(ValueError, match=r"lr_scales: keys must begin names of .*, got 'vision'"):
+        pretrain(make_recipe(tmp_path / "other", "optimizer.lr_scales={vision: 2, text: 2}"))
+
+
 @pytest.mark.parametrize(
     ("system", "model", "changes"),
     [

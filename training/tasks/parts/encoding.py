@@ -28,7 +28,7 @@ class EncodedTexts:
     """Texts of a gallery."""
 
     embeds: Tensor  # (texts, dim)
-    states: Tensor  # (texts, tokens, width)
+    states: Tensor | None  # (texts, tokens, width)
     mask: Tensor  # (texts, tokens)
 
 
@@ -48,6 +48,7 @@ def encode_gallery_texts(
     *,
     text_length: int,
     batch_size: int = 256,
+    keep_states: bool = True,
 ) -> EncodedTexts:
     """Embeddings and states of all texts, padded alike; a ValueError where they are not finite."""
     device = next(model.parameters()).device
@@ -57,11 +58,13 @@ def encode_gallery_texts(
         ids, mask = (t[start : start + batch_size].to(device) for t in inputs.values())
         output = model.encode_text(ids, mask)
         embeds.append(output.embeds.float())
-        states.append(output.states)
+        if keep_states:
+            states.append(output.states)
     mask = inputs["attention_mask"].to(device)
     found = torch.cat(embeds)
     check_finite(found, "retrieval: embeddings of texts", lambda k: f"text {k} ({texts[k]!r})")
-    return EncodedTexts(embeds=found, states=torch.cat(states), mask=mask)
+    kept = torch.cat(states) if keep_states else None
+    return EncodedTexts(embeds=found, states=kept, mask=mask)
 
 
 @torch.inference_mode()
@@ -158,6 +161,9 @@ def encode_clips(
         on_device = (
             frames.to(device) if isinstance(frames, Tensor) else [f.to(device) for f in frames]
         )
+        if clips.reader.spec.features:
+            yield batch["numbers"], model.encode_video(on_device)
+            continue
         with torch.autocast(device.type, enabled=False):  # pictures as in training
             pixels = to_pixel_values(on_device, model.config.image_size, resize=resize)
         yield batch["numbers"], model.encode_video(pixels)

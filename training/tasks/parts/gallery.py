@@ -97,7 +97,7 @@ class GalleryClip:
     """The clips of one video, or why there are none."""
 
     number: int
-    frames: Tensor | None  # uint8 (clips, frames, 3, height, width)
+    frames: Tensor | None  # uint8 (clips, frames, 3, height, width), or fp32 (clips, frames, width)
     reason: str = ""
 
 
@@ -115,6 +115,7 @@ class GalleryClips(Dataset[GalleryClip]):
         order: FrameOrder = "normal",
         seed: int = 0,
         task: str = "retrieval",
+        features: int | None = None,
     ) -> None:
         """Args:
         gallery: which videos.
@@ -125,6 +126,7 @@ class GalleryClips(Dataset[GalleryClip]):
         order: of the frames of each clip, see `sampling.reorder`.
         seed: of shuffled orders.
         task: what for, in messages.
+        features: as in `ClipSpec`.
         """
         self.gallery = gallery
         self.num_frames = num_frames
@@ -134,7 +136,7 @@ class GalleryClips(Dataset[GalleryClip]):
         self.seed = seed
         self.task = task
         self.reader = FrameReader(
-            ClipSpec(num_frames=num_frames, mode="middle", short_side=short_side)
+            ClipSpec(num_frames=num_frames, mode="middle", short_side=short_side, features=features)
         )
 
     def __len__(self) -> int:

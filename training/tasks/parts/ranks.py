@@ -18,7 +18,7 @@ RECALLS = (1, 5, 10)
 def recalls(
     text_scores: Tensor, gallery: Gallery, video_scores: Tensor | None = None
 ) -> dict[str, Any]:
-    """R@1/5/10 and their mean in percent, both ways, from scores (texts, videos).
+    """R@1/5/10, their mean and their sum in percent, both ways, from scores (texts, videos).
 
     Scores that are not finite raise a ValueError: no number can be said of them.
     """
@@ -31,6 +31,7 @@ def recalls(
         "text_to_video": recall_table(best_ranks(text_scores, groups)),
         "video_to_text": recall_table(best_ranks(video_scores.T, groups.T)),
     }
+    result["rsum"] = sum(table[f"R{k}"] for table in result.values() for k in RECALLS)
     result["mean"] = (result["text_to_video"]["mean"] + result["video_to_text"]["mean"]) / 2
     return result
 

@@ -23,6 +23,7 @@ def clip_spec(recipe: Recipe, config: VideoConfig) -> ClipSpec:
         mode=data.sampling,
         official=data.official_sampling,
         short_side=None if data.resize == "official" else data.short_side,
+        features=config.given_features,
         cache=data.cache,
     )
 
