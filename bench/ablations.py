@@ -14,10 +14,10 @@ from pathlib import Path
 
 from bench.report import demo
 from bench.report.demo_pictures import VARIANTS
-from svitt_ops.training.cli.demo_pictures import STAGES, run_demo
+from svitt_ops.training.cli.demo_pictures import run_demo
 
-ABLATED = ("towers", "match", "qa", "grounding")
-"""Stages of those that lack something."""
+LEFT_OUT = ("assignment", "reasoning", "entailment")
+"""Stages that demos which lack something do not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "demo"
-            stages = ABLATED if name else tuple(STAGES)
             run_demo(
                 output,
                 system=arguments.system,
                 seed=arguments.seed,
                 overrides=overrides,
-                stages=stages,
+                without=LEFT_OUT if name else (),
             )
             demo.main([str(output / "demo.json"), "--out", str(arguments.out)])
     return 0

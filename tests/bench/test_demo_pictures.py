@@ -93,7 +93,7 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         assert ablations.main(["softmask", "--out", str(tmp_path / "kept")]) == 0
     (one,) = runs
-    assert one["stages"] == ("towers", "match", "qa", "grounding")
+    assert one["without"] == ("assignment", "reasoning", "entailment")
     assert (one["system"], one["overrides"]) == ("softmask", ("model.mask_source=none",))
     assert (tmp_path / "kept" / "softmask-unmasked-seed-0.json").is_file()
 

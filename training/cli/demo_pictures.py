@@ -149,7 +149,7 @@ def run_demo(
     overrides: Sequence[str] = (),
     resume: bool = False,
     spec: PictureSpec | None = None,
-    stages: Sequence[str] = tuple(STAGES),
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the whole demo of a system on pictures.
 
@@ -162,14 +162,14 @@ def run_demo(
             "match.model.alpha=0".
         resume: go on with an interrupted demo instead of starting anew.
         spec: what is drawn.
-        stages: which to train, of those that the system has.
+        without: stages to leave out, that no other one starts from.
 
     Returns:
         What `demo.json` holds: every measured number.
     """
     course, folder, spec = Course(), expand(output, "--output"), spec or PictureSpec()
     recipes = _recipes(folder, system, seed, overrides)  # before anything is removed
-    recipes = {name: recipe for name, recipe in recipes.items() if name in stages}
+    recipes = {name: recipe for name, recipe in recipes.items() if name not in without}
     prepare(folder, resume)
     note(folder / MARKER, system=system, corpus=asdict(spec))
     corpus = folder / "corpus"
