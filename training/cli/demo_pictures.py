@@ -191,8 +191,10 @@ def run_demo(
                 annotations = corpus / f"test{suffix}.json"
                 tasks[name] = summary(evaluate_task(name, trained[stage].folder, annotations))
         if grounded := tasks.get("grounding"):
-            untrained = evaluate_task("grounding", trained["grounding"].folder, annotations, seed)
-            grounded["untrained"] = _pointing(untrained)["score"]
+            found = evaluate_task(
+                "grounding", trained["grounding"].folder, corpus / "test-grounding.json", seed
+            )
+            grounded["untrained"] = _pointing(found)["score"]
     facts = {
         "system": system,
         "tasks": tasks,
