@@ -9,7 +9,12 @@ from svitt_ops.models.parts.configuration import TwoTowersConfig
 
 OFFICIAL = "albef-official"
 """Value of `compat` that reproduces what the authors' released code does."""
-DENSE = {"num_frames": 1, "edge_sparsity": False, "keep_rate": 1, "multimodal_keep_rate": 1}
+DENSE: dict[str, object] = {
+    "num_frames": 1,
+    "edge_sparsity": False,
+    "keep_rate": 1,
+    "multimodal_keep_rate": 1,
+}
 """Fields of clips and of sparsity, and their only value."""
 
 
@@ -91,16 +96,8 @@ class ALBEFConfig(TwoTowersConfig):
     def check(self) -> None:
         """Raise a ValueError that names the first field whose value cannot be."""
         super().check()
-        for name, value in DENSE.items():
-            if getattr(self, name) != value:
-                wanted = f"{value}: {type(self).__name__} is of images, and dense"
-                self._refuse(name, wanted, getattr(self, name))
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or len(values) != 3:
-                self._refuse(name, "three numbers", values)
-        if min(self.image_std) <= 0:
-            self._refuse("image_std", "three positive numbers", self.image_std)
+        self._check_only(DENSE, f"{type(self).__name__} is of images, and dense")
+        self._check_colours()
         self._check_counts("queue_size")
         self._check_counts("unpaired_layers", least=0)
         if self.alpha_warmup_steps is not None:

@@ -16,7 +16,7 @@ from svitt_ops.models.parts.classification import Classifies, DistilsClasses
 from svitt_ops.models.parts.distillation import DistilsAnswers, DistilsPairs, DistilsWords
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.grounding import GroundsWords
-from svitt_ops.models.parts.layers import embed, in_fp32
+from svitt_ops.models.parts.layers import embed, in_fp32, renormalized
 from svitt_ops.models.parts.losses import cross_entropy
 from svitt_ops.models.parts.outputs import ClassificationOutput, VideoOutput
 from svitt_ops.models.parts.paired_images import ReadsTwoImages
@@ -43,19 +43,11 @@ class ALBEFModel(FusedTowers):
             masked: bool ``(batch, n)``, patches that a mask token takes the place of.
         """
         frames = pixel_values[:, None] if pixel_values.dim() == 4 else pixel_values
-        found = self.video(self._normalized(frames), masked)
+        config = self.config
+        found = self.video(renormalized(frames, config.image_mean, config.image_std), masked)
         states = self.video_norm(found.tokens)
         embeds = embed(self.video_projection, self.pool(states)) if self.projects else None
         return VideoOutput(embeds=embeds, states=states, indices=found.indices)
-
-    def _normalized(self, frames: Tensor) -> Tensor:
-        """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, as the tower's weights want them."""
-        mean, std = self.config.image_mean, self.config.image_std
-        if set(mean) == set(std) == {0.5}:
-            return frames
-        scale = frames.new_tensor([0.5 / s for s in std])[:, None, None]
-        shift = frames.new_tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
-        return torch.addcmul(shift[:, None, None], frames, scale)
 
 
 class ALBEFForRetrieval(ALBEFModel, DistilsPairs, GroundsWords):

@@ -147,6 +147,21 @@ class VideoConfig(PreTrainedConfig):
         if self.compat == OFFICIAL and self.num_local > 1:
             self._refuse("num_local", f"0 or 1 with compat={OFFICIAL!r}", self.num_local)
 
+    def _check_only(self, values: dict[str, object], why: str) -> None:
+        """Refuse other values of fields that have one only."""
+        for name, value in values.items():
+            if getattr(self, name) != value:
+                self._refuse(name, f"{value}: {why}", getattr(self, name))
+
+    def _check_colours(self) -> None:
+        """Refuse what is no mean or deviation of three colours."""
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                self._refuse(name, "three numbers", values)
+        if min(deviations := self.image_std) <= 0:
+            self._refuse("image_std", "three positive numbers", deviations)
+
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
             value = getattr(self, name)

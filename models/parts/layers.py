@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -13,15 +14,18 @@ from svitt_ops.randomness import SeededGenerator, rand
 
 
 class FeedForward(nn.Module):
-    """Two projections around a GELU."""
+    """Two projections around a GELU, or around another activation."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor] = F.gelu
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.up = nn.Linear(dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(x)))
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out
 
 
@@ -68,6 +72,15 @@ def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator |
     # Of a seed alike for all samples, so that what becomes of one does not depend on its batch.
     drawn = rand((batch if generator is None else 1, count), generator, tokens.device)
     return drawn.expand(batch, count)
+
+
+def renormalized(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Frames ``(..., 3, h, w)`` of mean and deviation 0.5, now of others, those of weights."""
+    if set(mean) == set(std) == {0.5}:
+        return frames
+    scale = frames.new_tensor([0.5 / s for s in std])[:, None, None]
+    shift = frames.new_tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
+    return torch.addcmul(shift[:, None, None], frames, scale)
 
 
 def embed(projection: nn.Module, states: Tensor) -> Tensor:

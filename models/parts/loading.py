@@ -42,6 +42,7 @@ FIXED = (
 """Fields of a configuration that weights have, and cannot be changed in."""
 PARTS = (
     ("match_head.", "the match head starts"),
+    ("rank_head.", "the rank head starts"),
     ("token_head.", "the head for masked tokens starts"),
     ("decoder.", "the answer decoder starts"),
     ("class_head.", "the class head starts"),

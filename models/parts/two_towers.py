@@ -30,6 +30,7 @@ class TwoTowers(PreTrainedModel):
     """Beginnings of the names of tensors that only training needs: `save_pretrained` leaves them
     out, `training_state` holds them."""
 
+    video_class: ClassVar[type[VideoTower]] = VideoTower
     config_class = TwoTowersConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
@@ -54,11 +55,15 @@ class TwoTowers(PreTrainedModel):
 
     def build(self, config: Any) -> None:
         """Make the parts, whose weights are drawn once all are made; a system adds its own."""
-        self.video = VideoTower(config)
+        self.video = self.video_class(config)
         self.text = TextTower(config)
         if self.projects:
-            self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
-            self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+            self.video_projection = self.build_projection(config, config.hidden_size)
+            self.text_projection = self.build_projection(config, config.text_hidden_size)
+
+    def build_projection(self, config: Any, dim: int) -> nn.Module:
+        """From vectors of a tower of this width to embeddings."""
+        return nn.Linear(dim, config.projection_dim)
 
     @classmethod
     def from_pretrained(
@@ -112,9 +117,13 @@ class TwoTowers(PreTrainedModel):
         """To be called before each step of training, once for all batches that it accumulates."""
 
     def group(self) -> dist.ProcessGroup | None:
-        """The processes that share a batch while training: negatives come from all of them."""
+        """The processes that negatives come from: all that share a batch while training."""
+        return None if self.config.official else self.sharing()
+
+    def sharing(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch; None outside of training, and for a single one."""
         shared = dist.is_available() and dist.is_initialized() and self.training
-        return dist.group.WORLD if shared and not self.config.official else None
+        return dist.group.WORLD if shared else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
