@@ -17,6 +17,8 @@ class Source:
     """Name of those that the paper starts from."""
     load: Callable[[Any, Any], object]
     """Takes over the weights of a folder: `load(model, folder)`."""
+    types: tuple[str, ...] = ()
+    """Types of model, besides that of its key, whose folders hold such weights."""
     is_file: bool = False
     """Whether it is a file, of a part that weights for use lack; it is read besides these."""
 

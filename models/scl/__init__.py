@@ -18,7 +18,9 @@ SYSTEM = System(
     models=TASKS,
     load_official=load_official,
     sources={
-        "clip": Source(released=RELEASED["clip_vision_model"], load=load_clip),
+        "clip": Source(
+            released=RELEASED["clip_vision_model"], load=load_clip, types=("clip_vision_model",)
+        ),
         "roberta": Source(released=RELEASED["roberta"], load=load_roberta),
     },
 )

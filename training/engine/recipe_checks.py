@@ -49,6 +49,11 @@ RULES: dict[str, Rule] = {
     "data.workers": _least(0),
     "optimizer.lr": POSITIVE,
     "optimizer.bias_lr_scale": POSITIVE,
+    "optimizer.lr_scales": (
+        "a mapping to positive numbers",
+        lambda x: all(0 < scale < inf for scale in x.values()),
+    ),
+    "optimizer.decay": _one_of("cosine", "linear"),
     "optimizer.min_lr_ratio": SHARE,
     "optimizer.betas": ("two numbers of 0 to less than 1", lambda x: all(0 <= b < 1 for b in x)),
     "optimizer.eps": POSITIVE,

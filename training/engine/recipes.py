@@ -52,6 +52,10 @@ class Init:
     """Folder, or name of a downloaded Hugging Face ViT or DeiT, for an image tower of ALBEF's."""
     bert: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
+    clip: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face CLIP, for SCL's image tower."""
+    roberta: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face RoBERTa, for SCL's text tower."""
     dalle: str | None = field(default=None, metadata=PATH)
     """File with the state dict of DALL-E's encoder, as SIMLA's tokenizer of patches while it is
     pretrained; also besides `checkpoint`, which has none. Default: a small one, untrained."""
@@ -59,7 +63,7 @@ class Init:
 
 @dataclass
 class TokenizerRecipe:
-    """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
+    """A name or a size; neither: the tokenizer of what `init` names."""
 
     name: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face tokenizer."""
@@ -108,11 +112,16 @@ class Data:
 
 @dataclass
 class Optimizer:
-    """AdamW, linear warm-up, cosine decay that is clipped at a floor."""
+    """AdamW, linear warm-up, and a decay that is clipped at a floor."""
 
     lr: float = 3e-5
     bias_lr_scale: float = 1.0
     """Learning rate of the relative position bias tables, in terms of `lr`."""
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Learning rates of parts of the model, in terms of `lr`, by what the names of their parameters
+    begin with, such as {fusion: 5}; of several the longest counts."""
+    decay: str = "cosine"
+    """What follows the warm-up: "cosine", or "linear" to 0."""
     min_lr_ratio: float = 0.01
     """Floor of the learning rate, as a share of `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -133,6 +142,8 @@ class Optimizer:
     """Longer gradients are scaled to this norm; 0: never."""
     mask_probability: float = 0.5
     """Share of tokens masked for masked language modelling."""
+    mask_words: bool = False
+    """Mask all pieces of a word together, a share of each text, one word at least."""
 
 
 @dataclass

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerControl, TrainingArguments
 
-from svitt_ops.nn import RelativePositionBias3D
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
 from svitt_ops.training.data.transport import leave_interrupts_to_parent
 from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
+from svitt_ops.training.engine.groups import parameter_groups
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.saving import SavingTrainer, wait
 from svitt_ops.training.engine.schedule import learning_rate_factor
@@ -97,7 +97,7 @@ class RecipeTrainer(SavingTrainer):
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; vectors and scalars (biases, norms, scales, the temperature) do not decay."""
+        """AdamW over `parameter_groups`."""
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
@@ -108,18 +108,8 @@ class RecipeTrainer(SavingTrainer):
                     self.model, device_placement=False, evaluation_mode=True
                 )  # autocast; and what is prepared is not wrapped in DDP
             settings = self.recipe.optimizer
-            tables = {m.table for m in target.modules() if isinstance(m, RelativePositionBias3D)}
-            wanted = [p for p in target.parameters() if p.requires_grad]
-            groups: list[dict[str, Any]] = [
-                {"params": [p for p in wanted if p.ndim > 1 and p not in tables]},
-                {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
-                {
-                    "params": [p for p in wanted if p in tables],
-                    "lr": settings.lr * settings.bias_lr_scale,
-                },
-            ]
             self.optimizer = torch.optim.AdamW(
-                groups,
+                parameter_groups(target, settings),
                 lr=settings.lr,
                 betas=settings.betas,
                 eps=settings.eps,
@@ -134,11 +124,15 @@ class RecipeTrainer(SavingTrainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            floor = self.recipe.optimizer.min_lr_ratio
+            settings = self.recipe.optimizer
 
             def factor(step: int) -> float:
                 return learning_rate_factor(
-                    step, total=num_training_steps, warmup=self.warmup_steps, floor=floor
+                    step,
+                    total=num_training_steps,
+                    warmup=self.warmup_steps,
+                    floor=settings.min_lr_ratio,
+                    decay=settings.decay,
                 )
 
             optimizer = optimizer or self.optimizer

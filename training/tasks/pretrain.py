@@ -18,7 +18,10 @@ from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
 
 HEAD = "pretraining"
-INPUTS = ("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels")
+INPUTS = (
+    *("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels"),
+    *("masked_input_ids", "patch_noise"),
+)
 
 
 def read_examples(recipe: Recipe) -> list[Entry]:
@@ -36,10 +39,14 @@ def build_dataset(recipe: Recipe, examples: Sequence[Entry], config: VideoConfig
 
 
 def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Collator:
-    """The collator; it prepares masked texts only for a model that learns from them."""
-    masked = config.weights.get("mlm", 0) > 0
-    share = recipe.optimizer.mask_probability if masked else 0.0
-    return collator(Collator, recipe, tokenizer, mask_probability=share)
+    """The collator; it prepares what is masked only for a model that learns from it."""
+    weights, settings = config.weights, recipe.optimizer
+    share = settings.mask_probability if weights.get("mlm", 0) > 0 else 0.0
+    completion = None
+    if weights.get("scl", 0) > 0:
+        completion = (config.text_mask_share, config.grid_size**2)
+    more = {"mask_probability": share, "mask_words": settings.mask_words}
+    return collator(Collator, recipe, tokenizer, **more, completion=completion)
 
 
 def model_inputs(
