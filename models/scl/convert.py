@@ -251,7 +251,7 @@ def unpack(tensors: Mapping[str, Tensor], config: SCLConfig) -> dict[str, Tensor
         elif name == "token_type_embeddings.weight":
             found["token_types"] = value[:2]
             if len(value) > 2:
-                found["second_type"] = value[2]
+                found["second_type"] = value[2:3]
         else:
             found[name] = value
     return found

@@ -134,9 +134,9 @@ class SCLModel(FusedTowers):
             video_states: ``(batch, frames (1 + n), text_hidden_size)`` of `encode_video`.
             video_indices: ``(batch, n)``, numbers of the patches, carried along.
             frame_size: tokens of a frame in ``video_states``; by default [CLS] and all patches.
-            video_type: what says that tokens are a clip's, ``(text_hidden_size,)``.
+            video_type: what says that tokens are a clip's, ``(1, text_hidden_size)``.
         """
-        of_text, of_video = self.types.weight
+        of_text, of_video = self.types.weight.split(1)
         video_type = of_video if video_type is None else video_type
         size = self.frame_size if frame_size is None else frame_size
         video = video_states + video_type
@@ -478,7 +478,7 @@ class SCLForVisualReasoning(SCLModel):
     def build(self, config: Any) -> None:
         super().build(config)
         width = self.pair_width(config)
-        self.second_type = nn.Parameter(torch.zeros(config.text_hidden_size))
+        self.second_type = nn.Parameter(torch.zeros(1, config.text_hidden_size))
         self.class_head = TwoLayerHead(2 * width, width, len(self.classes))
 
     @torch.no_grad()
@@ -486,7 +486,7 @@ class SCLForVisualReasoning(SCLModel):
         """Start the second image's type as the first one's, if that has weights."""
         left = list(missing)
         if "second_type" in left and "types.weight" not in left:
-            self.second_type.copy_(self.types.weight[1])
+            self.second_type.copy_(self.types.weight[1:])
             left.remove("second_type")
         return super().start_missing(left)
 
@@ -514,7 +514,7 @@ class SCLForVisualReasoning(SCLModel):
         images = self.encode_video(pixel_values.flatten(0, 1)).states.unflatten(0, (-1, 2))
         pooled = [
             self.fuse(text, attention_mask, images[:, k], video_type=kind).pooled
-            for k, kind in enumerate((self.types.weight[1], self.second_type))
+            for k, kind in enumerate((None, self.second_type))
         ]
         states = torch.cat(pooled, 1)
         logits = in_fp32(self.class_head, states)

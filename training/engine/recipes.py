@@ -83,6 +83,9 @@ class Data:
     """What the model is evaluated on while it is trained; its best weights are kept."""
     sampling: str = "rand"
     """Frames of a training clip: "rand", "middle" or "fpsX"."""
+    test_sampling: str = "middle"
+    """Frames of a clip in evaluation: "middle" of equal chunks, or "ends", from the first frame to
+    the last."""
     official_sampling: bool = False
     """Draw "rand" as the released SViTT does, which never takes the last frame of a chunk."""
     short_side: int | None = 256

@@ -190,6 +190,7 @@ def probe_retrieval(
     settings: Evaluation | None = None,
     seed: int = 0,
     short_side: int | None = None,
+    sampling: str = "middle",
     **options: Any,
 ) -> dict[str, Any]:
     """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
@@ -208,6 +209,7 @@ def probe_retrieval(
             short_side=short_side,
             order=order,
             seed=seed,
+            sampling=sampling,
         )
         return retrieval(model, tokenizer, clips, settings=settings, **options)
 
@@ -229,10 +231,8 @@ def evaluate(
     if not options.probe:
         parts = fold_gallery(gallery, options.folds)
         return mean_of_folds([_search(model, tokenizer, part, settings, how) for part in parts])
-    more = _options(how)
-    return probe_retrieval(
-        model, tokenizer, gallery, settings=settings, short_side=how.short_side, **more
-    )
+    more = {"short_side": how.short_side, "sampling": how.test_sampling, **_options(how)}
+    return probe_retrieval(model, tokenizer, gallery, settings=settings, **more)
 
 
 def _search(
@@ -248,6 +248,7 @@ def _search(
         num_clips=settings.clips,
         strided=settings.strided,
         short_side=reading.short_side,
+        sampling=reading.test_sampling,
     )
     return retrieval(model, tokenizer, clips, settings=settings, **_options(reading))
 

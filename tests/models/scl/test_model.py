@@ -244,7 +244,7 @@ def test_tasks_start_from_pretraining(
     assert torch.equal(found.rank_head.bias, start.match_head.bias[1:])
     assert not caplog.records
     reasoning = SCLForVisualReasoning.from_pretrained(tmp_path)
-    assert torch.equal(reasoning.second_type, start.types.weight[1])
+    assert torch.equal(reasoning.second_type, start.types.weight[1:])
     (record,) = caplog.messages
     assert "class_head" in record and "second_type" not in record
     answers = ["red", "green", "blue"]
