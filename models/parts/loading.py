@@ -169,7 +169,8 @@ def load_folder(
     state, absent = model.state_dict(), info["missing_keys"]
     names = [name for name in state if not name.startswith(model.training_only)]
     missing = model.start_missing([name for name in state if name in absent])
-    info["missing_keys"] = {name for name in absent if name in names}
+    derived = {name for name in names if name.startswith(model.derived)} - set(missing)
+    info["missing_keys"] = {name for name in absent if name in names} - derived
     check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)

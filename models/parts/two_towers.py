@@ -30,6 +30,10 @@ class TwoTowers(PreTrainedModel):
     """Beginnings of the names of tensors that only training needs: `save_pretrained` leaves them
     out, `training_state` holds them."""
 
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of tensors that `start_missing` makes of trained ones, so that
+    weights without them lack nothing."""
+
     video_class: ClassVar[type[VideoTower]] = VideoTower
     config_class = TwoTowersConfig
     base_model_prefix = ""

@@ -317,6 +317,7 @@ class SCLForRetrieval(SCLPairs):
     """SCL with a learned temperature and the head that ranks a clip's text among false ones."""
 
     losses = ("vtc", "vtm")
+    derived = ("rank_head.",)
     _keys_to_ignore_on_load_unexpected = without("token_head", "class_head")
 
     def build(self, config: Any) -> None:

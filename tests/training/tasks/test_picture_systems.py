@@ -161,6 +161,22 @@ def test_from_a_pretrained_model_to_numbers(
         assert f"--metric: is no option of {task}" in capsys.readouterr().err
 
 
+def test_a_pretrained_scl_searches_without_tuning(
+    pretrained: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """All pairs go through the fusion layers, by a rank head that starts as the match head."""
+    target = tmp_path / "found.json"
+    words = ["evaluate", "retrieval", str(pretrained["scl"]), "--cpu", "--workers", "0"]
+    words += ["--kind", "image", "--annotations", str(pictures / "test.json")]
+    found = []
+    for top in ("20", "19"):  # of ten pictures and twenty texts
+        assert cli.main([*words, "--top-k", top, "--json", str(target)]) == 0
+        found.append(json.loads(target.read_text()))
+    assert found[0]["text_to_video"] == found[1]["text_to_video"]
+    assert found[0]["settings"]["test_sampling"] == "middle"
+    assert cli.main([*words, "--protocol", "lsmdc"]) == 0
+
+
 @pytest.mark.parametrize("system", OF_PICTURES)
 def test_layers_and_detections_of_grounding(
     system: str,

@@ -117,6 +117,23 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
     assert found["video_to_text"]["R1"] == 0  # every text ties
 
 
+@pytest.mark.parametrize(("top_k", "pairs"), [(8, 64), (7, 2 * 56)])
+def test_all_pairs_are_scored_once_for_both_ways(
+    trained: Any, monkeypatch: Any, top_k: int, pairs: int
+) -> None:
+    model, tokenizer, gallery = trained
+    scored: list[int] = []
+    real = model.match_logits
+
+    def counted(states: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        scored.append(len(states))
+        return real(states, *rest)
+
+    monkeypatch.setattr(model, "match_logits", counted)
+    retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(top_k=top_k))
+    assert sum(scored) == pairs
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_reranking_weighs_in_how_negatives_were_drawn(
     trained: Any, monkeypatch: Any, hard: bool
