@@ -36,5 +36,7 @@ class System:
     load_official: Callable[..., Any] | None = None
     """Reads a file of the authors' code: `load_official(source, config, task=...)`, the task a key
     of `models`; None: there is no such."""
+    official_sep: bool = False
+    """Whether the texts of such a file's model ended with [SEP]."""
     sources: Mapping[str, Source] = field(default_factory=dict)
     """By kind of model, as in the recipe's `init`: "beit", "bert", "dalle"."""

@@ -17,6 +17,7 @@ SYSTEM = System(
     base=SCLModel,
     models=TASKS,
     load_official=load_official,
+    official_sep=True,
     sources={
         "clip": Source(
             released=RELEASED["clip_vision_model"], load=load_clip, types=("clip_vision_model",)

@@ -78,11 +78,11 @@ def report_left_out(problems: Sequence[str], count: int, where: str) -> None:
 def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, train it, or take that of the weights it starts from.
 
-    Texts for an official file end without [SEP], unless the recipe says otherwise.
+    Texts for an official file end as its authors' do, unless the recipe says otherwise.
     """
     tokenizer, append = _find_tokenizer(recipe, entries), recipe.tokenizer.append_sep
     if append is None and recipe.init.checkpoint and Path(recipe.init.checkpoint).is_file():
-        append = False
+        append = load_system(recipe.system).official_sep
     return tokenizer if append is None else append_sep(tokenizer, append)
 
 

@@ -70,8 +70,8 @@ class TokenizerRecipe:
     train_vocab_size: int | None = None
     """Train WordPiece on the captions, with at most so many pieces."""
     append_sep: bool | None = None
-    """Whether texts end with [SEP]; default: as the tokenizer has it, and not where
-    `init.checkpoint` is an official file, whose texts did not."""
+    """Whether texts end with [SEP]; default: as the tokenizer has it, and as its authors' texts did
+    where `init.checkpoint` is an official file."""
 
 
 @dataclass
