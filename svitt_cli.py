@@ -291,7 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument(
         "--answers",
         metavar="FILE",
-        help="the answers to choose from, a JSON list or one a line (default: the run's)",
+        help="the answers to choose from, a JSON list or one a line (default: the run's, or the"
+        " classes of a model that has them)",
     )
     some.add_argument(
         "--answer-length", type=int, metavar="N", help="tokens of an answer (default: the run's)"

@@ -81,8 +81,14 @@ def check_fixed(who: str, found: Mapping[str, Any], config: VideoConfig, source:
         wanted = getattr(config, field)
         if value != wanted:
             raise ValueError(
-                f"{who}: {field} must be {value}, that of the weights in {source}, got {wanted}"
+                f"{who}: {field} must be {in_short(value)}, that of the weights in {source}, "
+                f"got {in_short(wanted)}"
             )
+
+
+def in_short(value: object) -> object:
+    """A value as messages have it: of a long list its beginning."""
+    return [*value[:SHOWN], "..."] if isinstance(value, list) and len(value) > SHOWN else value
 
 
 def check_finite(who: str, tensors: Iterable[tuple[str, Tensor]]) -> None:

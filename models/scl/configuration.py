@@ -93,6 +93,9 @@ class SCLConfig(TwoTowersConfig):
     """Share of a text's pieces that semantic completion masks, drawn with replacement."""
     completion_temperature: float = 0.03
     """Temperature of semantic completion, which is not learned."""
+    completion_symmetric: bool = True
+    """Whether complete features are also told among all recovered ones, as the authors' code does;
+    the paper's equation 2 can be read as without."""
     false_texts: int = 15
     """In retrieval, texts of other clips that a clip's own is to be chosen among."""
     answers: list[str] | None = None
@@ -127,6 +130,7 @@ class SCLConfig(TwoTowersConfig):
                 "fusion_layer", f"0 to {self.text_num_hidden_layers - 1}", self.fusion_layer
             )
         self._check_numbers(NOT_NEGATIVE, "fusion_layer_norm_eps")
+        self._check_one_of("completion_symmetric", (True, False))
         inside = ("more than 0 and less than 1", lambda x: 0 < x < 1)
         self._check_numbers(inside, "patch_mask_share", "text_mask_share")
         self._check_numbers(("positive", lambda x: x > 0), "completion_temperature")

@@ -20,18 +20,21 @@ def completion_loss(
     temperature: float,
     *,
     group: ProcessGroup | None = None,
+    symmetric: bool = True,
     over_frames: bool = False,
 ) -> Tensor:
     """Contrast of what was recovered from a masked input with what the whole one says.
 
-    ``NCE(r, c) + NCE(c, r)`` of cosines over a temperature, without gradient to the complete side;
-    the negatives are other samples' of either side. Of clips it is the mean over the frames.
+    ``NCE(r, c) + NCE(c, r)`` of cosines over a temperature, or the first alone, without gradient to
+    the complete side; the negatives are other samples' of either side. Of clips it is the mean over
+    the frames.
 
     Args:
         recovered: ``(batch, dim)``, or ``(batch, frames, dim)``.
         complete: like ``recovered``.
         temperature: fixed.
         group: processes that share the batch.
+        symmetric: whether complete features are also told among all recovered ones.
         over_frames: scale clips' features to length 1 over the frames, as the released code does,
             so that products are no cosines.
     """
@@ -40,8 +43,9 @@ def completion_loss(
         F.normalize(side.float(), dim=dim).view(len(side), -1, side.shape[-1]).unbind(1)
         for side in (recovered, complete.detach())
     ]
+    ways = 2 if symmetric else 1  # of which the op takes the mean
     losses = [
-        2 * so.info_nce(one, other, temperature, group=group)
+        ways * so.info_nce(one, other, temperature, group=group, symmetric=symmetric)
         for one, other in zip(*frames, strict=True)
     ]
     return torch.stack(losses).mean()

@@ -7,6 +7,7 @@ Source: Seeing What You Miss: Vision-Language Pre-training with Semantic Complet
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -171,12 +172,13 @@ class SCLPairs(SCLModel, MatchesPairs):
         Returns:
             ``(batch, layers, frames (1 + n))``, mean over the heads; arguments as of `fuse`.
         """
-        found = []
-        for layer in self.fusion.layers:
-            with keep_attention(layer.cross_attention) as maps:
-                self.fuse(text_states, attention_mask, video_states)
-            found.append(maps[0][:, :, 0].mean(1))
-        return torch.stack(found, 1)
+        with ExitStack() as kept:
+            maps = [
+                kept.enter_context(keep_attention(layer.cross_attention))
+                for layer in self.fusion.layers
+            ]
+            self.fuse(text_states, attention_mask, video_states)
+        return torch.stack([found[:, :, 0].mean(1) for (found,) in maps], 1)
 
 
 @dataclass
@@ -295,12 +297,14 @@ class SCLForPreTraining(SCLPairs):
         size = masked_video.shape[1] * self.frame_size // video.shape[1]
         of_video = self.fuse(text, attention_mask, masked_video, frame_size=size)
         of_text = self.fuse(masked_text, attention_mask, video)
-        temperature, official = self.config.completion_temperature, self.config.official
+        official, symmetric = self.config.official, self.config.completion_symmetric
+        temperature = self.config.completion_temperature
         video_loss = completion_loss(
             of_video.video_states[:, ::size],
             of_text.video_states[:, :: self.frame_size],
             temperature,
             group=self.sharing(),
+            symmetric=symmetric,
             over_frames=official and self.config.num_frames > 1,
         )
         own_texts = official and self.config.num_frames == 1
@@ -309,6 +313,7 @@ class SCLForPreTraining(SCLPairs):
             of_video.states[:, 0],
             temperature,
             group=None if own_texts else self.sharing(),
+            symmetric=symmetric,
         )
         return video_loss + text_loss
 

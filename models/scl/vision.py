@@ -137,6 +137,11 @@ class FrameTower(VideoTower):
         patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
         patches = (patches + self.patch_positions).unflatten(0, (batch, frames))
         if kept is not None:
+            if kept.dim() != 2 or len(kept) != batch or kept.dtype != torch.int64:
+                raise ValueError(
+                    f"FrameTower: kept must be int64 of shape ({batch}, k), got {kept.dtype} of "
+                    f"{tuple(kept.shape)}"
+                )
             chosen = kept[:, None, :, None].expand(-1, frames, -1, patches.shape[-1])
             patches = patches.gather(2, chosen)
         cls = (self.cls_token + self.cls_position)[None].expand(batch, frames, -1, -1)

@@ -184,13 +184,13 @@ def refuse_other_shapes(config: Any, folder: Path, *, also: Sequence[str] = ()) 
         folder: with the weights and their configuration.
         also: fields that weights can be resized in, but are not here.
     """
-    from svitt_ops.models.parts.loading import fixed_fields
+    from svitt_ops.models.parts.loading import fixed_fields, in_short
 
     stored = type(config).from_pretrained(folder)
     for key in (*fixed_fields(stored, config), *also):
         before, after = getattr(stored, key), getattr(config, key)
         if before != after:
             raise ValueError(
-                f"recipe: model.{key} must be {before!r} as in the weights of {folder},"
-                f" got {after!r}"
+                f"recipe: model.{key} must be {in_short(before)!r} as in the weights of {folder},"
+                f" got {in_short(after)!r}"
             )

@@ -228,6 +228,10 @@ def test_completed_features(clips: bool) -> None:
     close(completion_loss(*videos, 0.03), case[f"{where}/image_term"])
     terms = case["scl/T_Re"], case["scl/T_Co"]
     close(completion_loss(*terms, 0.03), case[f"{where}/text_term"])
+    if not clips:
+        one_way = (completion_loss(*x, 0.03, symmetric=False) for x in (videos, terms))
+        for loss, side in zip(one_way, ("image", "text"), strict=True):
+            close(loss, case[f"scl/one_directional_{side}"])
 
 
 def test_answers() -> None:

@@ -11,6 +11,14 @@ import pytest
 import torch
 from running import DENSE, ENOUGH, OF_PICTURES, losses, run, torchrun, write
 from safetensors.torch import load_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from svitt_ops.training import cli
 from svitt_ops.training.corpora.pictures import build_pictures
@@ -159,6 +167,39 @@ def test_from_a_pretrained_model_to_numbers(
     if task != "qa":
         assert cli.main([*words, "--metric", "vqa"]) == 2
         assert f"--metric: is no option of {task}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_scl_starts_from_clip_and_roberta(
+    whole: bool, make: Any, pretrained: dict[str, Path], tmp_path: Path, caplog: Any
+) -> None:
+    """Of folders of transformers' models: of a whole CLIP, or of its vision model alone."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    tower = {**small, "num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
+    texts = {**small, "num_hidden_layers": 1, "vocab_size": 50}
+    if whole:
+        clip: Any = CLIPModel(CLIPConfig(vision_config=tower, text_config=texts))
+        vision = clip.vision_model
+    else:
+        clip = vision = CLIPVisionModel(CLIPVisionConfig(**tower))
+    clip.save_pretrained(tmp_path / "clip")
+    vocabulary = load_trained(pretrained["scl"])[0].config.vocab_size
+    words = {**texts, "vocab_size": vocabulary, "max_position_embeddings": 34}
+    roberta = RobertaModel(RobertaConfig(**words, type_vocab_size=1), add_pooling_layer=False)
+    roberta.save_pretrained(tmp_path / "roberta")
+    options = (f"init.clip={tmp_path / 'clip'}", f"init.roberta={tmp_path / 'roberta'}")
+    rates = ("optimizer.lr=1e-30", "optimizer.steps=1", "optimizer.lr_scales={fusion: 5}")
+    model: Any = pretrain(
+        make(tmp_path / "run", *options, *rates, system="scl", max_position_embeddings=32)
+    ).model
+    names = vision.state_dict()
+    prefix = next(name for name in names if "patch_embedding.weight" in name)
+    torch.testing.assert_close(model.video.patches.weight, names[prefix])
+    table = roberta.embeddings.position_embeddings.weight
+    torch.testing.assert_close(model.text.embeddings.position.weight, table[2:])
+    assert not [text for text in caplog.messages if "random" in text or "counterpart" in text]
+    with pytest.raises(ValueError, match=r"optimizer\.lr_scales: keys must begin names"):
+        pretrain(make(tmp_path / "other", "optimizer.lr_scales={head: 5}", system="scl"))
 
 
 def test_a_pretrained_scl_searches_without_tuning(
