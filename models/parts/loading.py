@@ -169,9 +169,7 @@ def load_folder(
             f"{who}: {name} of {source} must have shape {tuple(shape)}, that of its config.json, "
             f"got {tuple(found)}"
         )
-    for name, parameter in model.named_parameters():
-        if name.startswith(model.training_only):  # transformers makes missing ones trainable
-            parameter.requires_grad_(False)
+    model.freeze()  # transformers makes all trainable
     state, absent = model.state_dict(), info["missing_keys"]
     names = [name for name in state if not name.startswith(model.training_only)]
     missing = model.start_missing([name for name in state if name in absent])

@@ -34,6 +34,9 @@ class TwoTowers(PreTrainedModel):
     """Beginnings of the names of tensors that `start_missing` makes of trained ones, so that
     weights without them lack nothing."""
 
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of parameters that do not learn."""
+
     video_class: ClassVar[type[VideoTower]] = VideoTower
     config_class = TwoTowersConfig
     base_model_prefix = ""
@@ -47,7 +50,14 @@ class TwoTowers(PreTrainedModel):
         super().__init__(config)
         self.build(config)
         self.post_init()
+        self.freeze()
         self._keys_to_ignore_on_save = set(self.training_state())
+
+    def freeze(self) -> None:
+        """Take what does not learn out of training; to be called when weights were loaded."""
+        for name, parameter in self.named_parameters():
+            if name.startswith((*self.training_only, *self.frozen)):
+                parameter.requires_grad_(False)
 
     def training_state(self) -> dict[str, Tensor]:
         """What training goes on from, besides the weights: tensors by name, none for most models.

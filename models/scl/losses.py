@@ -77,7 +77,7 @@ def rank_loss(scores: Tensor) -> Tensor:
 
 
 def text_contrast(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
-    """Contrast of clips with all texts of a batch, in this one direction.
+    """Contrast of clips with all texts of a process's batch, in this one direction.
 
     Args:
         video: embeddings ``(clips, dim)``.
@@ -85,7 +85,8 @@ def text_contrast(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
             there may be more rows than clips.
         temperature: learned.
     """
-    logits = video.float() @ text.flatten(0, 1).float().T / temperature
+    with torch.autocast(video.device.type, enabled=False):  # rounded logits would tie
+        logits = video.float() @ text.flatten(0, 1).float().T / temperature
     return cross_entropy(logits, torch.arange(len(video), device=video.device) * text.shape[1])
 
 

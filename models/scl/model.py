@@ -323,12 +323,12 @@ class SCLForRetrieval(SCLPairs):
 
     losses = ("vtc", "vtm")
     derived = ("rank_head.",)
+    frozen = ("match_head.",)  # what the rank head started from
     _keys_to_ignore_on_load_unexpected = without("token_head", "class_head")
 
     def build(self, config: Any) -> None:
         super().build(config)
         self.rank_head = nn.Linear(self.pair_width(config), 1)
-        self.match_head.requires_grad_(False)  # it is what `rank_head` starts from
 
     @torch.no_grad()
     def start_missing(self, missing: Sequence[str]) -> list[str]:

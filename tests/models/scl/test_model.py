@@ -242,7 +242,7 @@ def test_tasks_start_from_pretraining(
     found = SCLForRetrieval.from_pretrained(tmp_path)
     assert torch.equal(found.rank_head.weight, start.match_head.weight[1:])
     assert torch.equal(found.rank_head.bias, start.match_head.bias[1:])
-    assert not caplog.records
+    assert not caplog.records and not found.match_head.weight.requires_grad
     reasoning = SCLForVisualReasoning.from_pretrained(tmp_path)
     assert torch.equal(reasoning.second_type, start.types.weight[1:])
     (record,) = caplog.messages
