@@ -2,15 +2,10 @@
 
 from svitt_ops.models.parts.conversion import RELEASED
 from svitt_ops.models.parts.system import Source, System
+from svitt_ops.models.scl.classification import SCLForQuestionAnswering, SCLForVisualReasoning
 from svitt_ops.models.scl.configuration import SCLConfig
 from svitt_ops.models.scl.convert import TASKS, load_clip, load_official, load_roberta
-from svitt_ops.models.scl.model import (
-    SCLForPreTraining,
-    SCLForQuestionAnswering,
-    SCLForRetrieval,
-    SCLForVisualReasoning,
-    SCLModel,
-)
+from svitt_ops.models.scl.model import SCLForPreTraining, SCLForRetrieval, SCLModel
 
 SYSTEM = System(
     config=SCLConfig,

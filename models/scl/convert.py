@@ -21,14 +21,9 @@ from svitt_ops.models.parts.loading import check_fixed, check_share
 from svitt_ops.models.parts.released import load_into_kind
 from svitt_ops.models.parts.resolution import resize_places
 from svitt_ops.models.parts.unpickling import read_tensors
+from svitt_ops.models.scl.classification import SCLForQuestionAnswering, SCLForVisualReasoning
 from svitt_ops.models.scl.configuration import SCLConfig
-from svitt_ops.models.scl.model import (
-    SCLForPreTraining,
-    SCLForQuestionAnswering,
-    SCLForRetrieval,
-    SCLForVisualReasoning,
-    SCLModel,
-)
+from svitt_ops.models.scl.model import SCLForPreTraining, SCLForRetrieval, SCLModel
 
 TASKS: dict[str, type[Any]] = {
     "pretraining": SCLForPreTraining,

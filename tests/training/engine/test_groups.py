@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from svitt_ops.models.parts.key_maps import placed, rename
-from svitt_ops.models.scl.configuration import SCLConfig
+from svitt_ops.models.scl import SYSTEM, SCLConfig
 from svitt_ops.models.scl.convert import rules_of, unpack
-from svitt_ops.models.scl.model import (
-    SCLForPreTraining,
-    SCLForQuestionAnswering,
-    SCLForRetrieval,
-    SCLForVisualReasoning,
-)
 from svitt_ops.training.engine.groups import parameter_groups
 from svitt_ops.training.engine.recipes import Optimizer
 from svitt_ops.training.engine.schedule import learning_rate_factor
@@ -28,12 +22,6 @@ SMALL = {
     **{"num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 97},
     **{"text_hidden_size": 32, "text_num_hidden_layers": 4, "fusion_layer": 2},
     **{"text_num_attention_heads": 2, "text_intermediate_size": 64, "answers": ["a", "b"]},
-}
-KINDS = {
-    "pretraining": SCLForPreTraining,
-    "retrieval": SCLForRetrieval,
-    "question_answering": SCLForQuestionAnswering,
-    "visual_reasoning": SCLForVisualReasoning,
 }
 
 
@@ -57,7 +45,7 @@ def test_rates_of_scl_are_the_authors() -> None:
     """And its decay, but for norms' weights and the temperature, which theirs forgot."""
     wanted = json.loads(CASE.read_text())["param_groups_lr_multiplier_and_weight_decay"]
     left, differing, config = set(wanted), set(), SCLConfig(**SMALL)
-    for task, kind in KINDS.items():
+    for task, kind in SYSTEM.models.items():
         model = kind(config)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         scales = {key: x for key, x in SCALES.items() if any(n.startswith(key) for n in names)}
