@@ -63,5 +63,6 @@ class ChoiceCollator(Collator):
         encoded = encode_texts(self.tokenizer, texts, self.text_length, self.pad_to)
         for name, rows in encoded.items():
             choices = rows.unflatten(0, (len(clips), -1))
-            batch[name], batch[f"false_{name}"] = choices[:, 0], choices[:, 1:]
+            # Copies: of a view, a worker would send what it is a view of.
+            batch[name], batch[f"false_{name}"] = choices[:, 0].clone(), choices[:, 1:].clone()
         return batch
