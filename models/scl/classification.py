@@ -114,6 +114,11 @@ class SCLForVisualReasoning(SCLModel):
         self.second_type = nn.Parameter(torch.zeros(1, config.text_hidden_size))
         self.class_head = TwoLayerHead(2 * width, width, len(self.classes))
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.zeros_(self.second_type)
+
     @torch.no_grad()
     def start_missing(self, missing: Sequence[str]) -> list[str]:
         """Start the second image's type as the first one's, if that has weights."""

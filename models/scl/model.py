@@ -70,6 +70,12 @@ class SCLModel(FusedTowers):
         """Width of the vector that says what a text and a clip are together."""
         return 2 * super().pair_width(config)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FrameTower) and module.frame_positions is not None:
+            nn.init.zeros_(module.frame_positions)
+
     @property
     def frame_size(self) -> int:
         """Tokens of a frame: its [CLS] and its patches."""
@@ -369,11 +375,18 @@ class SCLForRetrieval(SCLPairs):
                 f"{type(self).__name__}: false_input_ids and false_attention_mask must be given, "
                 "got None"
             )
+        batch, tokens = input_ids.shape
+        for false in (false_input_ids, false_attention_mask):
+            if false.dim() != 3 or (false.shape[0], false.shape[2]) != (batch, tokens):
+                raise ValueError(
+                    f"{type(self).__name__}: false_input_ids and false_attention_mask must have "
+                    f"shape ({batch}, texts, {tokens}), got {tuple(false.shape)}"
+                )
         ids, mask = (
             torch.cat([own[:, None], other], 1)
             for own, other in ((input_ids, false_input_ids), (attention_mask, false_attention_mask))
         )
-        batch, texts = ids.shape[:2]
+        texts = ids.shape[1]
         video = self.encode_video(pixel_values)
         text = self.encode_text(ids.flatten(0, 1), mask.flatten(0, 1))
         weight, losses = self.config.weights, {}

@@ -226,6 +226,7 @@ def test_clips_from_a_model_of_images(make: Make, tmp_path: Path) -> None:
     start.save_pretrained(tmp_path / "images")
     model = SCLForPreTraining.from_pretrained(tmp_path / "images", num_frames=4, image_size=48)
     assert not model.video.frame_positions.any() and model.config.image_size == 48
+    torch.nn.init.normal_(model.video.frame_positions)
     model.save_pretrained(tmp_path / "clips")
     again = SCLForPreTraining.from_pretrained(tmp_path / "clips").eval()
     pixels = torch.randn(2, 4, 3, 48, 48)
@@ -284,6 +285,8 @@ def test_false_texts_are_needed(make: Make, batch: dict[str, Tensor]) -> None:
         model(**given)
     false = given["input_ids"][:, None].flip(0).expand(-1, 2, -1)
     mask = given["attention_mask"][:, None].flip(0).expand(-1, 2, -1)
+    with pytest.raises(ValueError, match=r"must have shape \(3, texts, 6\), got \(3, 2, 5\)"):
+        model(**given, false_input_ids=false[..., 1:], false_attention_mask=mask)
     output = model(**given, false_input_ids=false, false_attention_mask=mask)
     output.loss.backward()
     assert output.loss_vtm.isfinite() and model.rank_head.weight.grad.any()
