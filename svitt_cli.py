@@ -83,6 +83,9 @@ like the whole:
 
   svitt visualize runs/demo/match pictures/photo.jpg --caption "a red square" --output maps
   svitt visualize runs/demo/match --annotations pictures.json --root pictures --output maps
+
+Of an SCL it is how the text's [CLS] attends over the picture, in every fusion layer. Another model,
+such as one that was trained without completion, is drawn beside it by `--beside MODEL`.
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
@@ -293,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument(
         "--answers",
         metavar="FILE",
-        help="the answers to choose from, a JSON list or one a line (default: the run's)",
+        help="the answers to choose from, a JSON list or one a line (default: the run's, or the"
+        " classes of a model that has them)",
     )
     some.add_argument(
         "--answer-length", type=int, metavar="N", help="tokens of an answer (default: the run's)"
@@ -372,7 +376,10 @@ def _parser() -> argparse.ArgumentParser:
         "--layer",
         type=int,
         metavar="N",
-        help="fusion layer that maps of words are of, from 0 (default: the model's)",
+        help="fusion layer that maps are of, from 0 (default: the model's, or all of an SCL's)",
+    )
+    visualize.add_argument(
+        "--beside", metavar="MODEL", help="another model of pictures, drawn in the same figures"
     )
     visualize.add_argument(
         "--output",

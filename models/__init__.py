@@ -32,6 +32,9 @@ from svitt_ops.models.parts.outputs import (
 )
 from svitt_ops.models.parts.outputs import PreTrainingOutput as SViTTPreTrainingOutput
 from svitt_ops.models.parts.token_order import token_order
+from svitt_ops.models.scl.classification import SCLForQuestionAnswering, SCLForVisualReasoning
+from svitt_ops.models.scl.configuration import SCLConfig
+from svitt_ops.models.scl.model import SCLForPreTraining, SCLForRetrieval, SCLModel
 from svitt_ops.models.simla.configuration import SIMLAConfig
 from svitt_ops.models.simla.model import (
     SIMLAForPreTraining,
@@ -93,6 +96,12 @@ __all__ = [
     "FusionOutput",
     "MultipleChoiceOutput",
     "QuestionAnsweringOutput",
+    "SCLConfig",
+    "SCLForPreTraining",
+    "SCLForQuestionAnswering",
+    "SCLForRetrieval",
+    "SCLForVisualReasoning",
+    "SCLModel",
     "SIMLAConfig",
     "SIMLAForPreTraining",
     "SIMLAForQuestionAnswering",

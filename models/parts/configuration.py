@@ -164,8 +164,8 @@ class VideoConfig(PreTrainedConfig):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or len(values) != 3:
                 self._refuse(name, "three numbers", values)
-        if min(deviations := self.image_std) <= 0:
-            self._refuse("image_std", "three positive numbers", deviations)
+        if min(self.image_std) <= 0:
+            self._refuse("image_std", "three positive numbers", self.image_std)
 
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 RELEASED = {
     "beit": "microsoft/beit-base-patch16-224-pt22k-ft22k",
     "bert": "google-bert/bert-base-uncased",
+    "clip_vision_model": "openai/clip-vit-base-patch16",
+    "roberta": "FacebookAI/roberta-base",
     "vit": "facebook/deit-base-patch16-224",
     "resnet": "microsoft/resnet-50",
 }
@@ -96,9 +98,9 @@ def load_beit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     tensors = _per_layer_bias(tensors, model)
     rules = below(r"(?:beit\.)?", (*BEIT, *BEIT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"num_attention_heads": heads}
-    check_fixed("load_beit", shown, model.config, _name(source))
+    check_fixed("load_beit", shown, model.config, name_of(source))
     found = convert_into(model, tensors, rules, parts=("video.", "pooler_"), frames=1)
-    check_share("load_beit", len(found.loaded), len(found.missing), _name(source))
+    check_share("load_beit", len(found.loaded), len(found.missing), name_of(source))
     found.report("BEiT")
     return found
 
@@ -131,10 +133,10 @@ def load_vit(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
         *BEIT_DROPPED,
     )
     shown = sizes(renamed(found, rules)) | {"num_attention_heads": heads}
-    check_fixed("load_vit", shown, model.config, _name(source))
+    check_fixed("load_vit", shown, model.config, name_of(source))
     loaded = convert_into(model, found, rules, parts=("video.", "video_norm."))
     told = replace(loaded, missing=tuple(x for x in loaded.missing if x != "video.mask_token"))
-    check_share("load_vit", len(told.loaded), len(told.missing), _name(source))
+    check_share("load_vit", len(told.loaded), len(told.missing), name_of(source))
     told.report("ViT")
     return told
 
@@ -157,13 +159,13 @@ def load_bert(model: TwoTowers, source: str | Path | nn.Module) -> Conversion:
     tensors, heads = read_transformers(BertForPreTraining, source, "load_bert")
     rules = below(r"(?:bert\.)?", (*BERT, *BERT_DROPPED))
     shown = sizes(renamed(tensors, rules)) | {"text_num_attention_heads": heads}
-    check_fixed("load_bert", shown, model.config, _name(source))
+    check_fixed("load_bert", shown, model.config, name_of(source))
     found = convert_into(
         model, tensors, rules, parts=("text.", "fusion.", "token_head.", "decoder.")
     )
     expected = tuple(name for name in found.missing if "cross_" not in name)
     told = replace(found, missing=expected)
-    check_share("load_bert", len(told.loaded), len(told.missing), _name(source))
+    check_share("load_bert", len(told.loaded), len(told.missing), name_of(source))
     told.report("BERT")
     return found
 
@@ -263,9 +265,16 @@ def bias_geometry(
 
 
 def read_transformers(
-    kind: Any, source: str | Path | nn.Module, who: str
+    kind: Any, source: str | Path | nn.Module, who: str, *, whole: str | None = None
 ) -> tuple[dict[str, Tensor], int]:
-    """Weights and attention heads, 0 without any, of a transformers' model or of its folder."""
+    """Weights and attention heads, if any, of a transformers' model, or of the folder of one.
+
+    Args:
+        kind: class of the model.
+        source: the model, or the folder.
+        who: asks, in messages.
+        whole: type of models of which this one is a part, in whose folders it is found too.
+    """
     if isinstance(source, nn.Module):
         return source.state_dict(), getattr(source.config, "num_attention_heads", 0)
     wanted = kind.config_class.model_type
@@ -273,7 +282,7 @@ def read_transformers(
         raw, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
         if not raw:
             raise OSError("there is no config.json")
-        if raw.get("model_type") != wanted:
+        if raw.get("model_type") not in (wanted, whole or wanted):
             raise ValueError(
                 f"{who}: source must be the folder of a model of type {wanted!r}, "
                 f"got {raw.get('model_type')!r} in {source}"
@@ -294,7 +303,8 @@ def read_transformers(
     return kept, getattr(found.config, "num_attention_heads", 0)
 
 
-def _name(source: object) -> object:
+def name_of(source: object) -> object:
+    """A source of weights, as messages have it."""
     return type(source).__name__ if isinstance(source, nn.Module) else source
 
 

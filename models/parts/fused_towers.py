@@ -30,6 +30,11 @@ class FusedTowers(TwoTowers):
             self.pooler_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.fusion = self.fusion_class(config)
 
+    def pair_width(self, config: Any) -> int:
+        """Width of the vector that says what a text and a clip are together."""
+        width: int = config.text_hidden_size
+        return width
+
     def encode_video(self, pixel_values: Tensor) -> VideoOutput:
         """Encode clips.
 

@@ -123,6 +123,7 @@ SIZES = (
     ("max_position_embeddings", "text.embeddings.position.weight", 0),
     ("type_vocab_size", "text.embeddings.token_type.weight", 0),
     ("projection_dim", "text_projection.weight", 0),
+    ("projection_dim", "text_projection.out.weight", 0),
 )
 """Where weights show a field of the configuration: in a dimension of which of them."""
 

@@ -42,6 +42,7 @@ FIXED = (
 """Fields of a configuration that weights have, and cannot be changed in."""
 PARTS = (
     ("match_head.", "the match head starts"),
+    ("rank_head.", "the rank head starts"),
     ("token_head.", "the head for masked tokens starts"),
     ("decoder.", "the answer decoder starts"),
     ("class_head.", "the class head starts"),
@@ -83,8 +84,14 @@ def check_fixed(who: str, found: Mapping[str, Any], config: VideoConfig, source:
         wanted = getattr(config, field)
         if value != wanted:
             raise ValueError(
-                f"{who}: {field} must be {value}, that of the weights in {source}, got {wanted}"
+                f"{who}: {field} must be {in_short(value)}, that of the weights in {source}, "
+                f"got {in_short(wanted)}"
             )
+
+
+def in_short(value: object) -> object:
+    """A value as messages have it: of a long list its beginning."""
+    return [*value[:SHOWN], "..."] if isinstance(value, list) and len(value) > SHOWN else value
 
 
 def check_finite(who: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -165,13 +172,12 @@ def load_folder(
             f"{who}: {name} of {source} must have shape {tuple(shape)}, that of its config.json, "
             f"got {tuple(found)}"
         )
-    for name, parameter in model.named_parameters():
-        if name.startswith(model.training_only):  # transformers makes missing ones trainable
-            parameter.requires_grad_(False)
+    model.freeze()  # transformers makes all trainable
     state, absent = model.state_dict(), info["missing_keys"]
     names = [name for name in state if not name.startswith(model.training_only)]
     missing = model.start_missing([name for name in state if name in absent])
-    info["missing_keys"] = {name for name in absent if name in names}
+    derived = {name for name in names if name.startswith(model.derived)} - set(missing)
+    info["missing_keys"] = {name for name in absent if name in names} - derived
     check_share(who, len(names) - len(missing), len(missing), source)
     say_left_out(source, sorted(info["unexpected_keys"]))
     say_missing(source, missing)

@@ -28,7 +28,7 @@ class MatchesPairs(FusedTowers):
 
     def build(self, config: Any) -> None:
         super().build(config)
-        self.match_head = nn.Linear(config.text_hidden_size, 2)
+        self.match_head = nn.Linear(self.pair_width(config), 2)
         # Not a scalar, which `fully_shard` refuses.
         self.temperature = nn.Parameter(torch.tensor([float(config.temperature_init)]))
 

@@ -17,6 +17,8 @@ class Source:
     """Name of those that the paper starts from."""
     load: Callable[[Any, Any], object]
     """Takes over the weights of a folder: `load(model, folder)`."""
+    types: tuple[str, ...] = ()
+    """Types of model, besides that of its key, whose folders hold such weights."""
     is_file: bool = False
     """Whether it is a file, of a part that weights for use lack; it is read besides these."""
     takes_files: bool = False
@@ -36,5 +38,7 @@ class System:
     load_official: Callable[..., Any] | None = None
     """Reads a file of the authors' code: `load_official(source, config, task=...)`, the task a key
     of `models`; None: there is no such."""
+    official_sep: bool = False
+    """Whether the texts of such a file's model ended with [SEP]."""
     sources: Mapping[str, Source] = field(default_factory=dict)
     """By kind of model, as in the recipe's `init`: "beit", "bert", "dalle"."""

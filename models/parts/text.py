@@ -19,19 +19,31 @@ class TextLayer(GradientCheckpointingLayer):
     Args:
         config: of the model.
         fuses: whether the layer attends over the video too.
+        context_dim: width of what it attends over then; by default the video tower's.
+        eps: of its norms; by default `config.text_layer_norm_eps`.
+        intermediate_size: inside the feed-forward; by default `config.text_intermediate_size`.
     """
 
-    def __init__(self, config: TwoTowersConfig, *, fuses: bool) -> None:
+    def __init__(
+        self,
+        config: TwoTowersConfig,
+        *,
+        fuses: bool,
+        context_dim: int | None = None,
+        eps: float | None = None,
+        intermediate_size: int | None = None,
+    ) -> None:
         super().__init__()
         dim, heads = config.text_hidden_size, config.text_num_attention_heads
-        eps = config.text_layer_norm_eps
+        eps = config.text_layer_norm_eps if eps is None else eps
         self.attention = CrossAttention(dim, heads)
         self.attention_norm = nn.LayerNorm(dim, eps)
         self.cross_attention: nn.Module | None = None
         if fuses:
-            self.cross_attention = CrossAttention(dim, heads, context_dim=config.hidden_size)
+            context_dim = config.hidden_size if context_dim is None else context_dim
+            self.cross_attention = CrossAttention(dim, heads, context_dim=context_dim)
             self.cross_norm = nn.LayerNorm(dim, eps)
-        self.mlp = FeedForward(dim, config.text_intermediate_size)
+        self.mlp = FeedForward(dim, intermediate_size or config.text_intermediate_size)
         self.mlp_norm = nn.LayerNorm(dim, eps)
         self.dropout = nn.Dropout(config.text_dropout)
 

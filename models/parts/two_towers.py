@@ -30,6 +30,14 @@ class TwoTowers(PreTrainedModel):
     """Beginnings of the names of tensors that only training needs: `save_pretrained` leaves them
     out, `training_state` holds them."""
 
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of tensors that `start_missing` makes of trained ones, so that
+    weights without them lack nothing."""
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of parameters that do not learn."""
+
+    video_class: ClassVar[type[VideoTower]] = VideoTower
     config_class = TwoTowersConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
@@ -42,7 +50,14 @@ class TwoTowers(PreTrainedModel):
         super().__init__(config)
         self.build(config)
         self.post_init()
+        self.freeze()
         self._keys_to_ignore_on_save = set(self.training_state())
+
+    def freeze(self) -> None:
+        """Take what does not learn out of training; to be called when weights were loaded."""
+        for name, parameter in self.named_parameters():
+            if name.startswith((*self.training_only, *self.frozen)):
+                parameter.requires_grad_(False)
 
     def training_state(self) -> dict[str, Tensor]:
         """What training goes on from, besides the weights: tensors by name, none for most models.
@@ -54,11 +69,15 @@ class TwoTowers(PreTrainedModel):
 
     def build(self, config: Any) -> None:
         """Make the parts, whose weights are drawn once all are made; a system adds its own."""
-        self.video = VideoTower(config)
+        self.video = self.video_class(config)
         self.text = TextTower(config)
         if self.projects:
-            self.video_projection = nn.Linear(config.hidden_size, config.projection_dim)
-            self.text_projection = nn.Linear(config.text_hidden_size, config.projection_dim)
+            self.video_projection = self.build_projection(config, config.hidden_size)
+            self.text_projection = self.build_projection(config, config.text_hidden_size)
+
+    def build_projection(self, config: Any, dim: int) -> nn.Module:
+        """From vectors of a tower of this width to embeddings."""
+        return nn.Linear(dim, config.projection_dim)
 
     @classmethod
     def from_pretrained(
@@ -112,9 +131,13 @@ class TwoTowers(PreTrainedModel):
         """To be called before each step of training, once for all batches that it accumulates."""
 
     def group(self) -> dist.ProcessGroup | None:
-        """The processes that share a batch while training: negatives come from all of them."""
+        """The processes that negatives come from: all that share a batch while training."""
+        return None if self.config.official else self.sharing()
+
+    def sharing(self) -> dist.ProcessGroup | None:
+        """The processes that share a batch; None outside of training, and for a single one."""
         shared = dist.is_available() and dist.is_initialized() and self.training
-        return dist.group.WORLD if shared and not self.config.official else None
+        return dist.group.WORLD if shared else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -44,6 +46,8 @@ class VideoLayer(GradientCheckpointingLayer):
         drop_rate: stochastic depth of this layer.
     """
 
+    attention_class: ClassVar[type[BlockSparseSelfAttention]] = BlockSparseSelfAttention
+
     def __init__(self, config: VideoConfig, drop_rate: float) -> None:
         super().__init__()
         dim, eps = config.hidden_size, config.layer_norm_eps
@@ -53,13 +57,18 @@ class VideoLayer(GradientCheckpointingLayer):
             heads, std = config.num_attention_heads, config.bias_init_std
             bias = RelativePositionBias3D(grid, heads, std=std)
         official = config.official and config.edge_sparsity
-        kind = PaddedSelfAttention if official else BlockSparseSelfAttention
+        kind = PaddedSelfAttention if official else self.attention_class
         self.norm_before = nn.LayerNorm(dim, eps)
         self.attention = kind(dim, config.num_attention_heads, key_bias=config.key_bias, bias=bias)
         self.add_attention = Residual(dim, config.layer_scale_init_value, drop_rate)
         self.norm_after = nn.LayerNorm(dim, eps)
-        self.mlp = FeedForward(dim, config.intermediate_size)
+        self.mlp = FeedForward(dim, config.intermediate_size, self.activation)
         self.add_mlp = Residual(dim, config.layer_scale_init_value, drop_rate)
+
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        """Of the feed-forward."""
+        return F.gelu(x)
 
     def forward(
         self, tokens: Tensor, layout: so.BlockLayout, codes: Tensor | None, with_saliency: bool
@@ -83,6 +92,9 @@ class VideoTower(nn.Module):
         config: read here; `num_frames` is changed by `expand_frames` only.
     """
 
+    layer_class: ClassVar[type[VideoLayer]] = VideoLayer
+    patch_bias: ClassVar[bool] = True
+    """Whether the projection of patches has a bias."""
     order: Tensor
     codes: Tensor
 
@@ -90,7 +102,7 @@ class VideoTower(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        self.patches = nn.Conv2d(3, dim, config.patch_size, config.patch_size)
+        self.patches = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=self.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token: nn.Parameter | None = None
         if config.masks_patches:
@@ -103,7 +115,7 @@ class VideoTower(nn.Module):
             self.patch_positions = nn.Parameter(torch.zeros(shape))
         last = max(config.num_hidden_layers - 1, 1)
         rates = (config.drop_path_rate * i / last for i in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(VideoLayer(config, rate) for rate in rates)
+        self.layers = nn.ModuleList(self.layer_class(config, rate) for rate in rates)
         self.reset_positions()
 
     def reset_positions(self, device: torch.device | None = None) -> None:

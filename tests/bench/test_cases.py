@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import svitt_ops
-from bench.cases import token_pruning
+from bench.cases import frame_attention, token_pruning
 from bench.measure import harness
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +28,33 @@ def test_token_pruning_and_its_peers_pass_their_gates(index: int) -> None:
     problem = token_pruning.problem(case)
     for name in (x.name for x in problem.providers if not x.compiled):
         assert not any(objections(case, problem, name)), name
+
+
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_frame_attention_and_its_peers_pass_their_gates(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = frame_attention.shrunk(frame_attention.cases("cpu")[index])
+    problem = frame_attention.problem(case)
+    for provider in problem.providers:
+        assert not any(objections(case, problem, provider.name)), provider.name
+    if case.fields["frames"] > 1:  # else it is no other
+        broken = frame_attention.problem(case)
+        monkeypatch.setattr(
+            svitt_ops, "cross_attention", lambda query, key, value: query.contiguous() * 0
+        )
+        assert next(objections(case, broken, "svitt_ops")), "a broken op passed"
+
+
+def test_edges_of_frames_grow_with_them() -> None:
+    """Those of patches with the frames; of [CLS] alone with their square."""
+    facts = [frame_attention.problem(c).facts for c in frame_attention.cases("cpu")[:3]]
+    assert [x["edges"] for x in facts] == [
+        197**2,
+        2 * 196 * 197 + 4 * 197,
+        4 * 196 * 197 + 16 * 197,
+    ]
+    assert facts[2]["density"] < 0.26
 
 
 @pytest.mark.parametrize("name", ["queue_info_nce", "sample_hard_negatives", "retrieval_ranks"])

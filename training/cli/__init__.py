@@ -29,9 +29,9 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"--{option}: must be at least {minimum}, got {value}")
 
 
-def check_model(path: str, *kinds: str) -> None:
-    """Refuse a path that holds no whole model of one of these kinds."""
+def check_model(path: str, *kinds: str, name: str = "model") -> None:
+    """Refuse a path, that of an argument by name, without a whole model of one of these kinds."""
     from svitt_ops.training.engine.checkpoints import model_folder
     from svitt_ops.training.engine.folders import check_folder
 
-    check_folder("model", model_folder(path, MODEL), kinds)
+    check_folder(name, model_folder(path, MODEL.replace("model", name, 1)), kinds)

@@ -155,6 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         "text_length": reading.text_length,
         "short_side": reading.short_side,
         "resize": reading.resize,
+        "test_sampling": reading.test_sampling,
         **{option: getattr(arguments, option) for option in (*SETTINGS, *task.OPTIONS)},
         "protocol": arguments.protocol,
         "sources": _sources(chosen),

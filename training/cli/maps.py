@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ THINNEST = 0.25  # of that
 LONGEST = 320  # pixels, of a picture as it is shown
 SALIENT = 5  # words
 HEAT = 0.55  # of the colours over a picture
+MAPPED = ("word_maps", "class_attention", "salience")
+"""What models of pictures have whose maps can be drawn: one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +78,15 @@ def find_maps(
 
     These are Grad-CAM maps of a fusion layer; where the model has them, the soft mask that each
     piece makes; and the pseudo-labels of the picture, with the attention that its patches, as
-    queries of the same layer, pay to them.
+    queries of the same layer, pay to them. Of a model with two fusion streams it is the attention
+    that the text's [CLS] pays to the patches, layer by layer.
 
     Of a model without fusion layers, such as COOKIE: how similar the picture's regions are to its
     embedding; and of the words that are most similar to the text's, how similar the regions are to
     each. Colours go from the least to the greatest similarity.
 
     Args:
-        model: put into eval mode; has `word_maps`, or `salience`.
+        model: put into eval mode; has one of `MAPPED`.
         tokenizer: the model's.
         picture: uint8 (3, height, width).
         caption: the text.
@@ -116,6 +119,9 @@ def find_maps(
         return PictureMaps(picture=picture, caption=caption, groups=found)
     video = model.encode_video(pixels)
     words = model.encode_text(ids, mask).states
+    if hasattr(model, "class_attention"):
+        groups = [_class_attention(model, words, mask, video.states, layer)]
+        return PictureMaps(picture=picture, caption=caption, groups=tuple(groups))
     groups = [_grounding(model, words, mask, video.states, layer, pieces, places)]
     if hasattr(model, "word_masks") and model.config.masks_by_words:
         masks, allowed = model.word_masks(words, ids, mask, video.states)
@@ -127,6 +133,15 @@ def find_maps(
     if hasattr(model, "label_places"):
         groups.append(_labels(model, words, ids, mask, video, layer, pieces))
     return PictureMaps(picture=picture, caption=caption, groups=tuple(groups))
+
+
+def beside(found: Iterable[PictureMaps]) -> PictureMaps:
+    """Maps of several models of one picture, in one figure."""
+    first, *others = found
+    groups = [*first.groups]
+    for maps in others:
+        groups += [replace(group, name=f"beside: {group.name}") for group in maps.groups]
+    return replace(first, groups=tuple(groups))
 
 
 def _grounding(
@@ -171,6 +186,28 @@ def _salience(
             model, "words, most like the text as a whole; regions like each", contrasts[1], labels
         ),
     )
+
+
+def _class_attention(
+    model: Any, words: Tensor, mask: Tensor, video: Tensor, layer: int | None
+) -> Group:
+    """Attention of the text's [CLS] over the patches, in one fusion layer or in all."""
+    first, last = model.config.fusion_layer, model.config.text_num_hidden_layers - 1
+    if layer is not None and not first <= layer <= last:
+        raise ValueError(
+            f"{type(model).__name__}: layer must be a fusion layer, {first} to {last}, got {layer}"
+        )
+    shown = range(first, last + 1) if layer is None else [layer]
+    maps = model.class_attention(words, mask, video)[0, :, 1:]
+    score = float(model.match_scores(words, mask, video)[0])
+    group = _group(
+        model,
+        "[CLS] of the text over the picture",
+        maps[[number - first for number in shown]],
+        [f"layer {number}" for number in shown],
+    )
+    picture = Panel(label=f"match score {score:.1f}", values=None)
+    return replace(group, panels=(picture, *group.panels))
 
 
 def _labels(

@@ -39,10 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     config = model_folder(arguments.model, MODEL) / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", kinds[0])
     of_videos = kind == kinds[0]
-    other = "layer" if of_videos else "frames"
-    if getattr(arguments, other) is not None:
-        whose = "pictures" if of_videos else "videos"
-        raise ValueError(f"--{other}: needs a model of {whose}, got {kind}")
+    for other in ("layer", "beside") if of_videos else ("frames",):
+        if getattr(arguments, other) is not None:
+            whose = "pictures" if of_videos else "videos"
+            raise ValueError(f"--{other}: needs a model of {whose}, got {kind}")
+    if arguments.beside is not None:
+        check_model(arguments.beside, *kinds[1:], name="--beside")
     entries = _entries(arguments, "video" if of_videos else "image")
     target = _output(arguments, of_videos)
     model, tokenizer, reading, _ = load_for_use(
@@ -51,11 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         text_length=arguments.text_length,
         resize=arguments.resize,
     )
-    if not of_videos and not any(hasattr(model, maps) for maps in MAPS):
-        raise ValueError(
-            "model: must be for pretraining or retrieval to have maps of words, got"
-            f" {type(model).__name__}"
-        )
+    if not of_videos:
+        _check_maps(model, "model")
     if model.config.given_features:
         raise ValueError("model: must be one of pictures, got one of given features")
     length = reading.text_length
@@ -64,9 +63,29 @@ def run(arguments: argparse.Namespace) -> int:
         log.warning(
             "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
         )
-    draw = _draw_videos if of_videos else _draw_pictures
-    draw(model, tokenizer, reading, entries, target, arguments.layer)
+    if of_videos:
+        _draw_videos(model, tokenizer, reading, entries, target)
+        return 0
+    readers = [(model, tokenizer, reading)]
+    if arguments.beside is not None:
+        other = load_for_use(
+            arguments.beside, text_length=arguments.text_length, resize=arguments.resize
+        )
+        _check_maps(other[0], "--beside")
+        readers.append(other[:3])
+    _draw_pictures(readers, entries, target, arguments.layer)
     return 0
+
+
+def _check_maps(model: Any, name: str) -> None:
+    """Refuse a model of pictures, that of an argument by name, without maps to draw."""
+    from svitt_ops.training.cli.maps import MAPPED
+
+    if not any(hasattr(model, maps) for maps in MAPPED):
+        raise ValueError(
+            f"{name}: must be for pretraining or retrieval to have maps of words, got"
+            f" {type(model).__name__}"
+        )
 
 
 def _check_source(arguments: argparse.Namespace) -> None:
@@ -97,10 +116,11 @@ def _check_source(arguments: argparse.Namespace) -> None:
 def _kinds() -> list[str]:
     """SViTT, and all systems whose models find words in pictures."""
     from svitt_ops.models.systems import load_system, system_names
+    from svitt_ops.training.cli.maps import MAPPED
 
     found = ["svitt"]
     for system in map(load_system, system_names()):
-        if any(hasattr(system.models.get("retrieval"), maps) for maps in MAPS):
+        if any(hasattr(system.models.get("retrieval"), name) for name in MAPPED):
             found.append(system.config.model_type)
     return found
 
@@ -152,7 +172,6 @@ def _draw_videos(
     reading: RunSettings,
     entries: Sequence[Entry],
     target: Path,
-    layer: None,
 ) -> None:
     """Draw all clips that can be read into one figure."""
     from svitt_ops.training.cli.figures import draw_survivors, find_survivors
@@ -187,30 +206,31 @@ def _draw_videos(
 
 
 def _draw_pictures(
-    model: Any,
-    tokenizer: Any,
-    reading: RunSettings,
+    readers: Sequence[tuple[Any, Any, RunSettings]],
     entries: Sequence[Entry],
     target: Path,
     layer: int | None,
 ) -> None:
-    """Draw a figure for each picture that can be read."""
-    from svitt_ops.training.cli.maps import draw_maps, find_maps
+    """Draw a figure for each picture that can be read, with the maps of one model or of two."""
+    from svitt_ops.training.cli.maps import beside, draw_maps, find_maps
     from svitt_ops.training.tasks.parts.evaluation import Reading
     from svitt_ops.training.tasks.parts.pictures import Unread, read_pictures
 
-    how = Reading(short_side=reading.short_side)
+    how = Reading(short_side=readers[0][2].short_side)
     found = read_pictures("visualize", entries, Unread(), batch_size=1, reading=how)
     for (number,), (picture,) in found:
         entry = entries[number]
-        maps = find_maps(
-            model,
-            tokenizer,
-            picture[0],
-            entry.captions[0],
-            text_length=reading.text_length,
-            resize=reading.resize,
-            layer=layer,
+        maps = beside(
+            find_maps(
+                model,
+                tokenizer,
+                picture[0],
+                entry.captions[0],
+                text_length=reading.text_length,
+                resize=reading.resize,
+                layer=layer,
+            )
+            for model, tokenizer, reading in readers
         )
         file = target / f"{number:03}-{Path(entry.media[0]).stem[:STEM]}.png"
         with saving(file):

@@ -21,13 +21,14 @@ def sample_positions(
 ) -> list[int]:
     """Positions of the frames of a clip, ascending, `num_frames` of them.
 
-    The video is cut into `num_frames` chunks of equal length. A video with fewer frames gives all
-    it has, the last one repeated.
+    The video is cut into `num_frames` chunks of equal length, unless `mode` is "ends". A video with
+    fewer frames gives all it has, the last one repeated.
 
     Args:
         times: seconds of every frame of the video, ascending.
         num_frames: frames wanted.
-        mode: "rand": one frame of each chunk, uniformly; "middle": the one in its middle;
+        mode: "rand": one frame of each chunk, uniformly; "middle": the one in its middle; "ends":
+            the first, the last, and others evenly between them, some twice in a short video;
             "fpsX", such as "fps2.5": the frames nearest to (k + 0.5) / X seconds, of which as many
             as wanted are spread over the video.
         rng: what "rand" draws from.
@@ -39,6 +40,9 @@ def sample_positions(
         raise ValueError(f"a clip needs frames, got {count} to choose {num_frames} from")
     if mode.startswith("fps"):
         return _by_rate(times, num_frames, _rate(mode))
+    if mode == "ends":
+        gaps = max(num_frames - 1, 1)
+        return [(count - 1) * k // gaps for k in range(num_frames)]
     chunks = min(num_frames, count)
     bounds = [count * k // chunks for k in range(chunks + 1)]
     spans = list(itertools.pairwise(bounds))
@@ -53,7 +57,7 @@ def sample_positions(
             last = 1 if official else 0
             chosen = [rng.randrange(start, end - last) for start, end in spans]
     else:
-        raise ValueError(f"mode: must be 'rand', 'middle' or 'fpsX', got {mode!r}")
+        raise ValueError(f"mode: must be 'rand', 'middle', 'ends' or 'fpsX', got {mode!r}")
     return _fill(chosen, num_frames)
 
 

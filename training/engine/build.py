@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,11 @@ def report_left_out(problems: Sequence[str], count: int, where: str) -> None:
 def build_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedTokenizerBase:
     """Load the recipe's tokenizer, train it, or take that of the weights it starts from.
 
-    Texts for an official file end without [SEP], unless the recipe says otherwise.
+    Texts for an official file end as its authors' do, unless the recipe says otherwise.
     """
     tokenizer, append = _find_tokenizer(recipe, entries), recipe.tokenizer.append_sep
     if append is None and recipe.init.checkpoint and Path(recipe.init.checkpoint).is_file():
-        append = False
+        append = load_system(recipe.system).official_sep
     return tokenizer if append is None else append_sep(tokenizer, append)
 
 
@@ -96,20 +96,30 @@ def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedToken
     start = recipe.init.checkpoint
     if start and Path(start).is_dir():
         return load_tokenizer(model_folder(start), "init.checkpoint")
-    if recipe.init.bert:
-        return load_tokenizer(recipe.init.bert, "init.bert")
+    for key in ("bert", "roberta"):
+        if folder := getattr(recipe.init, key):
+            return load_tokenizer(folder, f"init.{key}")
     raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, head: str = "pretraining"
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    head: str = "pretraining",
+    fields: Mapping[str, Any] | None = None,
 ) -> Any:
     """The system's model for a head, from the weights that the recipe starts from.
 
     Frames of an earlier stage are expanded to those of this one, and bias of another resolution is
     interpolated.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of the texts.
+        head: a key of `System.models`.
+        fields: of the configuration that the task's data say, besides those of the recipe.
     """
-    model = _start_model(recipe, tokenizer, head)
+    model = _start_model(recipe, tokenizer, head, fields or {})
     for key, source in load_system(recipe.system).sources.items():
         path = getattr(recipe.init, key)
         if path is not None and (source.is_file or recipe.init.checkpoint is None):
@@ -118,11 +128,13 @@ def build_model(
     return model
 
 
-def _start_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, head: str) -> Any:
+def _start_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, head: str, fields: Mapping[str, Any]
+) -> Any:
     """The same without what `init` names besides a checkpoint."""
     from svitt_ops.models.parts.expansion import expand_frames
 
-    system, changes = load_system(recipe.system), dict(recipe.model)
+    system, changes = load_system(recipe.system), {**recipe.model, **fields}
     check_model_keys(recipe)
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = recipe.init.checkpoint
@@ -172,13 +184,13 @@ def refuse_other_shapes(config: Any, folder: Path, *, also: Sequence[str] = ()) 
         folder: with the weights and their configuration.
         also: fields that weights can be resized in, but are not here.
     """
-    from svitt_ops.models.parts.loading import fixed_fields
+    from svitt_ops.models.parts.loading import fixed_fields, in_short
 
     stored = type(config).from_pretrained(folder)
     for key in (*fixed_fields(stored, config), *also):
         before, after = getattr(stored, key), getattr(config, key)
         if before != after:
             raise ValueError(
-                f"recipe: model.{key} must be {before!r} as in the weights of {folder},"
-                f" got {after!r}"
+                f"recipe: model.{key} must be {in_short(before)!r} as in the weights of {folder},"
+                f" got {in_short(after)!r}"
             )

@@ -148,7 +148,7 @@ def _check_init(recipe: Recipe) -> None:
         if sources[kind].takes_files and Path(folder).is_file():
             continue
         advice = f"get it by: hf download {sources[kind].released} --local-dir {folder}"
-        check_folder(f"recipe: init.{kind}", folder, (kind,), advice)
+        check_folder(f"recipe: init.{kind}", folder, (kind, *sources[kind].types), advice)
     if unread:
         log.warning("%s not read: init.checkpoint has all weights", " and ".join(unread))
 
@@ -175,5 +175,5 @@ def _check_tokenizer(recipe: Recipe) -> None:
         load_tokenizer(wanted.name)
     elif not wanted.train_vocab_size:
         started = init.checkpoint is not None and Path(init.checkpoint).is_dir()
-        if not started and not init.bert:
+        if not started and not (init.bert or init.roberta):
             raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")

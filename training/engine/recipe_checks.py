@@ -11,7 +11,7 @@ from math import inf
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from svitt_ops.models.systems import load_system, system_names
-from svitt_ops.training.data import RESIZES
+from svitt_ops.training.data import RESIZES, TEST_SAMPLINGS
 from svitt_ops.training.data.paths import expand
 from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
 from svitt_ops.training.engine.task import Trainable, Validated, load_task
@@ -39,6 +39,7 @@ RULES: dict[str, Rule] = {
     "seed": ("0 to 2^32 - 1", lambda x: 0 <= x < 2**32),
     "tokenizer.train_vocab_size": _least(SMALLEST_VOCABULARY),
     "data.sampling": ("rand, middle or fpsX with a positive X", lambda mode: _is_sampling(mode)),
+    "data.test_sampling": _one_of(*TEST_SAMPLINGS),
     "data.short_side": _least(1),
     "data.text_length": _least(SHORTEST_TEXT),
     "data.pad_to": _one_of("longest", "max"),

@@ -55,6 +55,10 @@ class Init:
     """Folder, or name of a downloaded Hugging Face ViT or DeiT, for an image tower of ALBEF's."""
     bert: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face BERT, for the text tower."""
+    clip: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face CLIP, for SCL's image tower."""
+    roberta: str | None = field(default=None, metadata=PATH)
+    """Folder, or name of a downloaded Hugging Face RoBERTa, for SCL's text tower."""
     dalle: str | None = field(default=None, metadata=PATH)
     """File with the state dict of DALL-E's encoder, as SIMLA's tokenizer of patches while it is
     pretrained; also besides `checkpoint`, which has none. Default: a small one, untrained."""
@@ -62,15 +66,15 @@ class Init:
 
 @dataclass
 class TokenizerRecipe:
-    """A name or a size; neither: the tokenizer of `init.checkpoint`, or of `init.bert`."""
+    """A name or a size; neither: the tokenizer of what `init` names."""
 
     name: str | None = field(default=None, metadata=PATH)
     """Folder, or name of a downloaded Hugging Face tokenizer."""
     train_vocab_size: int | None = None
     """Train WordPiece on the captions, with at most so many pieces."""
     append_sep: bool | None = None
-    """Whether texts end with [SEP]; default: as the tokenizer has it, and not where
-    `init.checkpoint` is an official file, whose texts did not."""
+    """Whether texts end with [SEP]; default: as the tokenizer has it, and as its authors' texts did
+    where `init.checkpoint` is an official file."""
 
 
 @dataclass
@@ -82,6 +86,9 @@ class Data:
     """What the model is evaluated on while it is trained; its best weights are kept."""
     sampling: str = "rand"
     """Frames of a training clip: "rand", "middle" or "fpsX"."""
+    test_sampling: str = "middle"
+    """Frames of a clip in evaluation: "middle" of equal chunks, or "ends", from the first frame to
+    the last."""
     official_sampling: bool = False
     """Draw "rand" as the released SViTT does, which never takes the last frame of a chunk."""
     short_side: int | None = 256
@@ -146,6 +153,8 @@ class Optimizer:
     mask_probability: float = 0.5
     """Share of tokens masked for masked language modelling, or, of COOKIE's views of texts, masked,
     substituted or deleted."""
+    mask_words: bool = False
+    """Mask all pieces of a word together, a share of each text, one word at least."""
 
 
 @dataclass

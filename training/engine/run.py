@@ -117,7 +117,8 @@ def _train(
         tokenizer = build_tokenizer(recipe, examples)
     else:
         tokenizer = load_tokenizer(str(resumed[1]))
-    model = build_model(recipe, tokenizer, task.HEAD)
+    fields_of = getattr(task, "model_fields", None)
+    model = build_model(recipe, tokenizer, task.HEAD, fields_of(recipe) if fields_of else None)
     if resumed is not None:
         own = ("image_size", "num_frames", *model.config.own_fixed)
         refuse_other_shapes(model.config, resumed[1], also=own)

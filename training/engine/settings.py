@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from svitt_ops.training.data import RESIZES
+from svitt_ops.training.data import RESIZES, TEST_SAMPLINGS
 from svitt_ops.training.engine.checkpoints import BEST, FINAL, RECIPE
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ class RunSettings:
     """Frames are scaled down to this as they are decoded."""
     resize: str = "antialias"
     """How frames become the model's size."""
+    test_sampling: str = "middle"
+    """Which frames of a video are a clip in evaluation."""
 
 
 def run_settings(folder: str | Path) -> RunSettings:
@@ -92,6 +94,8 @@ def _fits(name: str, value: Any) -> bool:
     """Whether a value is one that `RunSettings` can have."""
     if name == "resize":
         return value in RESIZES
+    if name == "test_sampling":
+        return value in TEST_SAMPLINGS
     if name == "short_side" and value is None:
         return True
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

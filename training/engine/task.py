@@ -23,7 +23,8 @@ class Trainable(Protocol):
     """What the engine asks of a task that models are trained for.
 
     A task with keys of its own has a `Recipe` too, derived from `engine.recipes.Recipe`, and may
-    refuse values of them in a function `check(recipe)`.
+    refuse values of them in a function `check(recipe)`. What its data say of the model, such as its
+    classes, are fields of the configuration that a function `model_fields(recipe)` returns.
     """
 
     HEAD: str

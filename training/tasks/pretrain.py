@@ -25,7 +25,7 @@ VIEWS = {"of_pictures": "vcl", "of_texts": "tcl"}
 """Of `ViewCollator`, and the loss that wants them."""
 INPUTS = (
     *("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels"),
-    *("view_input_ids", "view_attention_mask"),
+    *("masked_input_ids", "patch_noise", "view_input_ids", "view_attention_mask"),
 )
 
 
@@ -44,14 +44,17 @@ def build_dataset(recipe: Recipe, examples: Sequence[Entry], config: VideoConfig
 
 
 def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Collator:
-    """The collator; it prepares masked texts, or views, only for a model that learns from them."""
-    views = {name: config.weights.get(loss, 0) > 0 for name, loss in VIEWS.items()}
+    """The collator; it prepares what is masked, or views, only for a model that learns from it."""
+    weights, settings = config.weights, recipe.optimizer
+    views = {name: weights.get(loss, 0) > 0 for name, loss in VIEWS.items()}
     if any(views.values()):
-        noise = recipe.optimizer.mask_probability
-        return collator(ViewCollator, recipe, tokenizer, noise=noise, **views)
-    masked = config.weights.get("mlm", 0) > 0
-    share = recipe.optimizer.mask_probability if masked else 0.0
-    return collator(Collator, recipe, tokenizer, mask_probability=share)
+        return collator(ViewCollator, recipe, tokenizer, noise=settings.mask_probability, **views)
+    share = settings.mask_probability if weights.get("mlm", 0) > 0 else 0.0
+    completion = None
+    if weights.get("scl", 0) > 0:
+        completion = (config.text_mask_share, config.grid_size**2)
+    more = {"mask_probability": share, "mask_words": settings.mask_words}
+    return collator(Collator, recipe, tokenizer, **more, completion=completion)
 
 
 def model_inputs(

@@ -1,4 +1,4 @@
-"""Questions about videos, whose answers a decoder writes, and ranks in evaluation."""
+"""Questions about videos, whose answers a decoder writes, or which are classes of the model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.models.parts.clips import join_clips
 from svitt_ops.models.parts.configuration import VideoConfig
+from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.collate import Collator, count_cut, encode_texts
-from svitt_ops.training.data.columns import Strings
-from svitt_ops.training.data.datasets import Clip, PairDataset
-from svitt_ops.training.data.transport import Batch
 from svitt_ops.training.engine import recipes
 from svitt_ops.training.engine.build import read_corpora, report_left_out
 from svitt_ops.training.engine.gate import check_batches
 from svitt_ops.training.engine.settings import RunSettings
 from svitt_ops.training.tasks import pretrain
+from svitt_ops.training.tasks.parts.answer_classes import (
+    AnswerClassCollator,
+    Choices,
+    report_without_class,
+)
 from svitt_ops.training.tasks.parts.asking import Asking, those_without
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
@@ -32,10 +33,11 @@ from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, under_
 from svitt_ops.training.tasks.parts.questions import (
     QUESTIONS,
     Question,
+    QuestionCollator,
+    QuestionDataset,
     encode_answers,
     read_answers,
 )
-from svitt_ops.training.tasks.parts.sharing import share_clips
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
 from svitt_ops.training.tasks.parts.training import clip_spec, collator
 from svitt_ops.training.tasks.parts.vqa import LEAST, best_constant, vqa_accuracy
@@ -48,7 +50,7 @@ OPTIONS = {
 }
 INPUTS = (
     *("input_ids", "attention_mask", "answer_ids", "answer_mask"),
-    *("answers_per_question", "answer_weights", "clip_numbers"),
+    *("answers_per_question", "answer_weights", "clip_numbers", "targets"),
 )
 METRICS = ("exact", "vqa")
 SHORTEST_ANSWER = 2  # [CLS], one piece
@@ -59,7 +61,8 @@ class Data(recipes.Data):
     """What is read; `text_length` is that of the questions."""
 
     answers: str | None = field(default=None, metadata=recipes.PATH)
-    """The closed list that answers are ranked in: a JSON list, or one a line; not for training."""
+    """The closed list that answers are ranked in: a JSON list, or one a line; not for training,
+    but where they are the model's classes."""
     text_length: int = 25
     answer_length: int = 5
     """Tokens of the longest answer, [CLS] and [SEP] among them; longer ones are cut."""
@@ -92,71 +95,8 @@ class Recipe(recipes.Recipe):
     """How the questions of `data.validation` are answered, and those of a test by default."""
 
 
-@dataclass
-class QuestionClip(Clip):
-    """A question with its clip and its answers."""
-
-    answers: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return (self.caption, *self.answers)
-
-
-class QuestionDataset(PairDataset):
-    """Questions to train on.
-
-    Args:
-        share_clips: give all questions about a video the same clip in an epoch.
-    """
-
-    def __init__(
-        self, questions: Sequence[Question], *given: Any, share_clips: bool = False, **more: Any
-    ) -> None:
-        super().__init__(questions, *given, **more)
-        self.share_clips = share_clips
-        counts = [len(question.answers) for question in questions]
-        self._first: NDArray[np.int64] = np.cumsum([0, *counts])
-        self._answers = Strings(text for question in questions for text in question.answers)
-        weights = [weight for question in questions for weight in question.weights]
-        self._weights = np.array(weights, dtype=np.float32)
-
-    def draws_as(self, number: int) -> int:
-        return int(self._ids[number]) if self.share_clips else number
-
-    def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> QuestionClip:
-        clip = super().read(number, seed, skipped)
-        mine = slice(*self._first[number : number + 2].tolist())
-        weights = tuple(self._weights[mine].tolist())
-        return QuestionClip(**vars(clip), answers=self._answers[mine], weights=weights)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionCollator(Collator):
-    """Makes a batch of questions."""
-
-    answer_length: int = 5
-    """Longest answer, in tokens."""
-    share_clips: bool = False
-    """Whether questions about a video have the same clip, which the batch then holds once."""
-
-    def __call__(self, clips: Sequence[Any]) -> Batch:
-        batch = super().__call__(clips)
-        if self.share_clips:
-            share_clips(batch, [(clip.pair_id, clip.seed) for clip in clips])
-        answers = [answer for clip in clips for answer in clip.answers]
-        ids, mask = encode_answers(self.tokenizer, answers, self.answer_length)
-        return batch | {
-            "answer_ids": ids,
-            "answer_mask": mask,
-            "answers_per_question": torch.tensor([len(clip.answers) for clip in clips]),
-            "answer_weights": torch.tensor([w for clip in clips for w in clip.weights]),
-        }
-
-
 def check(recipe: Recipe) -> None:
-    """Refuse answers without room for a word, and validation without a list of answers."""
+    """Refuse answers without room for a word, and what needs a list of answers without one."""
     data = recipe.data
     if data.answer_length < SHORTEST_ANSWER:
         raise ValueError(
@@ -168,11 +108,31 @@ def check(recipe: Recipe) -> None:
             "recipe: data.answers must be a file of the answers that data.validation is asked for,"
             " got null"
         )
+    if _chooses(recipe) and data.answers is None:
+        raise ValueError(
+            f"recipe: data.answers must be a file of the answers that are {recipe.system}'s"
+            " classes, got null"
+        )
+
+
+def _chooses(recipe: Recipe) -> bool:
+    """Whether answers are classes of the system's model."""
+    return hasattr(load_system(recipe.system).models[HEAD], "answer_scores")
+
+
+def model_fields(recipe: Recipe) -> dict[str, Any]:
+    """The answers of a model that has them as classes."""
+    if not _chooses(recipe):
+        return {}
+    assert recipe.data.answers is not None
+    return {"answers": read_answers(recipe.data.answers, "recipe: data.answers")}
 
 
 def read_examples(recipe: Recipe) -> list[Question]:
     """The questions of all training corpora."""
     questions = read_corpora(recipe.data.train, recipe.data, "train", QUESTIONS)
+    if answers := model_fields(recipe).get("answers"):
+        report_without_class(questions, answers)
     check_batches(questions, recipe.optimizer.batch_size // recipe.optimizer.accumulation)
     return questions
 
@@ -181,15 +141,27 @@ def build_dataset(
     recipe: Recipe, examples: Sequence[Question], config: VideoConfig
 ) -> QuestionDataset:
     """The training questions."""
-    share = recipe.data.share_clips
-    return QuestionDataset(examples, clip_spec(recipe, config), seed=recipe.seed, share_clips=share)
+    return QuestionDataset(
+        examples,
+        clip_spec(recipe, config),
+        seed=recipe.seed,
+        share_clips=recipe.data.share_clips,
+        soft=_classes(config) is not None,
+    )
 
 
-def build_collator(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
-) -> QuestionCollator:
+def _classes(config: Any) -> list[str] | None:
+    """The answers that are a model's classes."""
+    return getattr(config, "answers", None)
+
+
+def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Collator:
     """The collator."""
-    data = recipe.data
+    data, classes = recipe.data, _classes(config)
+    if classes is not None:
+        numbers = {answer: number for number, answer in enumerate(classes)}
+        of_classes = {"classes": numbers, "share_clips": data.share_clips}
+        return collator(AnswerClassCollator, recipe, tokenizer, **of_classes)
     more = {"answer_length": data.answer_length, "share_clips": data.share_clips}
     return collator(QuestionCollator, recipe, tokenizer, **more)
 
@@ -290,19 +262,27 @@ def answer_questions(
     _check_people(questions, metric)
     asking = Asking("qa", questions, settings, reading)
     chosen = torch.full((len(questions),), -1)
+    classes = _classes(model.config)
     with evaluating(model, bf16=reading.bf16) as device:
-        ids, mask = encode_answers(tokenizer, asked.answers, answer_length)
-        answers = (ids.to(device), mask.to(device))
+        answers: Any
+        if classes is None:
+            ids, mask = encode_answers(tokenizer, asked.answers, answer_length)
+            answers = (ids.to(device), mask.to(device))
+        else:
+            answers = Choices.of(asked.answers, classes)
         for numbers, states in asking(model, order, seed=seed):
             texts = [questions[k].captions[0] for k in numbers]
             found = _rank(model, tokenizer, texts, states, answers, settings, reading)
             chosen[numbers] = found.cpu()
     texts = [question.captions[0] for question in questions]
+    cut = 0
+    if classes is None:
+        cut = int((_full_lengths(tokenizer, asked.answers) > answer_length).sum())
     return {
         **_facts(questions, chosen, asked, metric),
         **asking.facts(),
         "texts_cut": count_cut(tokenizer, texts, reading.text_length),
-        "answers_cut": int((_full_lengths(tokenizer, asked.answers) > answer_length).sum()),
+        "answers_cut": cut,
         "left_out": asked.left_out,
     }
 
@@ -312,14 +292,19 @@ def _rank(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str],
     states: Tensor,
-    answers: tuple[Tensor, Tensor],
+    answers: Choices | tuple[Tensor, Tensor],
     settings: Evaluation,
     reading: Reading,
 ) -> Tensor:
     """The number of the best answer to each question."""
     inputs = encode_texts(tokenizer, questions, reading.text_length, "longest")
     ids, attended = (t.to(states.device) for t in inputs.values())
-    read = model.encode_questions(ids, attended, join_clips(states, settings.merge))
+    clips = join_clips(states, settings.merge)
+    if isinstance(answers, Choices):
+        scores = model.answer_scores(ids, attended, clips, merge=settings.merge)
+        check_finite(scores, "qa: scores of answers", lambda k: f"those of {questions[k]!r}")
+        return answers.best(scores)
+    read = model.encode_questions(ids, attended, clips)
     ranking = model.rank_answers(
         read,
         attended,
@@ -398,9 +383,12 @@ def evaluate(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What `answer_questions` finds, under `--probe` in every frame order."""
-    if options.answers is None:
+    answers = _classes(model.config)
+    if options.answers is not None:
+        answers = read_answers(options.answers, "--answers")
+    if answers is None:
         raise ValueError("--answers: must be a file of the answers to choose from, got none")
-    asked = Asked.of(examples, read_answers(options.answers, "--answers"))
+    asked = Asked.of(examples, answers)
 
     def run(order: str, without: Mapping[str, str]) -> dict[str, Any]:
         return answer_questions(

@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.models.parts.clips import Merge, join_clips, merge_clips
+from svitt_ops.models.parts.configuration import VideoConfig
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.collate import Collator, count_cut
+from svitt_ops.training.data.datasets import PairDataset
 from svitt_ops.training.engine import recipes
 from svitt_ops.training.engine.build import read_corpora
 from svitt_ops.training.engine.loading import load_for_use
 from svitt_ops.training.engine.settings import RunSettings
+from svitt_ops.training.tasks import pretrain
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.encoding import (
     EncodedTexts,
@@ -28,21 +31,26 @@ from svitt_ops.training.tasks.parts.encoding import (
     encode_gallery_videos,
 )
 from svitt_ops.training.tasks.parts.evaluation import Evaluation, Reading, evaluating
+from svitt_ops.training.tasks.parts.false_texts import ChoiceCollator, ChoiceDataset
 from svitt_ops.training.tasks.parts.folds import fold_gallery, mean_of_folds
 from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import by_order, delta_lines, probe_orders
 from svitt_ops.training.tasks.parts.ranks import recalls
 from svitt_ops.training.tasks.parts.table import format_rows, left_out_lines
-from svitt_ops.training.tasks.parts.training import collator
-from svitt_ops.training.tasks.pretrain import build_dataset, model_inputs, read_examples
+from svitt_ops.training.tasks.parts.training import clip_spec, collator
+from svitt_ops.training.tasks.pretrain import read_examples
 
-__all__ = ["build_dataset", "model_inputs", "read_examples"]  # and those that are written here
+__all__ = ["read_examples"]  # and those that are written here
 log = logging.getLogger(__name__)
 HEAD = "retrieval"
 OPTIONS = {
     **{"clips": 1, "strided": False, "merge": "logsumexp", "top_k": 128, "probe": False},
     **{"folds": 1, "ensemble": None},
 }
+INPUTS = (
+    *("input_ids", "attention_mask", "pair_ids"),
+    *("false_input_ids", "false_attention_mask"),
+)
 
 
 @dataclass
@@ -54,11 +62,33 @@ class Recipe(recipes.Recipe):
     """How `data.validation` is searched, and test videos by default."""
 
 
+def build_dataset(
+    recipe: recipes.Recipe, examples: Sequence[Entry], config: VideoConfig
+) -> PairDataset:
+    """The training pairs, with false texts for a model that chooses among them."""
+    count = _false_texts(config)
+    if not count:
+        return pretrain.build_dataset(recipe, examples, config)
+    spec, positives = clip_spec(recipe, config), recipe.data.positives
+    return ChoiceDataset(examples, spec, seed=recipe.seed, positives=positives, false_texts=count)
+
+
 def build_collator(
     recipe: recipes.Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> Collator:
     """The collator; no text is masked."""
-    return collator(Collator, recipe, tokenizer)
+    return collator(ChoiceCollator if _false_texts(config) else Collator, recipe, tokenizer)
+
+
+def model_inputs(
+    recipe: recipes.Recipe, config: VideoConfig, batch: dict[str, Any]
+) -> dict[str, Any]:
+    """Pictures of the model's size, and texts."""
+    return pretrain.model_inputs(recipe, config, batch, INPUTS)
+
+
+def _false_texts(config: Any) -> int:
+    return getattr(config, "false_texts", 0)
 
 
 def read_validation(recipe: recipes.Recipe) -> Gallery:
@@ -145,11 +175,12 @@ def retrieval(
             scores = texts.embeds @ videos.embeds.T
         found: dict[str, Any] = {"contrastive": recalls(scores, gallery)}
         if rerank:
-            ranked = [
-                _rerank(model, scores, gallery, texts, videos, settings, by_video, progress)
-                for by_video in (False, True)
-            ]
-            found |= recalls(ranked[0], gallery, ranked[1])
+            arguments = (model, scores, gallery, texts, videos, settings)
+            ranked = _rerank(*arguments, False, progress)
+            # Where all pairs are ranked anew, both ways have the same scores.
+            whole = settings.top_k >= max(scores.shape)
+            back = ranked if whole else _rerank(*arguments, True, progress)
+            found |= recalls(ranked, gallery, back)
         else:
             found |= found["contrastive"]
     counts = {"videos": len(gallery.videos), "texts": len(gallery.texts)}
@@ -166,6 +197,7 @@ def probe_retrieval(
     settings: Evaluation | None = None,
     seed: int = 0,
     short_side: int | None = None,
+    sampling: str = "middle",
     **options: Any,
 ) -> dict[str, Any]:
     """Retrieval under every frame order, and what shuffling costs (normal - shuffled).
@@ -185,6 +217,7 @@ def probe_retrieval(
             order=order,
             seed=seed,
             features=model.config.given_features,
+            sampling=sampling,
         )
         return retrieval(model, tokenizer, clips, settings=settings, **options)
 
@@ -211,10 +244,8 @@ def evaluate(
     if not options.probe:
         parts = fold_gallery(gallery, options.folds)
         return mean_of_folds([search_together(members, part, settings) for part in parts])
-    more = _options(how)
-    return probe_retrieval(
-        model, tokenizer, gallery, settings=settings, short_side=how.short_side, **more
-    )
+    more = {"short_side": how.short_side, "sampling": how.test_sampling, **_options(how)}
+    return probe_retrieval(model, tokenizer, gallery, settings=settings, **more)
 
 
 def search_together(
@@ -282,6 +313,7 @@ def _search(
         strided=settings.strided,
         short_side=reading.short_side,
         features=model.config.given_features,
+        sampling=reading.test_sampling,
     )
     return retrieval(model, tokenizer, clips, settings=settings, **_options(reading), **more)
 

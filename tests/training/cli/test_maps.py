@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.3,
     "text_num_hidden_layers": 4,
 }
+SMALL_SCL = {name: value for name, value in SMALL.items() if name != "queue_size"}
 Capture = pytest.CaptureFixture[str]
 Folders = Callable[..., Path]
 
@@ -42,11 +43,10 @@ def folders(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Folde
     tokenizer = train_tokenizer([TEXT] * 9, 100)
 
     def make(system: str, head: str = "pretraining", **model: Any) -> Path:
+        fields = {**SMALL, **OF_PICTURES[system]} if system in OF_PICTURES else SMALL_SCL
         folder = tmp_path_factory.mktemp(system)
         torch.manual_seed(0)
-        recipe = make_recipe(
-            folder, f"system={system}", **{**SMALL, **OF_PICTURES[system], **model}
-        )
+        recipe = make_recipe(folder, f"system={system}", **{**fields, **model})
         model_class = load_system(system).models[head]
         model_class(build_model(recipe, tokenizer).config).save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
@@ -57,7 +57,7 @@ def folders(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Folde
 
 @pytest.fixture(scope="module")
 def models(folders: Folders) -> dict[str, Path]:
-    return {system: folders(system) for system in OF_PICTURES}
+    return {system: folders(system) for system in (*OF_PICTURES, "scl")}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def picture(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("system", OF_PICTURES)
+@pytest.mark.parametrize("system", [*OF_PICTURES, "scl"])
 def test_every_picture_of_a_file_gets_a_figure(
     system: str,
     models: dict[str, Path],
@@ -156,6 +156,31 @@ def test_maps_are_those_of_the_models(models: dict[str, Path], photos: Path) -> 
             assert isinstance(model, SIMLAForPreTraining)
             labels = [panel.label.split()[0] for panel in found.groups[1].panels]
             assert 1 <= len(labels) <= 5 and set(labels) <= set(pieces)
+
+
+def test_attention_of_the_text_with_another_model_beside(
+    models: dict[str, Path], folders: Folders, photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Of every fusion layer; what is drawn of it goes to the patches, not to their [CLS]."""
+    shown = picture(photos / "odd.jpg")
+    model, tokenizer, _, _ = load_for_use(models["scl"])
+    (group,) = find_maps(model, tokenizer, shown, TEXT).groups
+    assert [panel.label for panel in group.panels[1:]] == ["layer 1", "layer 2", "layer 3"]
+    maps = torch.stack([panel.values for panel in group.panels[1:]])  # type: ignore[misc]
+    assert maps.shape == (3, 4, 4) and (maps > 0).all() and (maps.sum((1, 2)) < 1).all()
+    (one,) = find_maps(model, tokenizer, shown, TEXT, layer=2).groups
+    assert torch.equal(one.panels[1].values, maps[1])  # type: ignore[arg-type]
+    other = folders("scl", "retrieval")
+    words = ["visualize", str(models["scl"]), str(photos / "odd.jpg"), "--caption", TEXT]
+    heights = []
+    for more in ([], ["--beside", str(other)], ["--beside", str(models["albef"])]):
+        assert cli.main([*words, *more, "--output", str(tmp_path / "maps")]) == 0
+        heights.append(Image.open(capsys.readouterr().out.strip()).height)
+    assert heights[0] < heights[1] <= heights[2]
+    assert cli.main([*words, "--layer", "0", "--output", str(tmp_path / "maps")]) == 2
+    assert "SCLForPreTraining: layer must be a fusion layer, 1 to 3" in capsys.readouterr().err
+    assert cli.main([*words, "--beside", str(tmp_path)]) == 2
+    assert "--beside: must be the folder of a model or of a run" in capsys.readouterr().err
 
 
 def test_errors(

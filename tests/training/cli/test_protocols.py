@@ -15,7 +15,7 @@ from svitt_ops.training.engine.protocols import load_protocol, shipped_protocols
 from svitt_ops.training.engine.recipes import load_recipe, shipped_recipes
 from svitt_ops.training.engine.task import Evaluable, load_task
 
-NAMES = ["agqa", "anet", "anet-qa", "charades", "didemo"]
+NAMES = ["agqa", "anet", "anet-qa", "charades", "didemo", "lsmdc"]
 NAMES += ["sts", "coco-hashing"]
 NAMES += ["flickr30k", "coco-1k", "coco-5k", "vqa2", "nlvr2", "snli-ve", "refcoco-plus"]
 NAMES += ["msrvtt-1ka", "msrvtt-7k", "msrvtt-mc", "msrvtt-qa", "ssv2-label", "ssv2-template"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.augment import Augmentation, to_pixel_values
-from svitt_ops.training.data.collate import Collator, encode_texts
+from svitt_ops.training.data.collate import Collator, choose_words, encode_texts, word_numbers
 from svitt_ops.training.data.datasets import Clip, ClipSpec, GlobalBatches, Item, PairDataset
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.engine.schedule import learning_rate_factor
@@ -199,3 +199,59 @@ def test_learning_rate_in_steps() -> None:
     assert [factor(step) for step in (10, 19)] == pytest.approx([0.7, 0.7])
     assert [factor(step) for step in (20, 90)] == pytest.approx([0.49, 0.49])
     assert [factor(step, 5) for step in (0, 1, 5)] == pytest.approx([0.01, 0.2, 1])
+
+
+def test_words_are_masked_whole() -> None:
+    """Of each text as many pieces as the share says, or one word if that is more."""
+    words = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 3, -1, -1], [-1, 0, 0, 0, 0, -1, -1, -1, -1, -1]])
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(50):
+        masked = choose_words(words, torch.rand(2, 10, generator=generator), 0.4)
+        assert (
+            masked[0].sum() in (2, 3) and masked[1].tolist() == [False] + [True] * 4 + [False] * 5
+        )
+        for word in range(4):
+            pieces = masked[0][words[0] == word]
+            assert pieces.all() or not pieces.any()
+        seen.add(tuple(masked[0].tolist()))
+    assert len(seen) >= 4
+    assert not choose_words(torch.full((1, 3), -1), torch.rand(1, 3), 0.4).any()
+
+
+def test_pieces_of_a_word_share_its_number() -> None:
+    tokenizer = train_tokenizer(["ab abab"], 12)
+    texts = ["abab ab", "ab"]
+    numbers = word_numbers(tokenizer, texts, 10, "longest")
+    ids = encode_texts(tokenizer, texts, 10, "longest")["input_ids"]
+    assert numbers.shape == ids.shape
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    assert torch.equal(numbers == -1, special)
+    assert numbers[0][~special[0]].unique().tolist() == [0, 1]
+
+
+def test_what_completion_removes() -> None:
+    """Theirs: 40 % of the pieces and one more, drawn with replacement; noise of each clip's own."""
+    tokenizer = train_tokenizer(CAPTIONS, 60)
+    collate = Collator(tokenizer=tokenizer, completion=(0.4, 9))
+    frames = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    seen = set()
+    for seed in range(30):
+        clips = [Clip(frames, text, k, seed + k) for k, text in enumerate(CAPTIONS)]
+        batch = collate(clips)
+        ids, found = batch["input_ids"], batch["masked_input_ids"]
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+        changed = ids != found
+        assert not (changed & special).any()
+        assert (found[changed] == tokenizer.mask_token_id).all()
+        free = (~special).sum(1)
+        assert ((changed.sum(1) >= 1) & (changed.sum(1) <= (0.4 * free).long() + 1)).all()
+        assert batch["patch_noise"].shape == (3, 9)
+        seen.add(tuple(changed[0].tolist()))
+        alone = collate(clips[1:2])  # whatever it is padded to
+        count = alone["input_ids"].shape[1]
+        assert torch.equal(alone["masked_input_ids"][0], found[1, :count])
+        assert torch.equal(alone["patch_noise"][0], batch["patch_noise"][1])
+        assert torch.equal(batch["patch_noise"], collate(clips)["patch_noise"])
+    assert len(seen) > 5
+    assert "patch_noise" not in Collator(tokenizer=tokenizer)(clips)

@@ -1,6 +1,9 @@
-"""The chunk sampler: bounds, middle, short videos, rates, and frame orders."""
+"""The chunk sampler: bounds, middle, ends, short videos, rates, and frame orders."""
 
+import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -82,3 +85,22 @@ def test_orders() -> None:
     assert sorted(reorder(4, "shuffled", rng)) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="order"):
         reorder(4, "sideways", rng)
+
+
+def test_frames_of_scl_are_the_authors() -> None:
+    """In evaluation from end to end; drawn ones of chunks without their last frame."""
+    case = Path(__file__).parents[2] / "golden" / "scl" / "case.json"
+    for name, wanted in json.loads(case.read_text())["frame_sampling"].items():
+        frames, length = map(int, re.findall(r"\d+", name))
+        assert sample_positions(range(length), frames, "ends") == wanted["uniform"], name
+        if wanted["random_raises"]:  # theirs takes another video
+            continue
+        rng = random.Random(0)
+        drawn = [
+            sample_positions(range(length), frames, "rand", rng, official=True) for _ in range(300)
+        ]
+        first, last = ([pick(x) for x in zip(*drawn, strict=True)] for pick in (min, max))
+        for found, extreme in ((first, wanted["random_min"]), (last, wanted["random_max"])):
+            # Of 300 draws of up to 75 frames the least and the greatest lie near the ends.
+            slack = 0 if length <= 77 else 6
+            assert all(abs(a - b) <= slack for a, b in zip(found, extreme, strict=True)), name

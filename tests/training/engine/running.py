@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.run import Trained
 
-PARTS = ("loss", "loss_vtc", "loss_vtm", "loss_mlm")
+PARTS = ("loss", "loss_vtc", "loss_vtm", "loss_mlm", "loss_scl")
 DENSE = {
     "edge_sparsity": False,
     "keep_rate": 1.0,

@@ -132,6 +132,41 @@ def test_recipes_of_pictures(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"task: {recipe.task}\n" in capsys.readouterr().out
 
 
+SCL = {  # size, batch, rate, epochs, scales
+    "scl-pretrain": (288, 4096, 1e-5, None, {"fusion": 5, "match_head": 5, "token_head": 5}),
+    "scl-pretrain-4f": (224, 4096, 5e-6, None, {"fusion": 5, "match_head": 5, "token_head": 5}),
+    "scl-qa-vqa2": (384, 512, 5e-6, 10, {"fusion": 10, "class_head": 50}),
+    "scl-reasoning-nlvr2": (288, 256, 1e-5, 10, {"fusion": 10, "class_head": 10}),
+    "scl-retrieval-flickr30k": (384, 512, 5e-6, 10, {"fusion": 10}),
+    "scl-retrieval-coco": (384, 512, 5e-6, 10, {"fusion": 5}),
+    "scl-retrieval-msrvtt": (224, 256, 5e-6, 10, {"fusion": 5}),
+    "scl-retrieval-lsmdc": (224, 256, 5e-6, 10, {"fusion": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SCL)
+def test_recipes_of_scl(name: str) -> None:
+    recipe = load_recipe(name)
+    optimizer, model = recipe.optimizer, recipe.model
+    size, batch, rate, epochs, scales = SCL[name]
+    assert (model["image_size"], optimizer.batch_size, optimizer.lr) == (size, batch, rate)
+    assert (recipe.system, optimizer.lr_scales, recipe.data.text_length) == ("scl", scales, 50)
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.98), 0.01)
+    assert (optimizer.decay, optimizer.min_lr_ratio) == ("linear", 0)
+    video = name in ("scl-pretrain-4f", "scl-retrieval-msrvtt", "scl-retrieval-lsmdc")
+    assert model.get("num_frames", 1) == (4 if video else 1)
+    assert recipe.data.test_sampling == ("ends" if video else "middle")
+    if epochs is None:
+        assert optimizer.warmup_steps == optimizer.steps / 10
+        assert (optimizer.mask_words, optimizer.mask_probability) == (True, 0.15)
+    else:
+        share = 0.05 if video else 0.1
+        assert (optimizer.epochs, optimizer.warmup_epochs) == (epochs, share * epochs)
+    if name != "scl-pretrain":
+        before = "scl-pretrain-4f" if video and epochs else "scl-pretrain"
+        assert recipe.init.checkpoint == load_recipe(before).output
+
+
 def test_recipes_of_albef_are_those_of_its_kin() -> None:
     for name in ("qa-vqa2", "reasoning-nlvr2", "entailment-snli-ve", "grounding-refcoco-plus"):
         for system in ("simla", "softmask"):

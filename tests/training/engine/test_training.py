@@ -206,6 +206,7 @@ def test_rates_by_name_and_in_steps(make_recipe: Any, tmp_path: Path) -> None:
     [
         ("svitt", {}, {"num_frames": 8, "keep_rate": 0.6}),
         ("singularity", {**DENSE, "num_frames": 1}, {"num_frames": 4, "temporal_layers": 2}),
+        ("scl", {**DENSE, "num_frames": 1}, {"num_frames": 4}),
     ],
 )
 def test_next_stage_starts_from_the_last_and_sees_more_frames(

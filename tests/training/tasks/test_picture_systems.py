@@ -11,6 +11,14 @@ import pytest
 import torch
 from running import DENSE, ENOUGH, OF_PICTURES, losses, run, torchrun, write
 from safetensors.torch import load_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from svitt_ops.training import cli
 from svitt_ops.training.corpora.pictures import build_pictures
@@ -21,16 +29,17 @@ from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.saving import TRAINING_STATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DENSE_PICTURES = {**DENSE, "bias_init_std": 0.0, "num_frames": 1}
 MODEL = {
-    **DENSE,
-    "bias_init_std": 0.0,
-    "num_frames": 1,
+    **DENSE_PICTURES,
     "queue_size": 20,  # no multiple of a batch
     "momentum": 0.5,
     "alpha_warmup_steps": 2,
     "decoder_layers": 1,
 }
-PREFIXES = {"albef": "ALBEF", "simla": "SIMLA", "softmask": "SoftMask"}
+MODELS_OF = {system: MODEL | fields for system, fields in OF_PICTURES.items()}
+MODELS_OF["scl"] = {**DENSE_PICTURES, "fusion_intermediate_size": 24, "false_texts": 3}
+PREFIXES = {"albef": "ALBEF", "simla": "SIMLA", "softmask": "SoftMask", "scl": "SCL"}
 FILES = {
     "retrieval": "",
     "qa": "-questions",
@@ -53,6 +62,7 @@ CASES = [
     ("simla", "grounding"),
     ("softmask", "entailment"),
     ("softmask", "grounding"),
+    *(("scl", task) for task in ("retrieval", "qa", "reasoning")),
 ]
 SHARED: dict[str, Any] = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}}
 """Matching draws its negatives from the pairs of a process; masked words differ in number."""
@@ -62,6 +72,7 @@ DETERMINED: dict[str, dict[str, Any]] = {
         "loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "soft": 0},
         **dict.fromkeys(("jitter", "grayscale_rate", "blur_rate"), 0.0),
     },
+    "scl": {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0, "scl": 1}},
 }
 """What a system draws besides is left out."""
 IMAGES = ("data.keep_together=null", "data.positives=video", "data.text_length=20")
@@ -81,7 +92,7 @@ def make(make_recipe: Any, pictures: Path) -> Any:
 
     def recipe(output: Path, *overrides: str, system: str = "albef", **model: Any) -> Any:
         train = f"data.train=[{{annotations: {pictures / 'train.json'}, kind: image}}]"
-        changes = MODEL | OF_PICTURES[system] | model
+        changes = MODELS_OF[system] | model
         return make_recipe(output, f"system={system}", train, *IMAGES, *overrides, **changes)
 
     return recipe
@@ -94,7 +105,7 @@ def pretrained(make: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("pretrained")
     return {
         system: pretrain(make(folder / system, "optimizer.steps=2", system=system)).folder
-        for system in OF_PICTURES
+        for system in MODELS_OF
     }
 
 
@@ -158,6 +169,55 @@ def test_from_a_pretrained_model_to_numbers(
         assert f"--metric: is no option of {task}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_scl_starts_from_clip_and_roberta(
+    whole: bool, make: Any, pretrained: dict[str, Path], tmp_path: Path, caplog: Any
+) -> None:
+    """Of folders of transformers' models: of a whole CLIP, or of its vision model alone."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    tower = {**small, "num_hidden_layers": 3, "image_size": 24, "patch_size": 8}
+    texts = {**small, "num_hidden_layers": 1, "vocab_size": 50}
+    if whole:
+        clip: Any = CLIPModel(CLIPConfig(vision_config=tower, text_config=texts))
+        vision = clip.vision_model
+    else:
+        clip = vision = CLIPVisionModel(CLIPVisionConfig(**tower))
+    clip.save_pretrained(tmp_path / "clip")
+    vocabulary = load_trained(pretrained["scl"])[0].config.vocab_size
+    words = {**texts, "vocab_size": vocabulary, "max_position_embeddings": 34}
+    roberta = RobertaModel(RobertaConfig(**words, type_vocab_size=1), add_pooling_layer=False)
+    roberta.save_pretrained(tmp_path / "roberta")
+    options = (f"init.clip={tmp_path / 'clip'}", f"init.roberta={tmp_path / 'roberta'}")
+    rates = ("optimizer.lr=1e-30", "optimizer.steps=1", "optimizer.lr_scales={fusion: 5}")
+    model: Any = pretrain(
+        make(tmp_path / "run", *options, *rates, system="scl", max_position_embeddings=32)
+    ).model
+    names = vision.state_dict()
+    prefix = next(name for name in names if "patch_embedding.weight" in name)
+    torch.testing.assert_close(model.video.patches.weight, names[prefix])
+    table = roberta.embeddings.position_embeddings.weight
+    torch.testing.assert_close(model.text.embeddings.position.weight, table[2:])
+    assert not [text for text in caplog.messages if "random" in text or "counterpart" in text]
+    with pytest.raises(ValueError, match=r"optimizer\.lr_scales: keys must begin names"):
+        pretrain(make(tmp_path / "other", "optimizer.lr_scales={head: 5}", system="scl"))
+
+
+def test_a_pretrained_scl_searches_without_tuning(
+    pretrained: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    """All pairs go through the fusion layers, by a rank head that starts as the match head."""
+    target = tmp_path / "found.json"
+    words = ["evaluate", "retrieval", str(pretrained["scl"]), "--cpu", "--workers", "0"]
+    words += ["--kind", "image", "--annotations", str(pictures / "test.json")]
+    found = []
+    for top in ("20", "19"):  # of ten pictures and twenty texts
+        assert cli.main([*words, "--top-k", top, "--json", str(target)]) == 0
+        found.append(json.loads(target.read_text()))
+    assert found[0]["text_to_video"] == found[1]["text_to_video"]
+    assert found[0]["settings"]["test_sampling"] == "middle"
+    assert cli.main([*words, "--protocol", "lsmdc"]) == 0
+
+
 @pytest.mark.parametrize("system", OF_PICTURES)
 def test_layers_and_detections_of_grounding(
     system: str,
@@ -200,13 +260,15 @@ def test_text_assignment_comes_before_reasoning(tune: Any, tmp_path: Path, caplo
     assert not torch.equal(first, second)  # they went apart while texts were assigned
 
 
-def test_pretraining_killed_and_resumed(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["albef", "scl"])
+def test_pretraining_killed_and_resumed(system: str, make: Any, tmp_path: Path) -> None:
     """Losses, twin and queues are those of a run that was not killed, bit by bit."""
     options = ("optimizer.steps=9", "run.save_steps=2")
-    random = {"text_dropout": 0.1, "alpha_warmup_steps": 7}
-    whole = losses(pretrain(make(tmp_path / "whole", *options, **random)))
-    assert len(whole) == 9 and all(len(parts) == 4 for parts in whole.values())
-    recipe = make(tmp_path / "killed", *options, **random)
+    twin = system == "albef"
+    random = {"text_dropout": 0.1, **({"alpha_warmup_steps": 7} if twin else {})}
+    whole = losses(pretrain(make(tmp_path / "whole", *options, system=system, **random)))
+    assert len(whole) == 9 and all(len(x) == (4 if twin else 5) for x in whole.values())
+    recipe = make(tmp_path / "killed", *options, system=system, **random)
     dying = """
 import os, signal, sys, torch
 real = torch.save
@@ -224,6 +286,8 @@ main(["pretrain", "--config", sys.argv[1]])
     resumed = pretrain(recipe)
     assert resumed.began_at == 4
     assert losses(resumed) == {step: parts for step, parts in whole.items() if step > 4}
+    if not twin:
+        return
     one, other = _states(tmp_path / "whole", tmp_path / "killed", step=8)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert int(one["steps"]) == 8 and int(one["queue.next"]) == 8 * 8 % 20
@@ -231,19 +295,21 @@ main(["pretrain", "--config", sys.argv[1]])
 
 @pytest.mark.parametrize(
     ("system", "task"),
-    [(system, "pretrain") for system in OF_PICTURES]
-    + [("albef", "retrieval"), ("albef", "entailment")],
+    [(system, "pretrain") for system in MODELS_OF]
+    + [("albef", "retrieval"), ("albef", "entailment"), ("scl", "retrieval"), ("scl", "qa")],
 )
 def test_two_ranks_equal_one_process(
     system: str, task: str, make: Any, tune: Any, tmp_path: Path
 ) -> None:
     """Losses, the twin, and the queues with the ids of their pairs."""
     options = ["optimizer.steps=3", "run.save_steps=3"]
-    model = {} if task == "entailment" else SHARED | DETERMINED.get(system, {})
+    model = {} if task in ("entailment", "qa") else SHARED | DETERMINED.get(system, {})
+    if (system, task) == ("scl", "retrieval"):  # clips are contrasted with a process's texts
+        model = {"loss_weights": {"vtc": 0, "vtm": 1}}
     two, one = (
         make(tmp_path / name, *options, system=system, **model)
         if task == "pretrain"
-        else tune(task, tmp_path / name, *options, "data.validation=[]", **model)
+        else tune(task, tmp_path / name, *options, "data.validation=[]", system=system, **model)
         for name in ("two", "one")
     )
     path = write(two, tmp_path / "two.yaml")
@@ -255,6 +321,8 @@ def test_two_ranks_equal_one_process(
     found = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
     assert all(map(math.isfinite, wanted.values()))
     assert found == pytest.approx(wanted, rel=1e-5)
+    if system not in OF_PICTURES:
+        return  # there is no twin
     mine, theirs = _states(tmp_path / "one", tmp_path / "two", step=3)
     assert mine.keys() == theirs.keys()
     for name, x in mine.items():

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import DENSE
@@ -15,10 +16,12 @@ from svitt_ops.training.data.datasets import FrameReader
 from svitt_ops.training.data.sampling import ORDERS
 from svitt_ops.training.data.video import UnusableVideoError
 from svitt_ops.training.engine.build import build_model
-from svitt_ops.training.tasks.parts.gallery import GalleryClips, build_gallery
+from svitt_ops.training.tasks.parts.gallery import Gallery, GalleryClips, build_gallery
 from svitt_ops.training.tasks.parts.probing import pair_accuracy, pair_choices
 from svitt_ops.training.tasks.parts.ranks import best_ranks, recall_table, recalls
 from svitt_ops.training.tasks.retrieval import Evaluation, probe_retrieval, render, retrieval
+
+RECALL = ("scores", "image_ids", "text_image_ids", "ir", "tr")
 
 
 def entry(media: str, captions: str) -> Entry:
@@ -88,6 +91,23 @@ def test_recalls_with_several_texts_per_video() -> None:
     assert found["video_to_text"]["R1"] == 50  # of b, the text "two" of a is nearest
 
 
+def test_recalls_of_scl_are_the_authors() -> None:
+    """Several texts of a picture: any of them counts."""
+    with np.load(Path(__file__).parents[2] / "golden" / "scl" / "retrieval_image.npz") as case:
+        held = {name: torch.from_numpy(case[f"recall/{name}"]) for name in RECALL}
+    gallery = Gallery(
+        videos=[str(x) for x in held["image_ids"].tolist()],
+        kinds=["image"] * len(held["image_ids"]),
+        video_groups=held["image_ids"].tolist(),
+        texts=["a"] * len(held["text_image_ids"]),
+        text_groups=held["text_image_ids"].tolist(),
+    )
+    found = recalls(held["scores"].T, gallery)
+    for way, key in (("text_to_video", "ir"), ("video_to_text", "tr")):
+        wanted = 100 * held[key]
+        assert [found[way][f"R{k}"] for k in (1, 5, 10)] == pytest.approx(wanted.tolist())
+
+
 def test_reranking_replaces_the_order_of_the_candidates(trained: Any) -> None:
     model, tokenizer, gallery = trained
     clips = GalleryClips(gallery, 4)
@@ -115,6 +135,23 @@ def test_reranked_scores_are_the_match_head_s(trained: Any, monkeypatch: Any) ->
     # A score that ignores the text ranks the same video first for every text.
     assert found["text_to_video"]["R1"] == pytest.approx(100 / 8)
     assert found["video_to_text"]["R1"] == 0  # every text ties
+
+
+@pytest.mark.parametrize(("top_k", "pairs"), [(8, 64), (7, 2 * 56)])
+def test_all_pairs_are_scored_once_for_both_ways(
+    trained: Any, monkeypatch: Any, top_k: int, pairs: int
+) -> None:
+    model, tokenizer, gallery = trained
+    scored: list[int] = []
+    real = model.match_logits
+
+    def counted(states: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        scored.append(len(states))
+        return real(states, *rest)
+
+    monkeypatch.setattr(model, "match_logits", counted)
+    retrieval(model, tokenizer, GalleryClips(gallery, 4), settings=Evaluation(top_k=top_k))
+    assert sum(scored) == pairs
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -59,6 +59,7 @@ class Asking:
             order=order,
             seed=seed,
             task=self.task,
+            sampling=reading.test_sampling,
         )
         for videos, output in encode_clips(
             model,

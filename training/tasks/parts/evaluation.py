@@ -67,6 +67,8 @@ class Reading:
     """As in `ClipSpec`."""
     resize: str = "antialias"
     """As in `to_pixel_values`."""
+    test_sampling: str = "middle"
+    """As in `RunSettings`."""
     bf16: bool = False
     """Whether towers and fusion layers run under autocast."""
     workers: int = 0
@@ -81,6 +83,7 @@ class Reading:
             text_length=found.text_length,
             short_side=found.short_side,
             resize=found.resize,
+            test_sampling=found.test_sampling,
             bf16=options.bf16,
             workers=options.workers,
             progress=lambda items, desc: tqdm(items, desc=desc, dynamic_ncols=True),
@@ -94,6 +97,7 @@ class Reading:
             text_length=data.text_length,
             short_side=None if data.resize == "official" else data.short_side,
             resize=data.resize,
+            test_sampling=data.test_sampling,
             bf16=recipe.run.precision == "bf16",
             workers=data.workers,
         )

@@ -116,6 +116,7 @@ class GalleryClips(Dataset[GalleryClip]):
         seed: int = 0,
         task: str = "retrieval",
         features: int | None = None,
+        sampling: str = "middle",
     ) -> None:
         """Args:
         gallery: which videos.
@@ -127,6 +128,7 @@ class GalleryClips(Dataset[GalleryClip]):
         seed: of shuffled orders.
         task: what for, in messages.
         features: as in `ClipSpec`.
+        sampling: which frames make a clip, a mode of `sampling.sample_positions`.
         """
         self.gallery = gallery
         self.num_frames = num_frames
@@ -135,6 +137,7 @@ class GalleryClips(Dataset[GalleryClip]):
         self.order = order
         self.seed = seed
         self.task = task
+        self.sampling = sampling
         self.reader = FrameReader(
             ClipSpec(num_frames=num_frames, mode="middle", short_side=short_side, features=features)
         )
@@ -148,7 +151,7 @@ class GalleryClips(Dataset[GalleryClip]):
 
         def choose(times: Sequence[float]) -> list[int]:
             total = self.num_frames * self.num_clips
-            positions = sample_positions(times, total, "middle")
+            positions = sample_positions(times, total, self.sampling)
             chosen = []
             for clip in split_clips(positions, self.num_clips, strided=self.strided):
                 chosen += [clip[k] for k in reorder(self.num_frames, self.order, rng)]

@@ -1,4 +1,4 @@
-"""Questions about videos, and closed lists of answers: as files and as tokens."""
+"""Questions about videos, and closed lists of answers: as files, as tokens and as batches."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.data.annotations import Entry, Form, Record
+from svitt_ops.training.data.collate import Collator
+from svitt_ops.training.data.columns import Strings
+from svitt_ops.training.data.datasets import Clip, PairDataset
 from svitt_ops.training.data.paths import expand
+from svitt_ops.training.data.transport import Batch
+from svitt_ops.training.tasks.parts.sharing import share_clips
+from svitt_ops.training.tasks.parts.vqa import LEAST
 
 TYPE = ("question_type", "type")
 """Fields of what kind of question it is; without them its first word says it."""
@@ -21,6 +30,8 @@ FIRST_WORDS = ("what", "who", "how", "when", "where", "why", "which", "is", "are
 OTHER = "other"
 VISUAL_GENOME, ITS_WEIGHT = "vg", 0.5
 """Value of the field `dataset` of questions that ALBEF trains on besides VQA's; their weight."""
+SCORE = 0.3
+"""Of an answer, for each of the people who gave it, up to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +135,90 @@ def encode_answers(
         ids[number, : len(row)] = torch.tensor(row)
         mask[number, : len(row)] = 1
     return ids, mask
+
+
+def soft_scores(question: Question) -> tuple[float, ...]:
+    """How right each answer is: 0.3, 0.6, 0.9 or 1 by the people who gave it.
+
+    Of fewer than four people, who cannot make an answer wholly right, it is their share.
+    """
+    people = sum(question.counts)
+    if people < LEAST:
+        return tuple(count / people for count in question.counts)
+    return tuple(min(1.0, SCORE * count) for count in question.counts)
+
+
+@dataclass
+class QuestionClip(Clip):
+    """A question with its clip and its answers."""
+
+    answers: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.caption, *self.answers)
+
+
+class QuestionDataset(PairDataset):
+    """Questions to train on.
+
+    Args:
+        share_clips: give all questions about a video the same clip in an epoch.
+        soft: weigh answers by `soft_scores`, not by their share.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        *given: Any,
+        share_clips: bool = False,
+        soft: bool = False,
+        **more: Any,
+    ) -> None:
+        super().__init__(questions, *given, **more)
+        self.share_clips = share_clips
+        counts = [len(question.answers) for question in questions]
+        self._first: NDArray[np.int64] = np.cumsum([0, *counts])
+        self._answers = Strings(text for question in questions for text in question.answers)
+        weights = [
+            weight
+            for question in questions
+            for weight in (soft_scores(question) if soft else question.weights)
+        ]
+        self._weights = np.array(weights, dtype=np.float32)
+
+    def draws_as(self, number: int) -> int:
+        return int(self._ids[number]) if self.share_clips else number
+
+    def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> QuestionClip:
+        clip = super().read(number, seed, skipped)
+        mine = slice(*self._first[number : number + 2].tolist())
+        weights = tuple(self._weights[mine].tolist())
+        return QuestionClip(**vars(clip), answers=self._answers[mine], weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionCollator(Collator):
+    """Makes a batch of questions."""
+
+    answer_length: int = 5
+    """Longest answer, in tokens."""
+    share_clips: bool = False
+    """Whether questions about a video have the same clip, which the batch then holds once."""
+
+    def __call__(self, clips: Sequence[Any]) -> Batch:
+        batch = super().__call__(clips)
+        if self.share_clips:
+            share_clips(batch, [(clip.pair_id, clip.seed) for clip in clips])
+        answers = [answer for clip in clips for answer in clip.answers]
+        ids, mask = encode_answers(self.tokenizer, answers, self.answer_length)
+        return batch | {
+            "answer_ids": ids,
+            "answer_mask": mask,
+            "answers_per_question": torch.tensor([len(clip.answers) for clip in clips]),
+            "answer_weights": torch.tensor([w for clip in clips for w in clip.weights]),
+        }
 
 
 def _type_of(record: Record, question: str) -> str:
