@@ -25,9 +25,9 @@ def completion_loss(
 ) -> Tensor:
     """Contrast of what was recovered from a masked input with what the whole one says.
 
-    ``NCE(r, c) + NCE(c, r)`` of cosines over a temperature, or the first alone, without gradient to
-    the complete side; the negatives are other samples' of either side. Of clips it is the mean over
-    the frames.
+    ``InfoNCE(r, c) + InfoNCE(c, r)`` of cosines over a temperature, or the first alone, without
+    gradient to the complete side; the negatives are other samples' of either side. Of clips it is
+    the mean over the frames.
 
     Args:
         recovered: ``(batch, dim)``, or ``(batch, frames, dim)``.
