@@ -28,6 +28,20 @@ DENSE = [(4, 784, 203_394_653), (8, 1568, 204_234_461)]
         ("pretrain-16f", 16, 0.5, 5e-6, 192),
     ],
 )
+def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, batch: int) -> None:
+    recipe = load_recipe(name)
+    assert recipe.model["num_frames"] == frames
+    assert recipe.model["keep_rate"] == keep
+    assert recipe.model["multimodal_keep_rate"] == 0.1
+    assert (recipe.model["num_local"], recipe.model["num_random"]) == (1, 3)
+    assert recipe.model["block_size"] == 56
+    assert (recipe.optimizer.lr, recipe.optimizer.batch_size) == (lr, batch)
+    assert (recipe.optimizer.epochs, recipe.optimizer.warmup_epochs) == (10, 1)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.min_lr_ratio) == (0.02, 0.01)
+    assert recipe.data.text_length == 32
+    assert (recipe.init.checkpoint is None) == (frames == 4)
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "epochs", "weights"),
     [
@@ -45,20 +59,6 @@ def test_cookie_s_stages(name: str, batch: int, epochs: int, weights: dict[str, 
     assert recipe.model["loss_weights"] == weights
     config = load_system("cookie").config(**recipe.model)
     assert (config.image_size, config.grid_size, config.shared_layers) == (512, 16, 2)
-
-
-def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, batch: int) -> None:
-    recipe = load_recipe(name)
-    assert recipe.model["num_frames"] == frames
-    assert recipe.model["keep_rate"] == keep
-    assert recipe.model["multimodal_keep_rate"] == 0.1
-    assert (recipe.model["num_local"], recipe.model["num_random"]) == (1, 3)
-    assert recipe.model["block_size"] == 56
-    assert (recipe.optimizer.lr, recipe.optimizer.batch_size) == (lr, batch)
-    assert (recipe.optimizer.epochs, recipe.optimizer.warmup_epochs) == (10, 1)
-    assert (recipe.optimizer.weight_decay, recipe.optimizer.min_lr_ratio) == (0.02, 0.01)
-    assert recipe.data.text_length == 32
-    assert (recipe.init.checkpoint is None) == (frames == 4)
 
 
 @pytest.mark.parametrize(("frames", "tokens", "parameters"), DENSE)
