@@ -227,11 +227,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     demo.add_argument(
         "--system",
-        choices=("svitt", "albef", "simla", "softmask", "cookie"),
+        choices=("svitt", "albef", "simla", "softmask", "scl", "cookie"),
         default="svitt",
         help="svitt: films; albef, simla, softmask: a corpus of pictures, retrieval, qa, reasoning,"
-        " entailment and grounding; cookie: the same pictures, retrieval, similarity of texts and"
-        " hashing (default: %(default)s)",
+        " entailment and grounding; scl: the same pictures, retrieval and qa; cookie: retrieval,"
+        " similarity of texts and hashing (default: %(default)s)",
     )
     demo.add_argument("--motion", action="store_true", help="the harder corpus of moving shapes")
     demo.add_argument("--resume", action="store_true", help="go on with an interrupted demo")

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "": (),
     },
     "softmask": {"unmasked": ("model.mask_source=none",), "": ()},
+    "scl": {"incomplete": ("match.model.loss_weights={vtc: 1, vtm: 1, mlm: 1, scl: 0}",), "": ()},
     "cookie": {
         "unshared": ("model.weight_sharing=unshared",),
         "ccl": ("match.model.loss_weights={ccl: 1, vcl: 0, tcl: 0}",),
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 TITLES = {
     "simla": {"itm": "ITM", "itc": "+ ITC", "mlm": "+ MLM", "mim": "+ MIM", "": "+ PSL"},
     "softmask": {"unmasked": "without soft masks", "": "with soft masks"},
+    "scl": {"incomplete": "without completion", "": "with completion"},
     "cookie": {
         "unshared": "all losses, own weights",
         "ccl": "CCL alone, shared weights",
@@ -55,6 +57,7 @@ TITLES = {
 INTRODUCTION = {
     "simla": "SIMLA pretrained by one loss more in each row; fine-tuning is the same for all.",
     "softmask": "SoftMask without its masks and their matching loss, and with them.",
+    "scl": "SCL pretrained without its completion of masked pictures and texts, and with it.",
     "cookie": "COOKIE without shared weights, without the losses within a modality, and with both.",
 }
 

@@ -1,7 +1,7 @@
 """`svitt demo --system S`, of pictures: draw a corpus, pretrain, learn each task, evaluate.
 
 ALBEF and its kin share the recipes `demo-pictures*`, which are ALBEF's; `SYSTEMS` says what others
-change. COOKIE has its own, `demo-cookie*`. Minutes on a CPU.
+change. SCL and COOKIE have their own, `demo-scl*` and `demo-cookie*`. Minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Stage:
     """The stage whose weights it begins with."""
     annotations: str = ""
     """End of the name of the file that it learns from."""
+    answers: bool = False
+    """Whether it learns a closed list of them as classes."""
 
 
 COOKIE = {
@@ -75,6 +77,12 @@ COOKIE = {
     "hashing": Stage(recipe="demo-cookie-hashing", annotations="-classes"),
 }
 """Stages of a system with recipes of its own: its two of pretraining, and its tasks'."""
+SCL = {
+    "towers": Stage(recipe="demo-scl", starts_from=None),
+    "match": Stage(recipe="demo-scl-match", starts_from="towers"),
+    "retrieval": Stage(recipe="demo-scl-retrieval"),
+    "qa": Stage(recipe="demo-scl-qa", annotations="-questions", answers=True),
+}
 STAGES = {
     "towers": Stage(recipe="demo-pictures", starts_from=None),
     "match": Stage(recipe="demo-pictures-match", starts_from="towers"),
@@ -116,14 +124,19 @@ SYSTEMS: dict[str, Overrides] = {
         "qa": (),
         "grounding": ("model.loss_weights={vtc: 1, vtm: 1, mlm: 0, soft: 0}",),
     },
+    "scl": {stage: () for stage in SCL},
     "cookie": {stage: () for stage in COOKIE},
 }
 """The stages of each system, and what it changes in their recipes."""
 
 
+ALL_STAGES = {*STAGES, *SCL, *COOKIE}
+"""Names of the stages of any system."""
+
+
 def stages_of(system: str) -> dict[str, Stage]:
     """The stages that a system may have, by name."""
-    return COOKIE if system == "cookie" else STAGES
+    return {"cookie": COOKIE, "scl": SCL}.get(system, STAGES)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -216,7 +229,7 @@ def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> 
     recipes, changes, stages = {}, SYSTEMS[system], stages_of(system)
     for override in overrides:
         named = override.partition(".")[0]
-        if named in (*STAGES, *COOKIE) and named not in changes:
+        if named in ALL_STAGES and named not in changes:
             raise ValueError(
                 f"override: must name a stage of {system}'s, {', '.join(changes)}, got {override!r}"
             )
@@ -227,6 +240,8 @@ def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> 
         annotations = output / "corpus" / f"train{stage.annotations}.json"
         places = [f"system={system}", f"output={output / name}", f"seed={seed}"]
         places.append(f"data.train.0.annotations={annotations}")
+        if stage.answers:
+            places.append(f"data.answers={output / 'corpus' / 'answers.json'}")
         if stage.starts_from is None:  # its words are those of all tasks
             places.append("tokenizer.train_vocab_size=null")
             places.append(f"tokenizer.name={output / 'corpus' / TOKENIZER}")
@@ -240,7 +255,7 @@ def _recipes(output: Path, system: str, seed: int, overrides: Sequence[str]) -> 
 def _is_for(override: str, stage: str) -> bool:
     """Whether an override is of a stage's recipe: it names no stage, or this one."""
     named = override.partition(".")[0]
-    return named == stage or named not in (*STAGES, *COOKIE)
+    return named == stage or named not in ALL_STAGES
 
 
 def evaluate_task(

@@ -17,6 +17,7 @@ TASKS = {
     "albef": ["retrieval", "qa", "reasoning", "entailment", "grounding"],
     "simla": ["retrieval", "qa", "reasoning", "entailment", "grounding"],
     "softmask": ["retrieval", "qa", "grounding"],
+    "scl": ["retrieval", "qa"],
     "cookie": ["retrieval", "text_similarity", "hashing"],
 }
 SHORT = ["optimizer.steps=2", "optimizer.batch_size=8", "run.tensorboard=false"]
@@ -108,7 +109,7 @@ def test_each_stage_starts_from_an_earlier_one(system: str) -> None:
 
 
 def test_recipes_stand_alone() -> None:
-    for system in ("albef", "cookie"):
+    for system in ("albef", "scl", "cookie"):
         for stage in demo_pictures.stages_of(system).values():
             recipe = load_recipe(stage.recipe)
             assert recipe.system == system and recipe.data.train[0].kind == "image"
