@@ -21,14 +21,6 @@ DENSE = [(4, 784, 203_394_653), (8, 1568, 204_234_461)]
 
 
 @pytest.mark.parametrize(
-    ("name", "frames", "keep", "lr", "batch"),
-    [
-        ("pretrain-4f", 4, 0.7, 3e-5, 512),
-        ("pretrain-8f", 8, 0.6, 1e-5, 336),
-        ("pretrain-16f", 16, 0.5, 5e-6, 192),
-    ],
-)
-@pytest.mark.parametrize(
     ("name", "batch", "epochs", "weights"),
     [
         ("cookie-pretrain-1", 576, 30, {"ccl": 1, "vcl": 0, "tcl": 0}),
@@ -47,6 +39,14 @@ def test_cookie_s_stages(name: str, batch: int, epochs: int, weights: dict[str, 
     assert (config.image_size, config.grid_size, config.shared_layers) == (512, 16, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "frames", "keep", "lr", "batch"),
+    [
+        ("pretrain-4f", 4, 0.7, 3e-5, 512),
+        ("pretrain-8f", 8, 0.6, 1e-5, 336),
+        ("pretrain-16f", 16, 0.5, 5e-6, 192),
+    ],
+)
 def test_stages_of_the_paper(name: str, frames: int, keep: float, lr: float, batch: int) -> None:
     recipe = load_recipe(name)
     assert recipe.model["num_frames"] == frames
@@ -277,7 +277,8 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("optimizer.lr=inf", "optimizer.lr must be positive and finite, got inf"),
         ("optimizer.lr=0", "optimizer.lr must be positive"),
         ("optimizer.bias_lr_scale=-1", "optimizer.bias_lr_scale must be positive"),
-        ("optimizer.lr_scales={text.: 0}", "optimizer.lr_scales must be a mapping to positive"),
+        ("optimizer.lr_scales={text.: 0}", "optimizer.lr_scales must be a mapping of"),
+        ("optimizer.lr_scales={'': 2}", "optimizer.lr_scales must be a mapping of beginnings"),
         ("optimizer.decay=never", "optimizer.decay must be one of cosine, linear, step, got"),
         ("optimizer.drop=0", "optimizer.drop must be positive and finite, got 0"),
         ("optimizer.drop_at=[0.5,1.5]", r"optimizer.drop_at must be a list of shares, 0 to 1, got"),
