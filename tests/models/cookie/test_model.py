@@ -21,6 +21,7 @@ from svitt_ops.models import (
 from svitt_ops.models.cookie.hashing import hash_centres, hash_targets
 from svitt_ops.models.cookie.losses import triplet_loss
 from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling
+from svitt_ops.models.parts.expansion import expand_frames
 
 STILL: dict[str, Any] = {"jitter": 0.0, "grayscale_rate": 0.0, "blur_rate": 0.0}
 PAIRS = ("pixel_values", "input_ids", "attention_mask", "pair_ids")
@@ -204,7 +205,7 @@ def test_features_of_videos(make: Make, batch: Batch, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     longer = COOKIEForRetrieval.from_pretrained(tmp_path, num_frames=7)
     assert longer.video.patch_positions.shape == (7, 1, 32)
-    for shape in ((2, 6, 24), (2, 5, 23), (5, 24)):
+    for shape in ((2, 6, 24), (2, 0, 24), (2, 5, 23), (5, 24)):
         with pytest.raises(ValueError, match=r"features must have shape \(batch, 1 to 5, 24\)"):
             model.encode_video(torch.randn(*shape))
     with pytest.raises(ValueError, match="feature_size must be None, got 24"):
@@ -333,6 +334,9 @@ def test_what_forward_cannot_take(make: Make, batch: Batch) -> None:
         model(**{**batch, "view_input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"shape \(batch, 3, 32, 32\), got \(4, 3, 16, 16\)"):
         model.encode_video(torch.zeros(4, 3, 16, 16))
+    with pytest.raises(ValueError, match="num_frames must be 1 without feature_size, got 4"):
+        expand_frames(model, 4)
+    assert model.config.num_frames == len(model.video.patch_positions) == 1
     model = COOKIEForPreTraining(make(loss_weights={"ccl": 0, "vcl": 0, "tcl": 0}))
     with pytest.raises(ValueError, match="loss_weights must be positive for one of its losses"):
         model(**batch)
