@@ -6,8 +6,11 @@ Source: Central similarity quantization for efficient image and video retrieval 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from svitt_ops.models.cookie.losses import gathered
 
 SEED = 0
 """Of centres that are drawn."""
@@ -47,6 +50,9 @@ def hash_centres(bits: int, classes: int, kind: str = "hadamard") -> Tensor:
     "hadamard": rows of [H; -H], ``bits / 2`` or ``bits`` apart. Of these there are ``2 bits``, and
     none unless ``bits`` is a power of two: where they are too few, and for "random", balanced rows
     are drawn, each as far as can be found from those before.
+
+    Raises:
+        ValueError: there are not as many rows.
     """
     if kind == "hadamard" and bits & (bits - 1) == 0 and classes <= 2 * bits:
         rows = hadamard(bits)
@@ -56,6 +62,11 @@ def hash_centres(bits: int, classes: int, kind: str = "hadamard") -> Tensor:
     for _ in range(classes - 1):
         drawn = _balanced(TRIES, bits, generator)
         nearest = (bits - drawn @ found.T).amin(1)
+        if not nearest.any():
+            raise ValueError(
+                f"hash_centres: classes must be at most {len(found)} with {bits} bits, of which"
+                f" there are no more codes, got {classes}"
+            )
         found = torch.cat([found, drawn[nearest.argmax()][None]])
     return found
 
@@ -71,25 +82,33 @@ def hash_targets(centres: Tensor, labels: Tensor, random_centre: Tensor) -> Tens
 
     Args:
         centres: ``(classes, bits)`` of 1 and -1.
-        labels: ``(batch, classes)``, 1 at the classes of each image, one at least.
+        labels: ``(batch, classes)``, 1 at the classes of each image; without any it has a NaN.
         random_centre: ``(bits,)`` of 1 and -1, which decides where as many say 1 as -1.
     """
-    votes = labels.to(centres.dtype) @ centres
-    return torch.where(votes == 0, random_centre.to(centres.dtype), votes.sign())
+    labels = labels.to(centres.dtype)
+    votes = labels @ centres
+    found = torch.where(votes == 0, random_centre.to(centres.dtype), votes.sign())
+    return found.masked_fill(~(labels.sum(1, keepdim=True) > 0), torch.nan)
 
 
 def centre_loss(codes: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of codes in (-1, 1) with targets of 1 and -1, over all bits."""
     with torch.autocast(codes.device.type, enabled=False):
-        share = (codes.float() + 1) / 2
+        share, wanted = (codes.float() + 1) / 2, (targets.float() + 1) / 2
         # Of a NaN torch's raises an error on CPUs; here the loss is one.
-        loss = F.binary_cross_entropy(share.nan_to_num(0.5), (targets.float() + 1) / 2)
-        return loss + 0 * share.sum()
+        loss = F.binary_cross_entropy(share.nan_to_num(0.5), wanted.nan_to_num(0.5))
+        return loss + 0 * (share + wanted).sum()
 
 
-def pairwise_loss(codes: Tensor, labels: Tensor) -> Tensor:
-    """Logistic loss of pairs of the batch's halves, which are similar where they share a class."""
+def pairwise_loss(codes: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Logistic loss of pairs of the batch's halves, which are similar where they share a class.
+
+    The batch is that of all processes of the group; gradients are as of `triplet_loss`.
+    """
+    codes, labels = gathered(codes, group), gathered(labels, group)
     half = len(codes) // 2
+    if not half:
+        raise ValueError(f"pairwise_loss: codes must be of 2 images at least, got {len(codes)}")
     first, second = codes[:half].float(), codes[half:].float()
     similar = (labels[:half].float() @ labels[half:].float().T > 0).float()
     logits = (SHARPNESS / codes.shape[1]) * (first @ second.T)

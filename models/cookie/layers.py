@@ -42,7 +42,8 @@ class VisionTower(ConvolutionalTower):
         config, places = self.config, cast(Tensor, self.patch_positions)
         if config.feature_size:
             given = pixel_values.shape[1:]
-            if pixel_values.dim() != 3 or given[1] != config.feature_size or given[0] > len(places):
+            few = pixel_values.dim() == 3 and 1 <= given[0] <= len(places)
+            if not few or given[1] != config.feature_size:
                 raise ValueError(
                     f"VisionTower: features must have shape (batch, 1 to {len(places)}, "
                     f"{config.feature_size}), got {tuple(pixel_values.shape)}"

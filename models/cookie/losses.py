@@ -48,6 +48,11 @@ def triplet_loss(
             f"triplet_loss: texts must have the shape of images, (B, D), got {tuple(texts.shape)}"
             f" and {tuple(images.shape)}"
         )
+    if ids is not None and (ids.dtype != torch.int64 or ids.shape != images.shape[:1]):
+        raise ValueError(
+            f"triplet_loss: ids must be int64 of shape ({len(images)},), got {ids.dtype} of"
+            f" {tuple(ids.shape)}"
+        )
     with torch.autocast(images.device.type, enabled=False):  # rounded similarities would tie
         return _triplet_loss(images.float(), texts.float(), margin, negatives, ids, group)
 
@@ -60,9 +65,8 @@ def _triplet_loss(
     ids: Tensor | None,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    if group is not None:
-        images, texts = (_GatherRows.apply(x, group) for x in (images, texts))
-        ids = None if ids is None else _gathered(ids, group)
+    images, texts = gathered(images, group), gathered(texts, group)
+    ids = None if ids is None else gathered(ids, group)
     matching = (images * texts).sum(1)
     total = 0 * matching.sum()  # NaN, where an embedding is: it has no negative
     for query, key in ((images, texts), (texts, images)):
@@ -78,23 +82,22 @@ def _triplet_loss(
     return total
 
 
-def _gathered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    found = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, rows.contiguous(), group=group)
-    return torch.cat(found)
-
-
-class _GatherRows(torch.autograd.Function):
+def gathered(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The rows of all processes, which all make the same of them.
 
     So the gradient of a process's own rows is the same on all; times the processes, their mean is
     right.
     """
+    return rows if group is None else _GatherRows.apply(rows, group)
 
+
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.place = dist.get_rank(group) * len(rows), len(rows), dist.get_world_size(group)
-        return _gathered(rows, group)
+        found = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, rows.contiguous(), group=group)
+        return torch.cat(found)
 
     @staticmethod
     @once_differentiable

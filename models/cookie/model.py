@@ -31,6 +31,7 @@ from svitt_ops.models.cookie.layers import SharedLayers, VisionTower
 from svitt_ops.models.cookie.losses import triplet_loss
 from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling
 from svitt_ops.models.parts.distortion import distort
+from svitt_ops.models.parts.layers import in_fp32
 from svitt_ops.models.parts.outputs import TextOutput, VideoOutput
 from svitt_ops.models.parts.text import TextTower
 from svitt_ops.models.parts.two_towers import TwoTowers
@@ -204,7 +205,7 @@ class COOKIEForRetrieval(COOKIEModel):
                 group=self.group(),
             )
         return COOKIEOutput(
-            loss=config.weights["match"] * loss,
+            loss=_weighted(self, {"match": loss}),
             loss_match=loss,
             video_embeds=video.embeds,
             text_embeds=text.embeds,
@@ -263,15 +264,19 @@ class COOKIEForPreTraining(COOKIEForRetrieval):
         augmented = config.contrast_views == "augmented"
         images, texts = [], []
         if weight["vcl"]:
-            images = list(self._given("vcl", view_pixel_values=view_pixel_values)[0].unbind(1))
+            views = self._given("vcl", pixel_values, view_pixel_values=view_pixel_values)
+            images = list(views[0].unbind(1))
             if self.training:
                 rates = (config.jitter, config.grayscale_rate, config.blur_rate)
                 images = list(distort(torch.cat(images), *rates).chunk(2))
         if weight["tcl"]:
-            ids, masks = self._given(
-                "tcl", view_input_ids=view_input_ids, view_attention_mask=view_attention_mask
+            views = self._given(
+                "tcl",
+                input_ids,
+                view_input_ids=view_input_ids,
+                view_attention_mask=view_attention_mask,
             )
-            texts = list(zip(ids.unbind(1), masks.unbind(1), strict=True))
+            texts = list(zip(*(view.unbind(1) for view in views), strict=True))
         if weight["ccl"]:  # in front, so that it is the first either way
             images = images if augmented and images else [pixel_values, *images]
             texts = texts if augmented and texts else [(input_ids, attention_mask), *texts]
@@ -294,19 +299,21 @@ class COOKIEForPreTraining(COOKIEForRetrieval):
                     group=self.group(),
                 )
         return COOKIEOutput(
-            loss=sum(weight[name] * loss for name, loss in losses.items()),
+            loss=_weighted(self, losses),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             video_embeds=video[0] if video else None,
             text_embeds=text[0] if text else None,
         )
 
-    def _given(self, loss: str, **views: Tensor | None) -> list[Tensor]:
-        """The views that a loss needs."""
+    def _given(self, loss: str, plain: Tensor, **views: Tensor | None) -> list[Tensor]:
+        """The views that a loss needs, of images or of texts."""
+        shape = (len(plain), 2, *plain.shape[1:-1])  # but for texts of another length
         for name, view in views.items():
-            if view is None or view.dim() < 3 or view.shape[1] != 2:
+            if view is None or view.shape[:-1] != shape:
                 got = None if view is None else tuple(view.shape)
+                wanted = ", ".join(map(str, shape))
                 raise ValueError(
-                    f"{type(self).__name__}: {name} must have shape (batch, 2, ...) unless"
+                    f"{type(self).__name__}: {name} must have shape ({wanted}, ...) unless"
                     f" loss_weights[{loss!r}] is 0, got {got}"
                 )
         return [view for view in views.values() if view is not None]
@@ -359,8 +366,7 @@ class COOKIEForHashing(TwoTowers):
     def encode_video(self, pixel_values: Tensor) -> VideoOutput:
         """Codes ``(batch, hash_bits)`` in (-1, 1) of images, as of `COOKIEModel.encode_video`."""
         features = self.video.features(pixel_values).mean((2, 3))
-        with torch.autocast(features.device.type, enabled=False):
-            return VideoOutput(embeds=self.hash_layer(features.float()))
+        return VideoOutput(embeds=in_fp32(self.hash_layer, features))
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> HashingOutput:
         """Losses of a batch of images.
@@ -380,14 +386,25 @@ class COOKIEForHashing(TwoTowers):
             targets = hash_targets(self.centres, labels, self.random_centre)
             losses["centre"] = centre_loss(codes, targets)
         if weight["pairwise"]:
-            losses["pairwise"] = pairwise_loss(codes, labels)
+            losses["pairwise"] = pairwise_loss(codes, labels, self.group())
         if weight["quantisation"]:
             losses["quantisation"] = quantisation_loss(codes)
         return HashingOutput(
-            loss=sum(weight[name] * loss for name, loss in losses.items()),
+            loss=_weighted(self, losses),
             **{f"loss_{name}": loss for name, loss in losses.items()},
             codes=codes,
         )
+
+
+def _weighted(model: Any, losses: dict[str, Tensor]) -> Any:
+    """The weighted sum of a model's losses."""
+    weight = model.config.weights
+    if not any(weight[name] for name in losses):
+        raise ValueError(
+            f"{type(model).__name__}: loss_weights must be positive for one of its losses at least,"
+            f" got {model.config.loss_weights}"
+        )
+    return sum(weight[name] * loss for name, loss in losses.items())
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Source: SViTT (CVPR 2023), equations 4-11, for the frames; `parts/resolution.py`
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -79,6 +80,9 @@ def change_image_size(model: Model, image_size: int) -> Model:
 def _fit(model: Model, num_frames: int, image_size: int, mode: Mode) -> Model:
     """Resize whatever depends on the frames or on the grid of patches."""
     config = model.config
+    wanted = copy.copy(config)
+    wanted.num_frames, wanted.image_size = num_frames, image_size
+    wanted.check()
     old_grid = config.grid_size
     config.num_frames, config.image_size = num_frames, image_size
     teacher = getattr(model, "teacher", None)

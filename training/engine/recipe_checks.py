@@ -51,8 +51,8 @@ RULES: dict[str, Rule] = {
     "optimizer.lr": POSITIVE,
     "optimizer.bias_lr_scale": POSITIVE,
     "optimizer.lr_scales": (
-        "a mapping to positive numbers",
-        lambda x: all(0 < scale < inf for scale in x.values()),
+        "a mapping of beginnings of names to positive numbers",
+        lambda x: all(name and 0 < scale < inf for name, scale in x.items()),
     ),
     "optimizer.decay": _one_of("cosine", "linear", "step"),
     "optimizer.drop": POSITIVE,

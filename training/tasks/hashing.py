@@ -57,6 +57,8 @@ def _classed(record: Record) -> ClassedImage:
     for one in values:
         if isinstance(one, bool) or not isinstance(one, (str, int)):
             raise ValueError(f"field {name!r} must be names or numbers of classes, got {one!r:.80}")
+    if len(values) > 2 and all(one in (0, 1) for one in values):
+        raise ValueError(f"field {name!r} must be names or numbers of classes, got {value!r:.80}")
     labels = {record.whole(str(one).strip(), name) for one in values}
     return ClassedImage(
         media=media,

@@ -39,7 +39,7 @@ class ScoredPair(Entry):
 
     score: float
     file: str
-    """Name of its file, without the suffix."""
+    """Path of its file."""
     set: str
     """What it belongs to within the file."""
 
@@ -56,7 +56,7 @@ def _pair(record: Record) -> ScoredPair:
     value = record.content[name]
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
         raise ValueError(f"field {name!r} must be a number, got {value!r:.80}")
@@ -66,7 +66,7 @@ def _pair(record: Record) -> ScoredPair:
         captions=tuple(texts),
         kind="video",
         score=score,
-        file=Path(record.place.rpartition(": ")[0]).stem,
+        file=record.place.rpartition(": ")[0],
         set=str(group),
     )
 
@@ -102,8 +102,9 @@ def text_similarity(
 
     Returns:
         `score`, the mean of Pearson's and Spearman's correlation in percent, `pearson` and
-        `spearman`: means over the files; `by_file`, the same of each, with its number of `pairs`;
-        `pairs`, `texts_cut`, and `chance`, 0.
+        `spearman`: means over the files; `by_file`, the same of each, with its number of `pairs`,
+        by its name without the suffix, or, where several have that, by its path; `pairs`,
+        `texts_cut`, and `chance`, 0.
 
     Raises:
         ValueError: embeddings are not finite; all scores, or all cosines, of a set are equal.
@@ -120,8 +121,11 @@ def text_similarity(
     cosine = torch.cosine_similarity(*sides).cpu()
     gold = torch.tensor([pair.score for pair in pairs], dtype=torch.float64)
     by_file = {}
-    for file in dict.fromkeys(pair.file for pair in pairs):
-        rows = [k for k, pair in enumerate(pairs) if pair.file == file]
+    paths = list(dict.fromkeys(pair.file for pair in pairs))
+    stems = [Path(path).stem for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        file = stem if stems.count(stem) == 1 else path
+        rows = [k for k, pair in enumerate(pairs) if pair.file == path]
         sets = {file: rows}
         if join == "mean":
             names = dict.fromkeys(pairs[k].set for k in rows)

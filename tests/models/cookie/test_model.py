@@ -21,6 +21,7 @@ from svitt_ops.models import (
 from svitt_ops.models.cookie.hashing import hash_centres, hash_targets
 from svitt_ops.models.cookie.losses import triplet_loss
 from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling
+from svitt_ops.models.parts.expansion import expand_frames
 
 STILL: dict[str, Any] = {"jitter": 0.0, "grayscale_rate": 0.0, "blur_rate": 0.0}
 PAIRS = ("pixel_values", "input_ids", "attention_mask", "pair_ids")
@@ -178,6 +179,9 @@ def test_the_hardest_negative() -> None:
     assert triplet_loss(broken, texts, 0.2).isnan()
     with pytest.raises(ValueError, match=r"texts must have the shape of images, .* got \(3, 16\)"):
         triplet_loss(images, texts[:3], 0.2)
+    for ids in (torch.arange(64)[:, None], torch.arange(1), torch.rand(64)):
+        with pytest.raises(ValueError, match=r"ids must be int64 of shape \(64,\), got"):
+            triplet_loss(images, texts, 0.2, negatives="all", ids=ids)
 
 
 @pytest.mark.parametrize("kind", ["triplet", "sum", "contrastive"])
@@ -201,7 +205,7 @@ def test_features_of_videos(make: Make, batch: Batch, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     longer = COOKIEForRetrieval.from_pretrained(tmp_path, num_frames=7)
     assert longer.video.patch_positions.shape == (7, 1, 32)
-    for shape in ((2, 6, 24), (2, 5, 23), (5, 24)):
+    for shape in ((2, 6, 24), (2, 0, 24), (2, 5, 23), (5, 24)):
         with pytest.raises(ValueError, match=r"features must have shape \(batch, 1 to 5, 24\)"):
             model.encode_video(torch.randn(*shape))
     with pytest.raises(ValueError, match="feature_size must be None, got 24"):
@@ -266,10 +270,21 @@ def test_hashing(make: Make, batch: Batch) -> None:
     saturated = model(batch["pixel_values"], labels).loss_centre
     (gradient,) = torch.autograd.grad(saturated, model.hash_layer[3].weight)
     assert saturated.isfinite() and gradient.isfinite().all()
+    with pytest.raises(ValueError, match="codes must be of 2 images at least, got 1"):
+        model(batch["pixel_values"][:1], labels[:1])
     model.config.loss_weights = {"pairwise": 0}
     assert model(batch["pixel_values"], labels).loss_pairwise is None
+    assert model(batch["pixel_values"], labels * 0).loss_centre.isnan()
+    half = model.bfloat16()(batch["pixel_values"].bfloat16(), labels)
+    assert half.codes.dtype == torch.bfloat16 and half.loss.isfinite()
     with pytest.raises(ValueError, match=r"labels must have shape \(4, 12\), got \(4, 11\)"):
         model(batch["pixel_values"], labels[:, 1:])
+
+
+def test_no_classes_share_a_centre(make: Make) -> None:
+    assert len(hash_centres(4, 6, "random").unique(dim=0)) == 6
+    with pytest.raises(ValueError, match=r"classes must be at most 6 with 4 bits, .* got 12"):
+        COOKIEForHashing(make(hash_bits=4))
 
 
 def test_salience(make: Make, batch: Batch) -> None:
@@ -308,9 +323,20 @@ def test_what_cannot_be(changes: dict[str, Any], message: str, make: Make) -> No
 
 def test_what_forward_cannot_take(make: Make, batch: Batch) -> None:
     model = COOKIEForPreTraining(make())
-    with pytest.raises(ValueError, match=r"view_pixel_values must have shape \(batch, 2, ...\)"):
+    wanted = r"view_pixel_values must have shape \(4, 2, 3, 32, ...\)"
+    with pytest.raises(ValueError, match=wanted):
         model(**{name: batch[name] for name in PAIRS})
+    with pytest.raises(ValueError, match=rf"{wanted} .* got \(5, 2, 3, 32, 32\)"):
+        model(**{**batch, "view_pixel_values": torch.zeros(5, 2, 3, 32, 32)})
+    with pytest.raises(ValueError, match=rf"{wanted} .* got \(4, 2, 1, 3, 32, 32\)"):
+        model(**{**batch, "view_pixel_values": batch["view_pixel_values"][:, :, None]})
     with pytest.raises(ValueError, match=r"view_input_ids must have .* is 0, got \(4, 7\)"):
         model(**{**batch, "view_input_ids": batch["input_ids"]})
     with pytest.raises(ValueError, match=r"shape \(batch, 3, 32, 32\), got \(4, 3, 16, 16\)"):
         model.encode_video(torch.zeros(4, 3, 16, 16))
+    with pytest.raises(ValueError, match="num_frames must be 1 without feature_size, got 4"):
+        expand_frames(model, 4)
+    assert model.config.num_frames == len(model.video.patch_positions) == 1
+    model = COOKIEForPreTraining(make(loss_weights={"ccl": 0, "vcl": 0, "tcl": 0}))
+    with pytest.raises(ValueError, match="loss_weights must be positive for one of its losses"):
+        model(**batch)

@@ -192,9 +192,9 @@ def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: 
         else tune(task, tmp_path / name, *options, "data.validation=[]")
         for name in ("two", "one")
     )
-    if task == "hashing":  # pairs are those of a process's own images, and dropout is drawn by it
+    if task == "hashing":  # dropout is drawn by each process
         for recipe in (two, one):
-            recipe.model |= {"loss_weights": {"pairwise": 0}, "hash_dropout": 0.0}
+            recipe.model |= {"hash_dropout": 0.0}
     path = write(two, tmp_path / "two.yaml")
     command = "pretrain" if task == "pretrain" else "finetune"
     process = torchrun("-m", "svitt_ops.training", command, "--config", str(path))
@@ -296,6 +296,11 @@ def test_similarity_of_texts(
     assert cli.main([*words, str(other), "--protocol", "sts", "--text-length", "20"]) == 0
     both = json.loads(target.read_text())
     found = both["by_file"]
+    again = tmp_path / "texts.json"  # a file of the same name is another file
+    again.write_text(other.read_text())
+    assert cli.main([*words, str(again)]) == 0
+    twins = json.loads(target.read_text())["by_file"]
+    assert [twins[str(x)] for x in (path, again)] == [alone["by_file"]["texts"], found["other"]]
     assert both["score"] == pytest.approx((alone["score"] + found["other"]["score"]) / 2)
     assert "not as sts: text_length 20, there 50" in capsys.readouterr().out
     flat = tmp_path / "flat.json"
@@ -310,7 +315,7 @@ def test_texts_in_every_form(form: str, tmp_path: Path) -> None:
     row = {"sentence1": "A dog.", "sentence2": "Two dogs!", "score": 3.5, "genre": "news"}
     (pair,) = read(tmp_path, in_form(tmp_path, row, form), text_similarity.FORM).entries
     assert (pair.captions, pair.score, pair.set) == (("a dog", "two dogs"), 3.5, "news")
-    assert (pair.file, pair.media) == ("annotations", ())
+    assert (Path(pair.file).stem, pair.media) == ("annotations", ())
 
 
 def test_broken_texts(tmp_path: Path) -> None:
@@ -320,6 +325,7 @@ def test_broken_texts(tmp_path: Path) -> None:
         ({**good, "score": None}, "field 'score' must be a number, got None"),
         ({**good, "score": True}, "field 'score' must be a number, got True"),
         ({**good, "score": float("nan")}, "field 'score' must be a number, got nan"),
+        ({**good, "score": 10**400}, "field 'score' must be a number, got 1000"),
         ({**good, "sentence1": "..."}, "field 'sentence1' has no words"),
         ({**good, "sentence2": ["a", "b"]}, "field 'sentence2' must be one text, got 2"),
         ({"sentence1": "a", "score": 1}, "has no field 'sentence2'"),
@@ -385,6 +391,7 @@ def test_broken_classes(tmp_path: Path) -> None:
     wrong = [
         ({**good, "labels": [1.5]}, "field 'labels' must be names or numbers of classes, got 1.5"),
         ({**good, "labels": [None]}, "field 'labels' must be names or numbers of classes, got"),
+        ({**good, "labels": [0, 1, 0]}, "must be names or numbers of classes, got [0, 1, 0]"),
         ({**good, "labels": ["\0"]}, "field 'labels' has a NUL at position 0"),
         ({**good, "image": ["a.jpg", "b.jpg"]}, "must name one file, got 2"),
         ({"image": "a.jpg"}, "has no field 'labels'"),

@@ -142,6 +142,9 @@ def test_what_has_no_correlation() -> None:
     for y in (torch.ones(3), torch.tensor([1.0, 1.0, 1.0])):
         with pytest.raises(ValueError, match="there is none, all 3 numbers of a vector are equal"):
             pearson(x, y)
+    for scale in (1e300, 1e-300):  # whose squares are no numbers
+        y = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64) * scale
+        assert pearson(x, y) == pytest.approx(0.5)
     for y in (torch.arange(2.0), torch.ones(1, 3)):
         with pytest.raises(ValueError, match="must be of two vectors of one length, at least 2"):
             spearman(x, y)

@@ -18,7 +18,8 @@ def pearson(x: Tensor, y: Tensor) -> float:
         )
     if any(bool((v == v[0]).all()) for v in (x, y)):
         raise ValueError(f"correlation: there is none, all {len(x)} numbers of a vector are equal")
-    x, y = (v.double() - v.double().mean() for v in (x, y))
+    x, y = (v.double() / v.double().abs().max() for v in (x, y))  # else squares may overflow
+    x, y = (v - v.mean() for v in (x, y))
     return float((x @ y / (x.norm() * y.norm())).clamp(-1, 1))
 
 
