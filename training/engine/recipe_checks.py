@@ -51,8 +51,8 @@ RULES: dict[str, Rule] = {
     "optimizer.lr": POSITIVE,
     "optimizer.bias_lr_scale": POSITIVE,
     "optimizer.lr_scales": (
-        "a mapping to positive numbers",
-        lambda x: all(0 < scale < inf for scale in x.values()),
+        "a mapping to positive numbers, of beginnings of names",
+        lambda x: all(key and 0 < scale < inf for key, scale in x.items()),
     ),
     "optimizer.decay": _one_of("cosine", "linear", "step"),
     "optimizer.drop": POSITIVE,

@@ -313,6 +313,7 @@ def test_unknown_recipe_lists_the_shipped_ones() -> None:
         ("optimizer.lr=0", "optimizer.lr must be positive"),
         ("optimizer.bias_lr_scale=-1", "optimizer.bias_lr_scale must be positive"),
         ("optimizer.lr_scales={text.: 0}", "optimizer.lr_scales must be a mapping to positive"),
+        ("optimizer.lr_scales={'': 2}", "optimizer.lr_scales must be .*, of beginnings of names"),
         ("optimizer.decay=never", "optimizer.decay must be one of cosine, linear, step, got"),
         ("optimizer.drop=0", "optimizer.drop must be positive and finite, got 0"),
         ("optimizer.drop_at=[0.5,1.5]", r"optimizer.drop_at must be a list of shares, 0 to 1, got"),
