@@ -38,6 +38,11 @@ def resize_places(positions: Tensor, grid_size: int) -> Tensor:
     side = round(positions.shape[1] ** 0.5)
     if side == grid_size:
         return positions
+    if not side or side * side != positions.shape[1]:
+        raise ValueError(
+            "resize_places: positions must have shape (frames, side * side, dim), got "
+            f"{tuple(positions.shape)}"
+        )
     old = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     new = F.interpolate(old.double(), (grid_size, grid_size), mode="bicubic", align_corners=False)
     return new.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)

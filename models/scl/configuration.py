@@ -135,5 +135,6 @@ class SCLConfig(TwoTowersConfig):
         self._check_numbers(inside, "patch_mask_share", "text_mask_share")
         self._check_numbers(("positive", lambda x: x > 0), "completion_temperature")
         answers = self.answers
-        if answers is not None and (not answers or len({*answers}) < len(answers)):
+        texts = isinstance(answers, list) and all(isinstance(text, str) for text in answers)
+        if answers is not None and not (texts and 0 < len({*answers}) == len(answers)):
             self._refuse("answers", "None, or distinct texts, one at least", answers)

@@ -140,9 +140,8 @@ def load_official(
     tensors = read_tensors(source)
     name = "the mapping" if isinstance(source, Mapping) else source
     places = "vision_transformer.visual.positional_embedding"
-    if places not in tensors or tensors[places].dim() != 2:
-        got = tuple(tensors[places].shape) if places in tensors else "none"
-        raise ValueError(f"{who}: {name} must have {places} of shape (n, dim), got {got}")
+    if places not in tensors:
+        raise ValueError(f"{who}: {name} must have {places}, got {len(tensors)} other tensors")
     return load_into_kind(
         TASKS[task], config, unpack(tensors, config), rules_of(task), {}, name=name, compat=compat
     )
@@ -223,7 +222,12 @@ def load_roberta(model: SCLModel, source: str | Path | nn.Module) -> Conversion:
     who = "load_roberta"
     tensors, heads = read_transformers(RobertaModel, source, who)
     found = {name.removeprefix("roberta."): value for name, value in tensors.items()}
-    found[POSITION] = found[POSITION][RESERVED:]
+    if POSITION not in found:
+        raise ValueError(
+            f"{who}: {name_of(source)} must hold a RoBERTa, got {len(found)} tensors without "
+            f"{POSITION}"
+        )
+    found[POSITION] = _rows(POSITION, found[POSITION])[RESERVED:]
     rules: Rules = (*BERT, *BERT_DROPPED, (r"lm_head\..+", ""))
     shown = sizes(renamed(found, rules)) | {"text_num_attention_heads": heads}
     shown["fusion_layer"] = shown.pop("text_num_hidden_layers", 0)
@@ -242,9 +246,9 @@ def unpack(tensors: Mapping[str, Tensor], config: SCLConfig) -> dict[str, Tensor
             number = config.fusion_layer + int(layer[1])
             found[f"text_transformer.encoder.layer.{number}.{layer[2]}"] = value
         elif name == f"text_transformer.{POSITION}":
-            found[name] = value[RESERVED:]
+            found[name] = _rows(name, value)[RESERVED:]
         elif name == "token_type_embeddings.weight":
-            found["token_types"] = value[:2]
+            found["token_types"] = _rows(name, value)[:2]
             if len(value) > 2:
                 found["second_type"] = value[2:3]
         else:
@@ -259,9 +263,15 @@ def _of_tower(tensors: Mapping[str, Tensor], config: SCLConfig) -> dict[str, Ten
         before, dot, last = name.rpartition(".")
         start = before + dot
         if match := re.fullmatch(r"in_proj_(weight|bias)", last):
+            if not value.dim() or not len(value) or len(value) % 3:
+                raise ValueError(
+                    f"convert: {name} must have rows of queries, keys and values, got "
+                    f"{tuple(value.shape)}"
+                )
             parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
             found |= {f"{start}{part}.{match[1]}": x.contiguous() for part, x in parts}
-        elif last == "positional_embedding" and value.dim() == 2:
+        elif last == "positional_embedding":
+            value = _rows(name, value)
             found[f"{start}cls_position"] = value[None, :1]
             found[f"{start}patch_positions"] = resize_places(value[None, 1:], config.grid_size)
         elif last == "class_embedding":
@@ -269,3 +279,10 @@ def _of_tower(tensors: Mapping[str, Tensor], config: SCLConfig) -> dict[str, Ten
         else:
             found[name] = value.squeeze(0) if last == "temporal_embed" else value
     return found
+
+
+def _rows(name: str, table: Tensor) -> Tensor:
+    """A table of embeddings as it is; a ValueError if it is none."""
+    if table.dim() != 2:
+        raise ValueError(f"convert: {name} must have shape (rows, dim), got {tuple(table.shape)}")
+    return table

@@ -67,6 +67,11 @@ class DualStreamFusion(nn.Module):
             frame_size: tokens of a frame.
         """
         check_mask(attention_mask, text)
+        if video.shape[1] % frame_size:
+            raise ValueError(
+                f"DualStreamFusion: video must have frames of {frame_size} tokens, got "
+                f"{video.shape[1]} tokens"
+            )
         ignored = attention_mask == 0
         for of_text, of_video in zip(self.layers, self.video_layers, strict=True):
             (text, _), (video, _) = (

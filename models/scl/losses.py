@@ -76,7 +76,9 @@ def rank_loss(scores: Tensor) -> Tensor:
     return cross_entropy(scores, torch.zeros_like(scores[:, 0], dtype=torch.int64))
 
 
-def text_contrast(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
+def text_contrast(
+    video: Tensor, text: Tensor, temperature: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Contrast of clips with all texts of a process's batch, in this one direction.
 
     Args:
@@ -84,10 +86,17 @@ def text_contrast(video: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
         text: embeddings ``(batch, texts, dim)``, the first of each row true of the row's clip;
             there may be more rows than clips.
         temperature: learned.
+        ids: int64 ``(batch,)``, of the rows; the first texts of rows with a clip's id are no
+            negatives of it.
     """
+    own = torch.arange(len(video), device=video.device)
     with torch.autocast(video.device.type, enabled=False):  # rounded logits would tie
         logits = video.float() @ text.flatten(0, 1).float().T / temperature
-    return cross_entropy(logits, torch.arange(len(video), device=video.device) * text.shape[1])
+    if ids is not None:
+        same = ids[: len(video), None] == ids
+        same[own, own] = False
+        logits[:, :: text.shape[1]].masked_fill_(same, float("-inf"))
+    return cross_entropy(logits, own * text.shape[1])
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -223,7 +223,8 @@ class SCLForPreTraining(SCLPairs):
             pixel_values: as `encode_video` takes them.
             input_ids: ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``, 0 at padding.
-            pair_ids: int64 ``(batch,)``; pairs with equal ids are no negatives of each other.
+            pair_ids: int64 ``(batch,)``; pairs with equal ids are no negatives of each other where
+                they are contrasted and matched; completion tells all pairs apart.
             mlm_input_ids: ``input_ids`` with masked tokens; needed unless MLM has weight 0.
             mlm_labels: ``(batch, tokens)``, what was masked, -100 elsewhere.
             masked_input_ids: ``input_ids`` with more masked tokens, from which the clip is to
@@ -366,7 +367,7 @@ class SCLForRetrieval(SCLPairs):
             pixel_values: as `encode_video` takes them.
             input_ids: ``(batch, tokens)``.
             attention_mask: ``(batch, tokens)``, 0 at padding.
-            pair_ids: of no effect: the false texts are known to be false.
+            pair_ids: int64 ``(batch,)``; pairs with equal ids are no negatives of each other.
             false_input_ids: ``(batch, texts, tokens)``, of other clips.
             false_attention_mask: like ``false_input_ids``.
         """
@@ -391,9 +392,11 @@ class SCLForRetrieval(SCLPairs):
         text = self.encode_text(ids.flatten(0, 1), mask.flatten(0, 1))
         weight, losses = self.config.weights, {}
         if weight["vtc"]:
-            compared = video.embeds[:1] if self.config.official else video.embeds
             embeds = text.embeds.unflatten(0, (batch, texts))
-            losses["vtc"] = text_contrast(compared, embeds, self.temperature)
+            compared, told = video.embeds, pair_ids
+            if self.config.official:
+                compared, told = compared[:1], None
+            losses["vtc"] = text_contrast(compared, embeds, self.temperature, told)
         if weight["vtm"]:
             clips = video.states.repeat_interleave(texts, 0)
             scores = self.match_scores(text.states, mask.flatten(0, 1), clips)

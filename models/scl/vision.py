@@ -39,7 +39,12 @@ def frame_attention(query: Tensor, key: Tensor, value: Tensor, frame: so.BlockLa
         dense attention has ``(frames (1 + p))^2``.
     """
     size = frame.seq_len
-    frames = query.shape[2] // size
+    frames, over = divmod(query.shape[2], size)
+    if over or not frames:
+        raise ValueError(
+            f"frame_attention: query must have tokens of frames, a multiple of {size}, got "
+            f"{query.shape[2]}"
+        )
     if frames == 1:
         return so.block_sparse_attention(query, key, value, frame)
 

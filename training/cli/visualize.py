@@ -22,8 +22,6 @@ TEXTS = ("caption", "text", "sentence")
 COUNT = 10
 """Entries of annotations that are drawn."""
 FIGURE, FOLDER = "survivors.png", "maps"
-MAPS = ("word_maps", "salience")
-"""Of models that find words in pictures, either."""
 STEM = 60  # letters of a picture's name in its figure's
 
 
@@ -55,25 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not of_videos:
         _check_maps(model, "model")
-    if model.config.given_features:
-        raise ValueError("model: must be one of pictures, got one of given features")
-    length = reading.text_length
-    captions = [entry.captions[0] for entry in entries]
-    if cut := count_cut(tokenizer, captions, length):
-        log.warning(
-            "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
-        )
-    if of_videos:
-        _draw_videos(model, tokenizer, reading, entries, target)
-        return 0
     readers = [(model, tokenizer, reading)]
     if arguments.beside is not None:
-        other = load_for_use(
+        second, *reader, _ = load_for_use(
             arguments.beside, text_length=arguments.text_length, resize=arguments.resize
         )
-        _check_maps(other[0], "--beside")
-        readers.append(other[:3])
-    _draw_pictures(readers, entries, target, arguments.layer)
+        _check_maps(second, "--beside")
+        readers.append((second, *reader))
+    captions = [entry.captions[0] for entry in entries]
+    for _, reads, how in readers:
+        if cut := count_cut(reads, captions, length := how.text_length):
+            log.warning(
+                "--caption: %d of %d longer than %d tokens, and cut", cut, len(captions), length
+            )
+    if of_videos:
+        _draw_videos(model, tokenizer, reading, entries, target)
+    else:
+        _draw_pictures(readers, entries, target, arguments.layer)
     return 0
 
 
@@ -86,6 +82,8 @@ def _check_maps(model: Any, name: str) -> None:
             f"{name}: must be for pretraining or retrieval to have maps of words, got"
             f" {type(model).__name__}"
         )
+    if model.config.given_features:
+        raise ValueError(f"{name}: must be one of pictures, got one of given features")
 
 
 def _check_source(arguments: argparse.Namespace) -> None:

@@ -48,6 +48,11 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A
     weights, settings = config.weights, recipe.optimizer
     views = {name: weights.get(loss, 0) > 0 for name, loss in VIEWS.items()}
     if any(views.values()):
+        if settings.mask_words:
+            raise ValueError(
+                "recipe: optimizer.mask_words must be false, views of texts are noised piece by"
+                " piece, got true"
+            )
         return collator(ViewCollator, recipe, tokenizer, noise=settings.mask_probability, **views)
     share = settings.mask_probability if weights.get("mlm", 0) > 0 else 0.0
     completion = None

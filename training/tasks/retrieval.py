@@ -241,6 +241,8 @@ def evaluate(
         if options.probe:
             raise ValueError("--probe: must be absent with --ensemble")
         members.append(_second(options, model))
+        if settings.top_k and any(x.config.weights.get("vtm", 0) for x, *_ in members):
+            log.warning("--ensemble: ranks by similarities alone, no pair by fusion layers")
     if not options.probe:
         parts = fold_gallery(gallery, options.folds)
         return mean_of_folds([search_together(members, part, settings) for part in parts])

@@ -128,6 +128,31 @@ def test_a_file_of_another_resolution() -> None:
             lambda x: x[:100],
             "projection_dim must be 100, that of the weights in the mapping, got 512",
         ),
+        (
+            "vision_transformer.visual.transformer.resblocks.0.attn.in_proj_bias",
+            lambda x: x[:2],
+            r"in_proj_bias must have rows of queries, keys and values, got \(2,\)",
+        ),
+        (
+            "vision_transformer.visual.positional_embedding",
+            lambda x: x[0],
+            r"positional_embedding must have shape \(rows, dim\), got \(32,\)",
+        ),
+        (
+            "vision_transformer.visual.positional_embedding",
+            lambda x: x[:8],
+            r"positions must have shape \(frames, side \* side, dim\), got \(1, 7, 32\)",
+        ),
+        (
+            "text_transformer.embeddings.position_embeddings.weight",
+            lambda x: x.sum(),
+            r"position_embeddings.weight must have shape \(rows, dim\), got \(\)",
+        ),
+        (
+            "token_type_embeddings.weight",
+            lambda x: x.sum(),
+            r"token_type_embeddings.weight must have shape \(rows, dim\), got \(\)",
+        ),
     ],
 )
 def test_what_is_refused(name: str, change: Any, message: str) -> None:

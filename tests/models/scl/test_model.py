@@ -26,7 +26,7 @@ from svitt_ops.models import (
     expand_frames,
 )
 from svitt_ops.models.scl.convert import load_clip, load_official, load_roberta
-from svitt_ops.models.scl.losses import completion_loss, draw_pairs
+from svitt_ops.models.scl.losses import completion_loss, draw_pairs, text_contrast
 from svitt_ops.models.scl.vision import frame_attention
 
 TINY: dict[str, Any] = {
@@ -108,6 +108,8 @@ def test_frames_attend_as_under_a_dense_mask(frames: int, patches: int) -> None:
 def test_merging_the_heads_is_free() -> None:
     q = torch.randn(2, 2, 3 * 17, 8)
     assert frame_attention(q, q, q, layout_of(16)).transpose(1, 2).is_contiguous()
+    with pytest.raises(ValueError, match="frame_attention: query must have tokens of frames, a mu"):
+        frame_attention(q[:, :, 1:], q, q, layout_of(16))
 
 
 def test_the_base_models_sizes() -> None:
@@ -295,11 +297,27 @@ def test_false_texts_are_needed(make: Make, batch: dict[str, Tensor]) -> None:
     assert torch.equal(scores, torch.zeros(2))
 
 
+def test_texts_of_a_clip_are_no_negatives_of_it() -> None:
+    """Of rows 0 and 2, which have one clip, the first texts are left out of each other's."""
+    generator = torch.Generator().manual_seed(0)
+    video = torch.randn(3, 8, generator=generator)
+    text = torch.randn(3, 4, 8, generator=generator).requires_grad_()
+    found = text_contrast(video, text, torch.tensor([0.5]), torch.tensor([5, 6, 5]))
+    logits = video @ text.flatten(0, 1).T / 0.5
+    kept = [[k for k in range(12) if k != left] for left in (8, None, 0)]
+    wanted = [logits[i, c].logsumexp(0) - logits[i, 4 * i] for i, c in enumerate(kept)]
+    torch.testing.assert_close(found, sum(wanted) / 3)
+    (gradient,) = torch.autograd.grad(found, text)
+    assert gradient.isfinite().all()
+
+
 def test_class_attention(make: Make, batch: dict[str, Tensor]) -> None:
     model = SCLForRetrieval(make(num_frames=4)).eval()
     mask = batch["attention_mask"]
     video = model.encode_video(batch["pixel_values"]).states
     text = model.encode_text(batch["input_ids"], mask).states
+    with pytest.raises(ValueError, match="video must have frames of 17 tokens, got 67 tokens"):
+        model.fuse(text, mask, video[:, 1:])
     maps = model.class_attention(text, mask, video)
     assert maps.shape == (3, 2, 4 * 17)
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2))
@@ -370,6 +388,8 @@ def test_towers_of_clip_and_roberta(make: Make, batch: dict[str, Tensor], tmp_pa
         load_roberta(SCLForPreTraining(make(fusion_layer=3)), roberta)
     with pytest.raises(ValueError, match="load_clip: source must be the folder of a clip_vision"):
         load_clip(model, tmp_path / "none")
+    with pytest.raises(ValueError, match="load_roberta: CLIPVisionModel must hold a RoBERTa, got"):
+        load_roberta(model, clip)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +397,7 @@ def test_towers_of_clip_and_roberta(make: Make, batch: dict[str, Tensor], tmp_pa
     [
         (
             {"a": torch.zeros(2)},
-            "must have vision_transformer.visual.positional_embedding of shape",
+            "must have vision_transformer.visual.positional_embedding, got 1 other tensors",
         ),
         (
             {"vision_transformer.visual.positional_embedding": torch.zeros(17, 32)},
@@ -404,6 +424,8 @@ def test_files_of_others_are_refused(make: Make, source: dict[str, Tensor], mess
         ({"false_texts": 0}, "false_texts must be an integer of at least 1, got 0"),
         ({"answers": []}, r"answers must be None, or distinct texts, one at least, got \[\]"),
         ({"answers": ["a", "a"]}, "answers must be None, or distinct texts, one at least"),
+        ({"answers": "ab"}, "answers must be None, or distinct texts, one at least, got 'ab'"),
+        ({"answers": [["a"]]}, "answers must be None, or distinct texts, one at least"),
         (
             {"loss_weights": {"psl": 1}},
             r"loss_weights must be keyed by \('vtc', 'vtm', 'mlm', 'scl'",

@@ -71,9 +71,11 @@ def test_a_figure(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str
             "model: must be one of pictures, got one of given features",
         ),
     ):
-        words[1] = str(store(tmp_path / str(len(message)), kind, **changes))
-        assert cli.main(words) == 2
+        folder = str(store(tmp_path / str(len(message)), kind, **changes))
+        assert cli.main([words[0], folder, *words[2:]]) == 2
         assert message in capsys.readouterr().err
+        assert cli.main([*words, "--beside", folder]) == 2
+        assert message.replace("model:", "--beside:") in capsys.readouterr().err
 
 
 def test_maps_are_the_similarities_of_states() -> None:

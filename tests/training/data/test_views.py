@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from svitt_ops.training.data.augment import Augmentation
 from svitt_ops.training.data.datasets import Clip
 from svitt_ops.training.data.text import train_tokenizer
 from svitt_ops.training.data.views import ViewCollator
+from svitt_ops.training.engine.recipes import Recipe
+from svitt_ops.training.tasks.pretrain import build_collator
 
 TEXT = "a red square then a blue circle and a green cross"
 TOKENIZER = train_tokenizer([TEXT, "left"], 120)
@@ -83,3 +86,12 @@ def test_a_text_keeps_a_word() -> None:
     assert torch.equal(batch["view_input_ids"], batch["input_ids"][:, None].expand(-1, 2, -1))
     padded = replace(COLLATOR, pad_to="max", text_length=40)(clips(3))
     assert padded["view_input_ids"].shape == (3, 2, 40)
+
+
+def test_whole_words_are_refused() -> None:
+    recipe = Recipe(system="cookie")
+    config = SimpleNamespace(weights={"tcl": 1})
+    assert build_collator(recipe, TOKENIZER, config).noise == recipe.optimizer.mask_probability
+    recipe.optimizer.mask_words = True
+    with pytest.raises(ValueError, match=r"optimizer\.mask_words must be false, views of texts"):
+        build_collator(recipe, TOKENIZER, config)

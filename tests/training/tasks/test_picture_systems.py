@@ -203,7 +203,7 @@ def test_scl_starts_from_clip_and_roberta(
 
 
 def test_a_pretrained_scl_searches_without_tuning(
-    pretrained: dict[str, Path], pictures: Path, tmp_path: Path
+    pretrained: dict[str, Path], pictures: Path, tmp_path: Path, caplog: Any
 ) -> None:
     """All pairs go through the fusion layers, by a rank head that starts as the match head."""
     target = tmp_path / "found.json"
@@ -216,6 +216,10 @@ def test_a_pretrained_scl_searches_without_tuning(
     assert found[0]["text_to_video"] == found[1]["text_to_video"]
     assert found[0]["settings"]["test_sampling"] == "middle"
     assert cli.main([*words, "--protocol", "lsmdc"]) == 0
+    together = [*words, "--ensemble", str(pretrained["scl"])]
+    for more, count in (["--top-k", "0"], 0), ([], 1):  # an ensemble ranks by similarities alone
+        assert cli.main([*together, *more]) == 0
+        assert caplog.text.count("--ensemble: ranks by similarities alone") == count
 
 
 @pytest.mark.parametrize("system", OF_PICTURES)

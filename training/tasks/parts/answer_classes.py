@@ -61,13 +61,19 @@ class Choices:
 
     @classmethod
     def of(cls, answers: Sequence[str], classes: Sequence[str]) -> Choices:
-        """Those of a list; a ValueError if there are none."""
+        """Those of a list, of which others can not be chosen; a ValueError if there are none."""
         numbers = {answer: number for number, answer in enumerate(classes)}
         known = [(place, numbers[x]) for place, x in enumerate(answers) if x in numbers]
         if not known:
             raise ValueError(
                 f"qa: the list of answers must hold classes of the model, none of {len(answers)} is"
                 f" one; the first: {answers[0]!r}, the model's: {classes[0]!r}"
+            )
+        if len(known) < len(answers):
+            log.warning(
+                "qa: %d of %d answers to choose from are no classes of the model, and never chosen",
+                len(answers) - len(known),
+                len(answers),
             )
         places, those = zip(*known, strict=True)
         return cls(torch.tensor(places), torch.tensor(those))

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from svitt_ops.training.data.collate import Collator, encode_texts
+from svitt_ops.training.data.columns import FileNames
 from svitt_ops.training.data.datasets import Clip, PairDataset
 from svitt_ops.training.data.transport import Batch
 
@@ -35,22 +38,32 @@ class ChoiceDataset(PairDataset):
     def __init__(self, *given: Any, false_texts: int, **more: Any) -> None:
         super().__init__(*given, **more)
         self.false_texts = false_texts
+        name_of = FileNames()
+        files: dict[str, int] = {}
+        names = map(name_of, self.items.paths)
+        self._files = np.fromiter((files.setdefault(x, len(files)) for x in names), np.int64)
+        if len(files) < 2:
+            raise ValueError(
+                "retrieval: data.train must have several files, whose texts are false of each "
+                f"other, got {len(files)}"
+            )
 
     def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> ChoiceClip:
         clip = super().read(number, seed, skipped)
         rng = random.Random(f"{seed} false")
-        false = tuple(self._false(number, rng) for _ in range(self.false_texts))
+        same = np.flatnonzero(self._files == self._files[number]).tolist()
+        own = {text for k in same for text in self.items[k].captions}
+        false = tuple(self._false(number, own, rng) for _ in range(self.false_texts))
         return ChoiceClip(**vars(clip), false=false)
 
-    def _false(self, number: int, rng: random.Random) -> str:
+    def _false(self, number: int, own: set[str], rng: random.Random) -> str:
         """A text of another file, and none of those that this one has."""
-        own = self.items[number]
         for _ in range(ATTEMPTS):
-            other = self.items[rng.randrange(len(self.items))]
-            text = rng.choice(other.captions)
-            if other.path != own.path and text not in own.captions:
+            text = rng.choice(self.items[rng.randrange(len(self.items))].captions)
+            if text not in own:
                 return text
-        raise ValueError(f"retrieval: {own.path}: must have texts of others to choose from")
+        path = self.items.paths[number]
+        raise ValueError(f"retrieval: {path}: must have texts of others to choose from")
 
 
 @dataclass(frozen=True, kw_only=True)

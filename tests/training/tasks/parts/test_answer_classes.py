@@ -47,8 +47,9 @@ def test_batches_of_scores(corpus: Path) -> None:
     assert "answer_ids" not in batch and len(batch["clip_numbers"]) == 3
 
 
-def test_choices_are_those_of_the_list() -> None:
+def test_choices_are_those_of_the_list(caplog: pytest.LogCaptureFixture) -> None:
     choices = Choices.of(["x", "blue", "red"], ["red", "green", "blue"])
+    assert "1 of 3 answers to choose from are no classes of the model" in caplog.text
     scores = torch.tensor([[1.0, 9, 2], [3, 9, 2], [5, 0, 5]])
     assert choices.best(scores).tolist() == [1, 2, 1]  # green is not to be chosen; a tie: the first
     with pytest.raises(ValueError, match="none of 1 is one; the first: 'x', the model's: 'red'"):

@@ -1,5 +1,6 @@
 """False texts: of other files, not true of the clip, the same on every run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,26 @@ def test_false_texts_are_of_others(corpus: Path) -> None:
     assert [x.replace(" ", "") for x in own] == [c.caption.replace(" ", "") for c in clips]
 
 
-def test_a_corpus_of_one_text_has_no_false_one(corpus: Path) -> None:
-    entries = read_annotations(corpus / "train.json").entries[:1]
-    dataset = ChoiceDataset(entries, ClipSpec(num_frames=1), false_texts=1)
+def test_what_is_said_of_a_file_anywhere_is_not_false_of_it(corpus: Path) -> None:
+    """However its path is spelled; others share a text with it, and may be few."""
+    first, other = read_annotations(corpus / "train.json").entries[:2]
+    path = Path(first.media[0])
+    spelled = str(path.parent / ".." / path.parent.name / path.name)
+    entries = [
+        replace(first, captions=("one",)),
+        replace(first, captions=("two",), media=(spelled,)),
+        replace(other, captions=("two", "three")),
+    ]
+    dataset = ChoiceDataset(entries, ClipSpec(num_frames=1), false_texts=15)
+    assert {*dataset[0, 0].false} == {*dataset[1, 0].false} == {"three"}
+    assert {*dataset[2, 0].false} == {"one"}
+
+
+def test_a_corpus_without_false_texts(corpus: Path) -> None:
+    entries = read_annotations(corpus / "train.json").entries[:2]
+    spec = ClipSpec(num_frames=1)
+    with pytest.raises(ValueError, match=r"data\.train must have several files, .*, got 1"):
+        ChoiceDataset(entries[:1], spec, false_texts=1)
+    alike = [replace(entry, captions=("one",)) for entry in entries]
     with pytest.raises(ValueError, match="must have texts of others to choose from"):
-        dataset[0, 0]
+        ChoiceDataset(alike, spec, false_texts=1)[0, 0]
