@@ -37,7 +37,8 @@ def rates(model: Any, settings: Optimizer) -> dict[str, tuple[float, float]]:
 
 def ours(theirs: str, task: str, config: SCLConfig) -> list[str]:
     """Our names of one of the authors' parameters."""
-    names = unpack({theirs: torch.zeros(17, 1)}, config)
+    rows = 18 if "in_proj" in theirs else 17  # of queries, keys and values; of [CLS] and 16 places
+    names = unpack({theirs: torch.zeros(rows, 1)}, config)
     return [x for name in names if (x := placed(rename(name, rules_of(task)), config))]
 
 

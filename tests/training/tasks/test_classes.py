@@ -156,7 +156,7 @@ def test_a_batch_has_the_pictures_of_its_examples(
     recipe.data.crop_scale, recipe.data.flip, recipe.data.text_length = (1.0, 1.0), False, 9
     recipe.optimizer.batch_size = 4
     examples = task.read_examples(recipe)
-    config: Any = SimpleNamespace(num_frames=1, image_size=64)
+    config: Any = SimpleNamespace(num_frames=1, image_size=64, given_features=None)
     dataset = task.build_dataset(recipe, examples, config)
     assert len(dataset) == len(dataset.items) == len(examples)
     batch = task.build_collator(recipe, tokenizer, config)([dataset[k, 0] for k in range(5)])
@@ -212,7 +212,7 @@ def test_texts_share_their_pictures(folder: Path, tokenizer: Any, task: Any) -> 
         if "left" in examples[k].captions[0]:
             assert not any(batch["flips"][place] for place in mine)
     recipe = load_recipe(f"demo-pictures-{name}", ["data.share_clips=true"])
-    inputs = task.model_inputs(recipe, SimpleNamespace(image_size=8), batch)
+    inputs = task.model_inputs(recipe, SimpleNamespace(image_size=8, given_features=None), batch)
     assert inputs["pixel_values"].shape == (len(set(files)), 3, 8, 8)
     assert torch.equal(inputs["clip_numbers"], places)
 
