@@ -96,9 +96,9 @@ class LabelledClip(Clip):
     others: list[Tensor] = field(default_factory=list)
     label: int = 0
     numbers: list[int] = field(default_factory=list)
-    """Which each picture is of the corpus."""
+    """Which each picture that other texts share is of the corpus."""
     seeds: list[int] = field(default_factory=list)
-    """Of the augmentation of each picture that other texts share."""
+    """Of the augmentation of each of these."""
 
     def pictures(self) -> list[Clip]:
         """A clip of each picture, whose augmentation is its own."""
@@ -124,20 +124,21 @@ class LabelledDataset(PairDataset):
         self, examples: Sequence[Labelled], *given: Any, share_clips: bool = False, **more: Any
     ) -> None:
         super().__init__(_by_first(examples), *given, **more)
-        self.share_clips = share_clips
-        name_of, numbers = FileNames(), dict[str, int]()
-        names = [name_of(path) for example in examples for path in example.media]
-        self._numbers = np.array([numbers.setdefault(x, len(numbers)) for x in names], np.int64)
+        self._numbers: NDArray[np.int64] = np.empty(0, np.int64)
+        if share_clips:
+            name_of, numbers = FileNames(), dict[str, int]()
+            names = (name_of(path) for example in examples for path in example.media)
+            found = (numbers.setdefault(name, len(numbers)) for name in names)
+            self._numbers = np.fromiter(found, np.int64)
         self._labels: NDArray[np.int8] = np.array([e.label for e in examples], dtype=np.int8)
         self._per_example = len(examples[0].media) - 1
         self._others = Strings(path for e in examples for path in e.media[1:])
 
     def __getitem__(self, key: Key) -> LabelledClip:
         clip = cast(LabelledClip, super().__getitem__(key))
-        if self.share_clips:
-            for number in clip.numbers:
-                rng = random.Random(f"{self.seed} {key[1]} picture {number}")
-                clip.seeds.append(rng.getrandbits(48))
+        for number in clip.numbers:
+            rng = random.Random(f"{self.seed} {key[1]} picture {number}")
+            clip.seeds.append(rng.getrandbits(48))
         return clip
 
     def read(self, number: int, seed: int, skipped: list[tuple[str, str]]) -> LabelledClip:
