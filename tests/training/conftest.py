@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("av")
-# For films.py, running.py and picturing.py.
+# For films.py, ranks.py, running.py and picturing.py.
 sys.path += [str(Path(__file__).parent / folder) for folder in ("data", "engine", "tasks")]
+
+import ranks
+from ranks import Command
+from running import torchrun
 
 from svitt_ops.training.corpora.shapes import COLORS, SHAPES, CorpusSpec, plan, write_video
 from svitt_ops.training.data.annotations import read_annotations
@@ -81,6 +85,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{split}_multiple_choice.json").write_text(json.dumps(choices))
     (folder / "answers.json").write_text(json.dumps([*COLORS, *SHAPES]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
+    """`two_ranks("pretrain", "--config", path).wait(seconds)`: two processes run the command."""
+    folder, process = Path(), None
+
+    def start(*words: str) -> Command:
+        nonlocal folder, process
+        if process is None or process.poll() is not None:  # the first time, or after a failure
+            folder = tmp_path_factory.mktemp("ranks")
+            process = torchrun(str(ranks.__file__), str(folder))
+        return ranks.send(process, folder, *words)
+
+    yield start
+    if process is not None:
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import ENOUGH, StopAt, losses, run, torchrun, write
+from running import ENOUGH, StopAt, losses, run, write
 from transformers import PreTrainedModel
 
 from svitt_ops.training.engine.checkpoints import checkpoints
@@ -141,12 +141,14 @@ def test_best_of_another_run_is_forgotten(make: Any, tmp_path: Path, caplog: Any
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_ranks_find_what_one_does(make: Any, tmp_path: Path, sharded: bool) -> None:
+def test_two_ranks_find_what_one_does(
+    make: Any, two_ranks: Any, tmp_path: Path, sharded: bool
+) -> None:
     contrastive = {"loss_weights": {"vtc": 1, "vtm": 0, "mlm": 0}, "text_dropout": 0.0}
     options = ("optimizer.steps=4", "run.save_steps=4")
     more = ("run.trainer.fsdp=true",) if sharded else ()
     path = write(make(tmp_path / "two", *options, *more, **contrastive), tmp_path / "two.yaml")
-    process = torchrun("-m", "svitt_ops.training", "pretrain", "--config", str(path))
+    process = two_ranks("pretrain", "--config", str(path))
     one = pretrain(make(tmp_path / "one", *options, **contrastive))
     assert process.wait(timeout=ENOUGH) == 0
     state = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import ENOUGH, StopAt, losses, torchrun, write
+from running import ENOUGH, StopAt, losses, write
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from svitt_ops.training import cli
@@ -182,7 +182,9 @@ def test_recomputed_and_in_bf16(task: str, make: Any, tune: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "retrieval", "hashing"])
-def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(
+    task: str, make: Any, tune: Any, two_ranks: Any, tmp_path: Path
+) -> None:
     """Negatives, and the statistics of the batch, are those of both processes."""
     options = ("optimizer.steps=3", "run.save_steps=3")
     two, one = (
@@ -196,7 +198,7 @@ def test_two_ranks_equal_one_process(task: str, make: Any, tune: Any, tmp_path: 
             recipe.model |= {"hash_dropout": 0.0}
     path = write(two, tmp_path / "two.yaml")
     command = "pretrain" if task == "pretrain" else "finetune"
-    process = torchrun("-m", "svitt_ops.training", command, "--config", str(path))
+    process = two_ranks(command, "--config", str(path))
     trained = pretrain(one)
     wanted = {step: parts[0] for step, parts in losses(trained).items()}
     assert process.wait(timeout=ENOUGH) == 0

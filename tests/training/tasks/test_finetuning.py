@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, losses, run, torchrun, write
+from running import DENSE, ENOUGH, losses, run, write
 
 from svitt_ops.training import cli
 from svitt_ops.training.engine.checkpoints import checkpoints
@@ -136,7 +136,9 @@ main(["finetune", "--config", sys.argv[1]])
 
 
 @pytest.mark.parametrize(("system", "task"), LONG)
-def test_two_ranks_equal_one_process(system: str, task: str, make: Any, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(
+    system: str, task: str, make: Any, two_ranks: Any, tmp_path: Path
+) -> None:
     # Matching draws its negatives from the pairs of a process.
     model: dict[str, Any] = {"system": system}
     if task != "qa":
@@ -146,7 +148,7 @@ def test_two_ranks_equal_one_process(system: str, task: str, make: Any, tmp_path
         options.append("data.validation=[]")
     recipe = make(task, tmp_path / "two", *options, **model)
     path = write(recipe, tmp_path / "two.yaml")
-    process = torchrun("-m", "svitt_ops.training", "finetune", "--config", str(path))
+    process = two_ranks("finetune", "--config", str(path))
     one = pretrain(make(task, tmp_path / "one", *options, **model))
     assert process.wait(timeout=ENOUGH) == 0
     state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, OF_PICTURES, losses, run, torchrun, write
+from running import DENSE, ENOUGH, OF_PICTURES, losses, run, write
 from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
@@ -303,7 +303,7 @@ main(["pretrain", "--config", sys.argv[1]])
     + [("albef", "retrieval"), ("albef", "entailment"), ("scl", "retrieval"), ("scl", "qa")],
 )
 def test_two_ranks_equal_one_process(
-    system: str, task: str, make: Any, tune: Any, tmp_path: Path
+    system: str, task: str, make: Any, tune: Any, two_ranks: Any, tmp_path: Path
 ) -> None:
     """Losses, the twin, and the queues with the ids of their pairs."""
     options = ["optimizer.steps=3", "run.save_steps=3"]
@@ -318,7 +318,7 @@ def test_two_ranks_equal_one_process(
     )
     path = write(two, tmp_path / "two.yaml")
     command = "pretrain" if task == "pretrain" else "finetune"
-    process = torchrun("-m", "svitt_ops.training", command, "--config", str(path))
+    process = two_ranks(command, "--config", str(path))
     wanted = {step: parts[0] for step, parts in losses(pretrain(one)).items()}
     assert process.wait(timeout=ENOUGH) == 0
     state = json.loads((tmp_path / "two" / "checkpoint-3" / "trainer_state.json").read_text())
