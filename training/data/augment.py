@@ -1,4 +1,4 @@
-"""Augmentation on the training device: one crop and one flip per clip, the same for its frames."""
+"""Augmentation on the training device: crop, flip, changes, the same for all frames of a clip."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kornia.geometry.transform import resize as resize_bicubic
 from torch import Tensor
 
 from svitt_ops.training.data import RESIZES
+from svitt_ops.training.data.rand_augment import Change, change, draw_changes
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -28,6 +29,8 @@ class Augmentation:
     """Width over height of a crop."""
     flip: bool = False
     """Mirror half of the clips."""
+    rand_augment: tuple[int, int] | None = None
+    """How many changes of RandAugment, and their strength, 0 to 10; None: no changes."""
 
     def draw(self, rng: random.Random, height: int, width: int) -> tuple[Box, bool]:
         """The box to cut out and whether to mirror, as torchvision's RandomResizedCrop draws."""
@@ -45,22 +48,28 @@ class Augmentation:
         w = min(width, round(height * self.crop_ratio[1]))
         return ((height - h) // 2, (width - w) // 2, h, w), flip
 
+    def changes(self, rng: random.Random) -> tuple[Change, ...]:
+        """What RandAugment does to a clip."""
+        return () if self.rand_augment is None else draw_changes(rng, *self.rand_augment)
+
 
 def to_pixel_values(
     clips: Tensor | Sequence[Tensor],
     size: int,
     boxes: Sequence[Box] | None = None,
     flips: Sequence[bool] | None = None,
+    changes: Sequence[Sequence[Change]] | None = None,
     *,
     resize: str = "antialias",
 ) -> Tensor:
-    """Cut, resize, mirror and normalise clips on the device they are on.
+    """Cut, resize, mirror, change and normalise clips on the device they are on.
 
     Args:
         clips: uint8 (clips, frames, 3, height, width), or a list where sizes differ.
         size: height and width of the result.
         boxes: what to cut out of every frame of a clip; default: nothing is cut.
         flips: which clips to mirror; default: none.
+        changes: of each clip, by RandAugment; default: none.
         resize: "antialias" is bicubic with antialiasing; "official" is what the released SViTT and
             Singularity do, bicubic without, rounded to whole numbers of 0 to 255. On large photos
             the two differ by up to 7 of 255 in the mean.
@@ -86,6 +95,8 @@ def to_pixel_values(
     if flips is not None and any(flips):
         which = torch.tensor(flips, device=pixels.device).view(-1, 1, 1, 1, 1)
         pixels = torch.where(which, hflip(pixels), pixels)
+    if changes is not None and any(changes):
+        pixels = torch.stack([change(*pair) for pair in zip(pixels, changes, strict=True)])
     return pixels * 2 - 1
 
 

@@ -51,6 +51,7 @@ class Collator:
                 flip and not any(map(names_a_side, clip.texts))
                 for (_, flip), clip in zip(drawn, clips, strict=True)
             ],
+            changes=[self.augmentation.changes(rng) for rng in rngs],
             pair_ids=torch.tensor([clip.pair_id for clip in clips]),
             skipped=[entry for clip in clips for entry in clip.skipped],
         )

@@ -26,7 +26,8 @@ class ViewCollator(Collator):
     """Makes a batch with views; every random choice comes from the clip's own seed."""
 
     of_pictures: bool = True
-    """Whether pictures have views: `view_boxes` and `view_flips`, a list for each of the two."""
+    """Whether pictures have views: `view_boxes`, `view_flips` and `view_changes`, a list for
+    each of the two."""
     of_texts: bool = True
     """Whether texts have views: `view_input_ids` and `view_attention_mask`, (batch, 2, tokens)."""
     noise: float = 0.15
@@ -39,6 +40,9 @@ class ViewCollator(Collator):
             drawn = [
                 [self.augmentation.draw(rng, *clip.frames.shape[-2:]) for _ in range(VIEWS)]
                 for rng, clip in zip(rngs, clips, strict=True)
+            ]
+            batch["view_changes"] = [
+                [self.augmentation.changes(rng) for rng in rngs] for _ in range(VIEWS)
             ]
             sided = [any(map(names_a_side, clip.texts)) for clip in clips]
             batch["view_boxes"] = [[views[k][0] for views in drawn] for k in range(VIEWS)]

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
+from types import UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from svitt_ops.models.systems import load_system, system_names
-from svitt_ops.training.data import RESIZES, TEST_SAMPLINGS
+from svitt_ops.training.data import RESIZES, STRONGEST, TEST_SAMPLINGS
 from svitt_ops.training.data.paths import expand
 from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
 from svitt_ops.training.engine.task import Trainable, Validated, load_task
@@ -45,6 +46,10 @@ RULES: dict[str, Rule] = {
     "data.pad_to": _one_of("longest", "max"),
     "data.max_words": _least(1),
     "data.crop_scale": ("0 < low <= high <= 1", lambda x: 0 < x[0] <= x[1] <= 1),
+    "data.rand_augment": (
+        f"how many changes, 1 or more, and their strength, 0 to {STRONGEST}",
+        lambda x: x[0] >= 1 and 0 <= x[1] <= STRONGEST,
+    ),
     "data.resize": _one_of(*RESIZES),
     "data.positives": _one_of("video", "caption"),
     "data.workers": _least(0),
@@ -92,6 +97,10 @@ def check_form(kind: Any, value: Any, where: str, key: str = "") -> None:
         where: what the message begins with.
         key: of the value.
     """
+    if isinstance(kind, UnionType):  # with None
+        if value is None:
+            return
+        kind = get_args(kind)[0]
     words, form = "", cast(Any, get_origin(kind) or kind)
     if isinstance(value, str) and "${" in value:  # not known before it is filled in
         return

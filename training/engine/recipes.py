@@ -21,7 +21,7 @@ from svitt_ops.training.data.paths import expand
 
 PATH = {"path": True}
 """Metadata of a key that holds a path; those of `init` and `tokenizer` may name downloads too."""
-PAIRS = ("data.crop_scale.", "optimizer.betas.")
+PAIRS = ("data.crop_scale.", "data.rand_augment.", "optimizer.betas.")
 CORPORA = ("train", "validation")
 """Keys of `data` that list corpora."""
 
@@ -103,6 +103,9 @@ class Data:
     """Share of the picture that a random crop keeps."""
     flip: bool = True
     """Mirror half of the clips; never one whose caption speaks of left, right or clockwise."""
+    rand_augment: tuple[int, int] | None = None
+    """How many changes RandAugment makes to a clip, and their strength, 0 to 10; see
+    `data/rand_augment.py`. Default: none."""
     resize: str = "antialias"
     """How pictures are made smaller: "antialias", or "official": as the released SViTT does,
     bicubic without antialiasing, rounded to whole numbers, from frames decoded at full size."""

@@ -23,6 +23,8 @@ from svitt_ops.training.tasks.parts.training import clip_spec, collator
 HEAD = "pretraining"
 VIEWS = {"of_pictures": "vcl", "of_texts": "tcl"}
 """Of `ViewCollator`, and the loss that wants them."""
+DRAWN = ("boxes", "flips", "changes")
+"""What augmentation does to the pictures of a batch."""
 INPUTS = (
     *("input_ids", "attention_mask", "pair_ids", "mlm_input_ids", "mlm_labels"),
     *("masked_input_ids", "patch_noise", "view_input_ids", "view_attention_mask"),
@@ -73,11 +75,11 @@ def model_inputs(
     if config.given_features:
         return {"pixel_values": batch["clips"], **found}
 
-    def pictures(boxes: Any, flips: Any) -> Tensor:
+    def pictures(*drawn: Any) -> Tensor:
         size = int(config.image_size)
-        return to_pixel_values(batch["clips"], size, boxes, flips, resize=recipe.data.resize)
+        return to_pixel_values(batch["clips"], size, *drawn, resize=recipe.data.resize)
 
     if "view_boxes" in batch:
-        views = zip(batch["view_boxes"], batch["view_flips"], strict=True)
+        views = zip(*(batch[f"view_{name}"] for name in DRAWN), strict=True)
         found["view_pixel_values"] = torch.stack([pictures(*view) for view in views], 1)
-    return {"pixel_values": pictures(batch["boxes"], batch["flips"]), **found}
+    return {"pixel_values": pictures(*(batch[name] for name in DRAWN)), **found}

@@ -14,8 +14,8 @@ def share_clips(batch: Batch, names: Sequence[Hashable]) -> None:
     """Keep the first of the clips of each name, and note as `clip_numbers` which each one was.
 
     Args:
-        batch: a collator's, with a clip, a box and a flip for each name. A clip is mirrored if
-            all those of its name may be: none of their texts names a side.
+        batch: a collator's, with a clip and what augmentation drew for it for each name. A clip is
+            mirrored if all those of its name may be: none of their texts names a side.
         names: of the clips; those of one name are alike.
     """
     first: dict[Hashable, int] = {}
@@ -26,7 +26,8 @@ def share_clips(batch: Batch, names: Sequence[Hashable]) -> None:
     of_texts = [numbers[name] for name in names]
     clips = batch["clips"]
     batch["clips"] = clips[kept] if isinstance(clips, Tensor) else [clips[k] for k in kept]
-    batch["boxes"] = [batch["boxes"][k] for k in kept]
+    for drawn in ("boxes", "changes"):
+        batch[drawn] = [batch[drawn][k] for k in kept]
     flips = [batch["flips"][k] for k in kept]
     for number, flip in zip(of_texts, batch["flips"], strict=True):
         flips[number] &= flip

@@ -33,11 +33,14 @@ def collator(
 ) -> Kind:
     """A collator of some kind; `more` of its fields than the recipe's `data` has."""
     data = recipe.data
-    low, high = data.crop_scale
     return kind(
         tokenizer=tokenizer,
         text_length=data.text_length,
         pad_to=data.pad_to,
-        augmentation=Augmentation(crop_scale=(low, high), flip=data.flip),
+        augmentation=Augmentation(
+            crop_scale=tuple(data.crop_scale),
+            flip=data.flip,
+            rand_augment=None if data.rand_augment is None else tuple(data.rand_augment),
+        ),
         **more,
     )
