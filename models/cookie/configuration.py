@@ -126,6 +126,9 @@ class COOKIEConfig(TwoTowersConfig):
     match_loss: str = "triplet"
     """Loss of retrieval: "triplet", with the hardest negative of the batch (VSE++), "sum", with all
     of them, or "contrastive", as in pretraining."""
+    feature_drop: float = 0.0
+    """Greatest share of an image's features, or a video's frames, that are left out of the pooling
+    in training; 0.2 in the released training of GPO."""
     margin: float = 0.2
     """By how much pairs that match are to be more similar than others, of the first two; open."""
     hash_bits: int = 64
@@ -193,7 +196,7 @@ class COOKIEConfig(TwoTowersConfig):
             self._check_counts("feature_size")
         elif self.num_frames != 1:
             self._refuse("num_frames", "1 without feature_size", self.num_frames)
-        self._check_numbers(DROP_RATE, "dropout", "hash_dropout")
+        self._check_numbers(DROP_RATE, "dropout", "hash_dropout", "feature_drop")
         self._check_numbers(NOT_NEGATIVE, "margin")
         share = ("a number from 0 to 1", lambda x: 0 <= x <= 1)
         self._check_numbers(share, "jitter", "grayscale_rate", "blur_rate")

@@ -29,7 +29,7 @@ from svitt_ops.models.cookie.hashing import (
 )
 from svitt_ops.models.cookie.layers import SharedLayers, VisionTower
 from svitt_ops.models.cookie.losses import triplet_loss
-from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling
+from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling, leave_out
 from svitt_ops.models.parts.distortion import distort
 from svitt_ops.models.parts.layers import in_fp32
 from svitt_ops.models.parts.outputs import TextOutput, VideoOutput
@@ -129,7 +129,10 @@ class COOKIEModel(TwoTowers):
             they are pooled from, of the features row by row.
         """
         states = self.shared(self.video(pixel_values) + self.video_type)
-        return VideoOutput(embeds=_normalised(self.video_pool(states)), states=states)
+        pooled, lengths = states, None
+        if self.training and self.config.feature_drop > 0:
+            pooled, lengths = leave_out(states, self.config.feature_drop)
+        return VideoOutput(embeds=_normalised(self.video_pool(pooled, lengths)), states=states)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         """Encode texts; both arguments ``(batch, tokens)``, the mask 0 at padding, which follows.

@@ -79,6 +79,18 @@ class GeneralizedPooling(nn.Module):
         return (weights[..., None] * found).sum(1)
 
 
+def leave_out(tokens: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """Tokens ``(batch, n, dim)`` of which the first lengths ``(batch,)`` are pooled in training.
+
+    Of each sequence a share is left out that is drawn itself, up to ``most``; one token stays.
+    """
+    noise = torch.rand(tokens.shape[:2], device=tokens.device)
+    shares = most * torch.rand(len(tokens), device=tokens.device)
+    lengths = (noise >= shares[:, None]).sum(1).clamp(min=1)
+    order = noise.argsort(1, descending=True)
+    return tokens.gather(1, order[..., None].expand_as(tokens)), lengths
+
+
 def positions(count: int, size: int) -> Tensor:
     """Sinusoidal positions 0 to ``count - 1``, ``(count, size)``: sine and cosine by turns."""
     rates = torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))

@@ -20,7 +20,7 @@ from svitt_ops.models import (
 )
 from svitt_ops.models.cookie.hashing import hash_centres, hash_targets
 from svitt_ops.models.cookie.losses import triplet_loss
-from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling
+from svitt_ops.models.cookie.pooling import GeneralizedPooling, MeanPooling, leave_out
 from svitt_ops.models.parts.expansion import expand_frames
 
 STILL: dict[str, Any] = {"jitter": 0.0, "grayscale_rate": 0.0, "blur_rate": 0.0}
@@ -156,6 +156,24 @@ def test_pooling() -> None:
         torch.testing.assert_close(found[2:], pool(tokens[2:, :3]))
         torch.testing.assert_close(pool(tokens.flip(1)), pool(tokens))
     torch.testing.assert_close(pools[1].weights(lengths).sum(1), torch.ones(3))
+
+
+def test_features_are_left_out_only_while_training(make: Make, batch: Batch) -> None:
+    torch.manual_seed(0)
+    model = COOKIEModel(make(feature_drop=0.9, cnn_norm="frozen"))
+    pixels = batch["pixel_values"]
+    found = [model.train(mode).encode_video(pixels) for mode in (True, False, False)]
+    torch.testing.assert_close(found[0].states, found[1].states)
+    assert torch.equal(found[1].embeds, found[2].embeds)
+    assert not torch.isclose(found[0].embeds, found[1].embeds).all(1).any()
+
+    tokens = torch.arange(2000.0).repeat(500, 1)[..., None]
+    kept, lengths = leave_out(tokens, 0.2)
+    assert 1500 < lengths.min() < 1700 and 1780 < lengths.float().mean() < 1820
+    assert torch.equal(kept.sort(1).values, tokens)  # the same ones in another order
+    places = kept[torch.arange(2000) < lengths[:, None]]
+    assert abs(places.mean() - 999.5) < 5
+    assert leave_out(torch.ones(50, 1, 2), 0.99)[1].tolist() == [1] * 50
 
 
 def test_the_hardest_negative() -> None:

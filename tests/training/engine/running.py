@@ -1,6 +1,7 @@
 """Runs in this process and in others, and what they logged."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,26 @@ def run(*command: str, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # What goes wrong is on stderr, which pytest shows of a failed test.
     return subprocess.Popen(command, env=environment, **{"stdout": subprocess.DEVNULL, **options})
+
+
+KILLED = """
+import os, signal, sys, torch
+real = torch.save
+def save(content, path, *arguments, **options):
+    real(content, path, *arguments, **options)
+    if f"checkpoint-{sys.argv[1]}" in str(path) and "optimizer" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+from svitt_ops.training.cli import main
+main(sys.argv[2:])
+"""
+
+
+def run_killed(step: int, *command: str) -> None:
+    """`svitt` with these words, killed in the middle of writing the checkpoint of a step."""
+    process = run(sys.executable, "-c", KILLED, str(step), *command)
+    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
 
 
 def torchrun(*command: str, **options: Any) -> subprocess.Popen[bytes]:

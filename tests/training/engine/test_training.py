@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, LONG, StopAt, losses, run, torchrun, write
+from running import DENSE, ENOUGH, LONG, StopAt, losses, run, run_killed, torchrun, write
 from transformers import TrainerCallback
 
 from svitt_ops.training.data.text import train_tokenizer
@@ -52,21 +52,7 @@ def test_killed_at_any_time_and_resumed(make_recipe: Any, tmp_path: Path) -> Non
     whole = losses(pretrain(whole, callbacks=[StopAt(12)]))
     recipe = make_recipe(tmp_path / "killed", *options, **random)
     path = write(recipe, tmp_path / "killed.yaml")
-    # While it writes its third checkpoint: the process kills itself in torch.save.
-    dying = """
-import os, signal, sys, torch
-real = torch.save
-def save(content, path, *arguments, **options):
-    real(content, path, *arguments, **options)
-    if "checkpoint-9" in str(path) and "optimizer" in str(path):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-from svitt_ops.training.cli import main
-main(["pretrain", "--config", sys.argv[1]])
-"""
-    process = run(sys.executable, "-c", dying, str(path))
-    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    run_killed(9, "pretrain", "--config", str(path))
     output = tmp_path / "killed"
     assert [step for step, _ in checkpoints(output)] == [3, 6]
     assert list(output.glob(".partial-*"))

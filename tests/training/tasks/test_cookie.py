@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import ENOUGH, StopAt, losses, write
+from running import ENOUGH, StopAt, losses, run_killed, write
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from svitt_ops.training import cli
@@ -137,7 +137,7 @@ def test_two_stages(make: Any, tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("task", ["pretrain", "retrieval", "hashing"])
-def test_stopped_and_resumed(task: str, make: Any, tune: Any, tmp_path: Path) -> None:
+def test_stopped_or_killed_and_resumed(task: str, make: Any, tune: Any, tmp_path: Path) -> None:
     """The statistics of batches go on as they were, too."""
 
     def run(name: str) -> Any:
@@ -148,7 +148,11 @@ def test_stopped_and_resumed(task: str, make: Any, tune: Any, tmp_path: Path) ->
 
     whole = pretrain(run("whole"))
     assert len(losses(whole)) == 6
-    pretrain(run("stopped"), callbacks=[StopAt(3)])
+    if task == "pretrain":
+        path = write(run("stopped"), tmp_path / "recipe.yaml")
+        run_killed(6, "pretrain", "--config", str(path))
+    else:
+        pretrain(run("stopped"), callbacks=[StopAt(3)])
     resumed = pretrain(run("stopped"))
     assert resumed.began_at == 3
     assert losses(resumed) == {step: x for step, x in losses(whole).items() if step > 3}

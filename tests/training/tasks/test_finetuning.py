@@ -2,14 +2,12 @@
 
 import json
 import math
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, losses, run, write
+from running import DENSE, ENOUGH, losses, run_killed, write
 
 from svitt_ops.training import cli
 from svitt_ops.training.engine.checkpoints import checkpoints
@@ -114,19 +112,7 @@ def test_killed_and_resumed(system: str, task: str, make: Any, tmp_path: Path) -
     whole = losses(pretrain(make(task, tmp_path / "whole", *options, **random)))
     recipe = make(task, tmp_path / "killed", *options, **random)
     path = write(recipe, tmp_path / "killed.yaml")
-    dying = """
-import os, signal, sys, torch
-real = torch.save
-def save(content, path, *arguments, **options):
-    real(content, path, *arguments, **options)
-    if "checkpoint-6" in str(path) and "optimizer" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-from svitt_ops.training.cli import main
-main(["finetune", "--config", sys.argv[1]])
-"""
-    process = run(sys.executable, "-c", dying, str(path))
-    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    run_killed(6, "finetune", "--config", str(path))
     assert [step for step, _ in checkpoints(tmp_path / "killed")] == [2, 4]
     resumed = pretrain(recipe)
     assert resumed.began_at == 4

@@ -2,14 +2,12 @@
 
 import json
 import math
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import DENSE, ENOUGH, OF_PICTURES, losses, run, write
+from running import DENSE, ENOUGH, OF_PICTURES, losses, run_killed, write
 from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
@@ -273,19 +271,7 @@ def test_pretraining_killed_and_resumed(system: str, make: Any, tmp_path: Path) 
     whole = losses(pretrain(make(tmp_path / "whole", *options, system=system, **random)))
     assert len(whole) == 9 and all(len(x) == (4 if twin else 5) for x in whole.values())
     recipe = make(tmp_path / "killed", *options, system=system, **random)
-    dying = """
-import os, signal, sys, torch
-real = torch.save
-def save(content, path, *arguments, **options):
-    real(content, path, *arguments, **options)
-    if "checkpoint-6" in str(path) and "optimizer" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-from svitt_ops.training.cli import main
-main(["pretrain", "--config", sys.argv[1]])
-"""
-    process = run(sys.executable, "-c", dying, str(write(recipe, tmp_path / "killed.yaml")))
-    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    run_killed(6, "pretrain", "--config", str(write(recipe, tmp_path / "killed.yaml")))
     assert [step for step, _ in checkpoints(tmp_path / "killed")] == [2, 4]
     resumed = pretrain(recipe)
     assert resumed.began_at == 4
