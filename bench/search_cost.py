@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bench.measure import environment
 from bench.peers.one_stream import OneStream
-from bench.report import figures
+from bench.report.search_cost import draw
 from svitt_ops.models import COOKIEConfig, COOKIEModel
 
 SIZES = (100, 200, 500, 1000, 2000)
@@ -176,39 +176,6 @@ def _repeat(batch: Tensor, count: int) -> Iterator[Tensor]:
     """As many rows, of one batch over and over: those of thousands would be gigabytes."""
     for start in range(0, count, len(batch)):
         yield batch[: count - start]
-
-
-def draw(document: dict[str, Any], folder: Path) -> list[Path]:
-    """The figure of what was measured, for a light and for a dark page."""
-    slug = environment.slug("search-cost", document["environment"])
-    return [
-        figures.save(
-            lambda figure, theme: _paint(figure, theme, document),
-            theme,
-            folder / f"{slug}-{theme.name}.png",
-        )
-        for theme in figures.THEMES
-    ]
-
-
-def _paint(figure: Any, theme: figures.Theme, document: dict[str, Any]) -> None:
-    axis = figure.subplots()
-    sizes = [row["n"] for row in document["results"]]
-    for name, label, colour in (
-        ("two_stream", "two streams, each item encoded once", theme.ours),
-        ("one_stream", "one stream, a pass for each pair (from the time of one)", theme.costly),
-    ):
-        seconds = [row[name]["seconds"] for row in document["results"]]
-        axis.plot(sizes, seconds, "o-", color=colour, label=label)
-    axis.set(xscale="log", yscale="log", xlabel="images and texts", ylabel="seconds")
-    axis.set_xticks(sizes, [str(n) for n in sizes])
-    axis.minorticks_off()
-    axis.legend(loc="upper left")
-    axis.set_title(
-        f"Searching N x N, {document['features']} features, {document['tokens']} tokens\n"
-        f"{document['environment']['hardware']}",
-        fontsize=11,
-    )
 
 
 def _inputs(config: COOKIEConfig, count: int, tokens: int) -> tuple[Tensor, Tensor]:

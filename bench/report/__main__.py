@@ -19,12 +19,14 @@ from typing import Any
 import svitt_ops
 from bench.measure import environment, results
 from bench.measure.results import Document
-from bench.report import demo, demo_pictures, figures, standing, step
+from bench.report import demo, demo_pictures, figures, search_cost, standing, step
 from bench.report.markdown import head, line
 
 END = "<!-- /bench -->"
 TITLES = figures.TITLES | {"step": "Training step"}
 FIGURES = "bench/results/figures"
+DOCS_ONLY = ("frame_attention", "momentum_step")
+"""What README has no section of."""
 INTRODUCTION = """\
 # Benchmarks
 
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     readme = arguments.readme.read_text()
     try:
         for op in by_op:
-            readme = replace_section(readme, op, _section(op, by_op))
+            if op not in DOCS_ONLY:
+                readme = replace_section(readme, op, _section(op, by_op))
         if by_op:
             readme = replace_section(readme, "standing", _standing(by_op, standing.render_short))
         if demos := demo.load(arguments.results / "demo"):
@@ -94,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{arguments.readme.name}: {error}", file=sys.stderr)
         return 1
-    pictures = demo_pictures.render(demo.load_pictures(arguments.results / "demo"))
-    docs, stale = render_docs(by_op, pictures), []
+    more = {
+        "The cost of searching": search_cost.render(arguments.results / "search_cost", FIGURES),
+        "Demos on pictures": demo_pictures.render(demo.load_pictures(arguments.results / "demo")),
+    }
+    docs, stale = render_docs(by_op, more), []
     for path, wanted in ((arguments.readme, readme), (arguments.docs, docs)):
         if path.exists() and path.read_text() == wanted:
             continue
@@ -168,12 +174,12 @@ def _standing(by_op: dict[str, list[Document]], render: Callable[[Sequence[Docum
     return "\n\n".join(render(documents) for documents in by_machine(by_op).values())
 
 
-def render_docs(by_op: dict[str, list[Document]], pictures: str = "") -> str:
-    """Markdown of all results of all ops, and the tables of demos on pictures."""
+def render_docs(by_op: dict[str, list[Document]], more: dict[str, str]) -> str:
+    """Markdown of all results of all ops, and what else was measured, by title."""
     parts = [INTRODUCTION, METHOD]
     if by_op:
         parts += [STANDING, _standing(by_op, standing.render) + "\n"]
-    for op in [op for op in svitt_ops.OPS if op in by_op]:
+    for op in [op for op in (*svitt_ops.OPS, "frame_attention") if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
     if any(op in by_op for op in step.OPS):
         parts.append("## The training step\n")
@@ -186,8 +192,7 @@ def render_docs(by_op: dict[str, list[Document]], pictures: str = "") -> str:
     if "scaling" in by_op:
         parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
     parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
-    if pictures:
-        parts.append(f"## Demos on pictures\n\n{pictures}\n")
+    parts += [f"## {title}\n\n{text}\n" for title, text in more.items() if text]
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
     if missing:
         parts.append(f"No results are committed yet of {', '.join(missing)}.\n")

@@ -1,6 +1,7 @@
 """The cost of searching N x N, by two streams and by one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("matplotlib")
 from bench import search_cost
 from bench.peers.one_stream import OneStream
+from bench.report import search_cost as report
 from svitt_ops.models import COOKIEConfig, COOKIEModel
 
 KINDS = ("two_stream", "one_stream")
@@ -34,6 +36,10 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert document["environment"]["commit"] and document["features"] == 16
     assert "(extrapolated)" in capsys.readouterr().out
     assert search_cost.main(["--draw", str(out), "--figures", str(tmp_path)]) == 0
+    written = report.render(out.parent, "figures")
+    assert written.count("<picture>") == 1 and "| N | two streams, s |" in written
+    assert all((tmp_path / Path(x).name).is_file() for x in re.findall(r"[\w./-]+\.png", written))
+    assert report.render(tmp_path / "nothing", "figures") == ""
     drawn = capsys.readouterr().out.split()
     assert [Path(path).suffix for path in drawn] == [".png", ".png"]
     assert all(Path(path).stat().st_size > 10_000 for path in drawn)
