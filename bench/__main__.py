@@ -168,9 +168,14 @@ def render(result: dict[str, Any]) -> str:
         lines.append(
             f"{name} {row['ms']:>9.3f} {row['p20']:>9.3f} {row['p80']:>9.3f} {ratio:>7} "
             f"{row['gflops']:>8.0f} {row['gemm_ratio']:>8.2f} {1 / row['floor_ratio']:>8.0%} "
-            f"{extra:>8}{eager}"
+            f"{extra:>8}{eager}{_inexact(row)}"
         )
     return "\n".join(lines)
+
+
+def _inexact(row: dict[str, Any]) -> str:
+    times = results.inexactness(row)
+    return f"  off by {times:.1f} of our error budgets" if times > 1 else ""
 
 
 def _conclude(document: dict[str, Any], arguments: argparse.Namespace) -> int:

@@ -5,9 +5,10 @@
 `machine`, where a native probe could be built, holds what `native.ceilings` measured.
 `complete` says that no case, provider or direction was left out, and that the run reached its end:
 a run saves after every case. Each entry of `results` is one case in one direction, as
-`harness.CaseRun.run` makes it; its `providers` are rows whose `status` is "ok" (gate passed,
-times follow), "failed" (no times, `reason` says at what) or "absent" (could not run, `reason` says
-why). Times are in milliseconds. `gated_after` says which call was checked once more after timing,
+`harness.CaseRun.run` makes it; its `providers` are rows whose `status` is "ok" (gate passed, times
+follow; the results of a peer may be off by several of our error budgets), "failed" (no times,
+`reason` says at what) or "absent" (could not run, `reason` says why). Times are in milliseconds.
+`gated_after` says which call was checked once more after timing,
 `memory_method` of which the peak memory was read. A change of meaning raises `SCHEMA`.
 
 An op may have several files of one machine, each with cases of its own: `join` puts them together.
@@ -69,6 +70,14 @@ _TIMED = {
     "gemm_ratio": float,
     "floor_ratio": float,
 }
+
+
+def inexactness(row: dict[str, Any]) -> float:
+    """The largest error of a row's results, in terms of the budget that ours must keep."""
+    return max(
+        (x["error"] / x["budget"] for x in row["gate"].values() if x["error"] and x["budget"]),
+        default=0.0,
+    )
 
 
 class SchemaError(ValueError):

@@ -185,6 +185,32 @@ def test_a_peer_that_cannot_run_is_named(run: Run, monkeypatch: pytest.MonkeyPat
         assert (row["status"], row["reason"]) == ("absent", "needs something else")
 
 
+def test_a_peer_may_round_otherwise_and_ours_may_not(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, document = run("--direction", "forward")
+    budget = rows(document, "svitt_ops")[0]["gate"]["out"]["budget"]
+    peer, right, times = op.peers._gather_sdpa, svitt_ops.block_sparse_attention, 0
+
+    def rounding(spec: Any) -> Any:
+        function = peer(spec)
+        return lambda *inputs: (function(*inputs)[0] + times * budget,)
+
+    monkeypatch.setattr(op.peers, "_gather_sdpa", rounding)
+    for times, verdict in ((5, "ok"), (10, "failed")):
+        status, document = run("--direction", "forward")
+        (row,) = rows(document, "gather_sdpa")
+        assert (status, row["status"]) == (0, verdict)
+        assert times - 1 < results.inexactness(row) < times + 1
+        shown = capsys.readouterr()
+        wanted = "of our error budgets" if verdict == "ok" else ", 8 times budget "
+        assert wanted in (shown.out if verdict == "ok" else shown.err)
+    monkeypatch.setattr(
+        svitt_ops, "block_sparse_attention", lambda *x, **y: right(*x, **y) + 5 * budget
+    )
+    assert run("--direction", "forward")[0] == 1
+
+
 def test_list_names_cases_and_providers(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["--list", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
