@@ -89,10 +89,18 @@ def render(documents: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _source(document: dict[str, Any], command: str) -> str:
-    where = document["environment"]
-    hardware, commit = where["hardware"], (where["commit"] or "unknown")[:10]
-    return f"**{hardware}**, torch {where['versions']['torch']}, commit {commit}: `{command}`"
+def _source(documents: Sequence[dict[str, Any]], command: str) -> str:
+    """Where the documents of one table come from, of whose demos some ran from later sources."""
+    where = documents[0]["environment"]
+    seeds: dict[str, list[str]] = {}
+    for document in documents:
+        commit = (document["environment"]["commit"] or "unknown")[:10]
+        seeds.setdefault(commit, []).append(str(document["demo"]["seed"]))
+    commits = " and ".join(f"{commit} (seed {', '.join(found)})" for commit, found in seeds.items())
+    if len(seeds) == 1:
+        (commits,) = seeds
+    versions = f"torch {where['versions']['torch']}, commit {commits}"
+    return f"**{where['hardware']}**, {versions}: `{command}`"
 
 
 def _table(documents: Sequence[dict[str, Any]]) -> str:
@@ -100,7 +108,7 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
     first = demos[0]
     command = f"svitt demo --system {first['system']} --seed N"
     lines = [
-        f"{_source(documents[0], command)}, {first['parameters']:,} parameters,"
+        f"{_source(documents, command)}, {first['parameters']:,} parameters,"
         f" {first['corpus']['train_pictures']:,} pictures to train on and"
         f" {first['corpus']['test_pictures']} of scenes never trained on",
         "",
