@@ -118,7 +118,9 @@ def _table(documents: Sequence[dict[str, Any]]) -> str:
     for name, _, chance in rows_of(first["tasks"]):
         scores = [f"{column[name]:.1f} %" for column in columns]
         lines.append(line([name.strip(), "" if chance is None else f"{chance:.1f} %", *scores]))
-    minutes = [f"{demo['seconds']['total'] / 60:.1f}" for demo in demos]
+    minutes = [
+        f"{demo['seconds']['total'] / 60:.1f}" + " for the rest" * demo["resumed"] for demo in demos
+    ]
     lines.append(line(["minutes", "", *minutes]))
     cores = [f"{demo['core_seconds'] / 60:.1f}" for demo in demos]
     lines.append(line(["minutes of one core", "", *cores]))
