@@ -14,10 +14,11 @@ from transformers.utils.output_capturing import _active_collector
 
 import svitt_ops as so
 from svitt_ops.integrations.transformers.bias import (
-    BiasedMask,
+    PADDING,
     attend_without,
     bias_table,
     has_table,
+    split,
 )
 
 NAME = "svitt_ops"
@@ -41,7 +42,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BiasedMask | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -55,7 +56,7 @@ def attention(
         key: ``(batch, heads, keys, head_dim)``.
         value: like ``key``.
         attention_mask: of `padding_mask`: bool ``(batch or 1, 1, 1, keys)``, True where a key is
-            attended; for BEiT its position bias ``(1, heads, queries, keys)``, or both.
+            attended; for BEiT its position bias, see `svitt_ops.integrations.transformers.bias`.
         scaling: factor of the logits, ``head_dim ** -0.5`` by default.
         dropout: of attention weights; must be 0.
         is_causal: must not be true, nor may the module's own.
@@ -86,7 +87,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     config: Any = None,
     **kwargs: Any,
-) -> Tensor | BiasedMask | None:
+) -> Tensor | None:
     """What `attention` takes of a model's ``(batch, keys)`` padding mask.
 
     Args:
@@ -99,7 +100,8 @@ def padding_mask(
         **kwargs: how other masks are made.
 
     Returns:
-        bool ``(batch, 1, 1, keys)``; None without padding.
+        bool ``(batch, 1, 1, keys)``, True where a key is attended; for BEiT, which adds its bias
+        to it, fp64 and 0 there. None without padding.
 
     Raises:
         ValueError: for another rule, such as a causal one.
@@ -119,7 +121,9 @@ def padding_mask(
             f"got {tuple(attention_mask.shape)}"
         )
     attended = attention_mask.bool()[:, None, None]
-    return BiasedMask(attended) if has_table(config) else attended
+    if has_table(config):
+        return torch.where(attended, 0.0, PADDING).double()
+    return attended
 
 
 @contextmanager
@@ -205,21 +209,21 @@ def _check(
 
 
 def _parts(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | BiasedMask | None
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of a mask: bool ``(batch, keys)``, True where a key is ignored, and the position bias."""
     if mask is None:
         return None, None
-    bias = None
-    if isinstance(mask, BiasedMask):
-        mask, bias = mask.attended, mask.bias
-    elif mask.is_floating_point() and has_table(module.config):
-        return None, mask
+    if mask.is_floating_point() and has_table(module.config):
+        return split(mask)
     batch, keys = query.shape[0], key.shape[2]
+    sparse = getattr(module, "svitt_ops_sparse", None)
+    if sparse is not None and sparse.kept is not None:
+        keys = mask.shape[-1]  # of all tokens, of which fewer are left
     if mask.dtype != torch.bool or mask.shape not in ((batch, 1, 1, keys), (1, 1, 1, keys)):
         raise _cannot(
             module,
             f"attention_mask must be bool (batch, 1, 1, {keys}), a padding mask, "
             f"got {mask.dtype} of {tuple(mask.shape)}",
         )
-    return mask[:, 0, 0].logical_not().expand(batch, keys), bias
+    return mask[:, 0, 0].logical_not().expand(batch, keys), None

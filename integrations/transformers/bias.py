@@ -7,7 +7,6 @@ in, which is found again: its row of an offset is the entry of one pair of token
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +17,8 @@ import svitt_ops as so
 
 HIDDEN = -30_000.0
 """A logit whose weight is 0 beside any other, and that fp16 holds."""
-
-
-@dataclass(frozen=True)
-class BiasedMask:
-    """Padding to which BEiT adds its bias; both stay apart.
-
-    Attributes:
-        attended: bool ``(batch, 1, 1, keys)``.
-        bias: ``(1, heads, queries, keys)``, or None before one was added.
-    """
-
-    attended: Tensor
-    bias: Tensor | None = None
-
-    def __radd__(self, bias: Tensor) -> BiasedMask:
-        return BiasedMask(self.attended, bias if self.bias is None else bias + self.bias)
+PADDING = -(2.0**20)
+"""What a fp64 mask adds to BEiT's bias, which can be told from it again: 32 bits are left."""
 
 
 def has_table(config: Any) -> bool:
@@ -52,6 +37,19 @@ def grid_of(config: Any) -> tuple[int, int, int]:
     height, width = _pair(config.image_size)
     rows, columns = _pair(patch)
     return getattr(config, "num_frames", 1) // tubelet, height // rows, width // columns
+
+
+def split(mask: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Of BEiT's bias with padding: bool ``(batch, keys)``, True where a key is ignored; the bias.
+
+    Args:
+        mask: the bias ``(1, heads, queries, keys)``; in fp64 ``(batch, heads, queries, keys)``, its
+            sum with `PADDING`.
+    """
+    if mask.dtype != torch.float64:
+        return None, mask
+    ignored = mask[:, 0, 0] < PADDING / 2
+    return ignored, torch.where(ignored[0], mask[:1] - PADDING, mask[:1]).float()
 
 
 def bias_table(bias: Tensor, config: Any) -> dict[str, Tensor]:
@@ -91,7 +89,11 @@ def bias_table(bias: Tensor, config: Any) -> dict[str, Tensor]:
     middle = patches // 2 + width // 2
     again = table[codes[middle] - codes + (table.shape[0] - 4) // 2].T
     same = torch.isclose(again, bias[0, :, 1 + middle, 1:], rtol=1e-3, atol=1e-5).all()
-    torch._assert_async(same, f"{wanted}, got another one")
+    words = f"{wanted}, got another one"
+    if torch.compiler.is_compiling() or same.is_cuda:
+        torch._assert_async(same, words)  # does not wait for the device
+    elif not same:
+        raise ValueError(words)
     return {"bias_table": table, "position_codes": codes}
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import svitt_ops as so
 from svitt_ops.integrations.transformers.bias import (
-    BiasedMask,
     attend_without,
     bias_table,
     grid_of,
@@ -182,7 +181,7 @@ class SparseLayer:
     def _check_checkpointed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What is known of each token must not change until its layer is run again."""
         others = (*args[1:], *kwargs.values())
-        per_token = any(isinstance(x, Tensor | tuple | BiasedMask) for x in others)
+        per_token = any(isinstance(x, Tensor | tuple) for x in others)
         if self.settings.keep_rate is not None and (per_token or self.rank is not None):
             raise ValueError(
                 "sparsify: gradient checkpointing must be off where tokens are pruned that have "

@@ -36,7 +36,11 @@ VISION: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         SIZES | {"image_size": 12, "patch_size": 4, "num_frames": 4, "tubelet_size": 1},
         VIDEO,
     ),
-    "vivit": ("Vivit", SIZES | {"image_size": 12, "num_frames": 4, "tubelet_size": [1, 4, 4]}, VIDEO),
+    "vivit": (
+        "Vivit",
+        SIZES | {"image_size": 12, "num_frames": 4, "tubelet_size": [1, 4, 4]},
+        VIDEO,
+    ),
     "beit": ("Beit", IMAGE | {"use_relative_position_bias": True}, PIXELS),
     "beit_shared": ("Beit", IMAGE | {"use_shared_relative_position_bias": True}, PIXELS),
 }
@@ -84,11 +88,15 @@ def run(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor
     states = model(**given).last_hidden_state
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
     (states * weights).sum().backward()
-    found = [p.grad.clone() if p.grad is not None else torch.zeros(()) for p in model.parameters()]
+    found = [
+        p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()
+    ]
     return states.detach(), found
 
 
-def assert_equal_runs(actual: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> None:
+def assert_equal_runs(
+    actual: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]
+) -> None:
     """Forward to 1e-5 and gradients to 1e-4, relative to the largest element."""
     torch.testing.assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
     for a, b in zip(actual[1], wanted[1], strict=True):
@@ -99,7 +107,9 @@ Record = Callable[[nn.Module, Tensor], None]
 
 
 @contextmanager
-def eager_with(masks: Callable[[nn.Module], Tensor | None], record: Record | None = None) -> Iterator[str]:
+def eager_with(
+    masks: Callable[[nn.Module], Tensor | None], record: Record | None = None
+) -> Iterator[str]:
     """An attention implementation in eager PyTorch, under more masks: of a module, True attends."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
