@@ -169,17 +169,16 @@ def _dense(
         return (found[0], found[1][:, 1:]) if isinstance(found, tuple) else (found, None)
     tables = {} if bias is None else bias_table(bias, module.config)
     num_global = 1 if with_row or tables else 0
-    layout = _full(query.shape[2] - num_global, num_global, query.device)
-    return attend_without(ignored, query, key, value, layout, scaling, with_row, **tables)
-
-
-def _full(num_tokens: int, num_global: int, device: torch.device) -> so.BlockLayout:
-    """Every block attends every one."""
-    blocks = -(-num_tokens // DENSE_BLOCK)
-    every = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
-    return so.BlockLayout.from_mask(
-        every, num_tokens=num_tokens, block_size=DENSE_BLOCK, num_global=num_global
+    count = query.shape[2] - num_global
+    layout = so.BlockLayout.local_random(  # every block attends every one
+        count,
+        block_size=DENSE_BLOCK,
+        num_local=count,
+        num_random=0,
+        num_global=num_global,
+        device=query.device,
     )
+    return attend_without(ignored, query, key, value, layout, scaling, with_row, **tables)
 
 
 def _cannot(module: nn.Module, words: str) -> ValueError:

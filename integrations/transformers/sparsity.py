@@ -153,7 +153,7 @@ class SparseLayer:
                 "attn_implementation; call desparsify first"
             )
         kept = self.kept
-        if self.prunes:
+        if self.prunes and self.row is not None:
             found = so.prune_tokens(
                 output, self.row, keep_rate=self.settings.keep_rate, num_global=self.num_global
             )
