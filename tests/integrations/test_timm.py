@@ -7,6 +7,8 @@ constructor, forward and parameter names.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -137,3 +139,11 @@ def test_layouts_are_fixed_in_evaluation_and_differ_by_layer() -> None:
 def test_what_it_does_not_do_is_refused(build: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_it_imports_neither_timm_nor_transformers() -> None:
+    code = (
+        "import sys, svitt_ops.integrations.timm; print({'timm', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
