@@ -247,7 +247,7 @@ class Patterns:
             words = f"constant within each {block_size} x {block_size} block"
             _require(op, words, mask, wide, start, num_global)
             found.append(block)
-        blocks = torch.cat(found, -2) if found else torch.ones(1, 1, 0, 0, dtype=torch.bool)
+        blocks = torch.cat(found, -2) if found else torch.ones(batch or 1, heads or 1, 0, 0).bool()
         if batch is None:
             blocks = blocks[0] if heads is not None else blocks[0, 0]
         return _layout(cls, op, blocks, sizes, place)

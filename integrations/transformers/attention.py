@@ -139,12 +139,22 @@ def saliency(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         A list, to which each attention appends fp32 ``(batch, tokens)``: the row of the first
         token, softmaxed over all keys, averaged over heads, without gradient. Of a dense model
         for all tokens but the first, of a sparse one for those that are not global.
+
+    Raises:
+        ValueError: for a model without attention by svitt_ops.
     """
     rows: list[Tensor] = []
-    modules = [module for module in model.modules() if hasattr(module, "is_causal")]
+    modules: list[Any] = [
+        module
+        for module in model.modules()
+        if hasattr(module, "is_causal")
+        and getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+    ]
+    if not modules:
+        raise ValueError(f'saliency: model must have attn_implementation="{NAME}", got none')
     try:
         for module in modules:
-            module.svitt_ops_rows = rows  # type: ignore[assignment]
+            module.svitt_ops_rows = rows
         yield rows
     finally:
         for module in modules:

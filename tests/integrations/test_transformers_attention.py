@@ -88,6 +88,16 @@ def test_saliency_is_the_first_row(name: str, masked: bool) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_saliency_of_another_attention_is_refused() -> None:
+    with (
+        pytest.raises(
+            ValueError, match='saliency: model must have attn_implementation="svitt_ops"'
+        ),
+        saliency(build("vit", "sdpa")),
+    ):
+        pass
+
+
 def test_bf16_is_as_close_to_fp32_as_sdpa() -> None:
     given = inputs("vit")
     wanted = build("vit")(**given).last_hidden_state
