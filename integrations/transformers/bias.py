@@ -86,7 +86,7 @@ def bias_table(bias: Tensor, config: Any) -> dict[str, Tensor]:
     table = torch.cat([bias[0, :, query, key], of_cls], 1).T
     codes = so.position_codes(grid, device=bias.device)
     # Patches of another grid, as many, would be told by the row of one in the middle.
-    middle = patches // 2 + width // 2
+    middle = min(patches // 2 + width // 2, patches - 1)
     again = table[codes[middle] - codes + (table.shape[0] - 4) // 2].T
     same = torch.isclose(again, bias[0, :, 1 + middle, 1:], rtol=1e-3, atol=1e-5).all()
     words = f"{wanted}, got another one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,8 +47,14 @@ VISION: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 20}
 TEXTS = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "siglip_text": "SiglipText"}
-TAKES_MASKS = ("vit", "deit", "dinov2", "dinov2_with_registers", "vivit", "beit", "beit_shared")
-"""Vision models whose forward has an attention_mask, among the tokens with [CLS]."""
+WITH_CLS_FIRST = ("vit", "deit", "dinov2", "dinov2_with_registers", "vivit", "beit", "beit_shared")
+TAKES_MASKS = [
+    name
+    for name in WITH_CLS_FIRST
+    if "attention_mask"
+    in signature(getattr(transformers, f"{VISION[name][0]}Model").forward).parameters
+]
+"""Vision models whose forward has an attention_mask; which ones, depends on transformers."""
 
 
 def build(name: str, implementation: str = "eager", **changes: Any) -> PreTrainedModel:
