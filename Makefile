@@ -46,7 +46,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(wildcard svitt_cli.py svitt_ops models training)
+	$(BIN)/mypy $(wildcard svitt_cli.py svitt_ops models training integrations)
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/codespell
 

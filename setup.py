@@ -39,6 +39,7 @@ FOLDERS = {
     "svitt_ops.kernels": "kernels",
     "svitt_ops.models": "models",
     "svitt_ops.training": "training",
+    "svitt_ops.integrations": "integrations",
 }
 FOLDERS = {name: folder for name, folder in FOLDERS.items() if Path(folder, "__init__.py").exists()}
 PACKAGES = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from svitt_ops.randomness import SeededGenerator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_BLOCK_SIZE = 256
 _INTS = (int, torch.SymInt)
 _FLOATS: tuple[type, ...] = (float, torch.SymFloat, *_INTS)
 _NO_NUMBERS = (bool, Tensor)
@@ -42,6 +43,31 @@ def check_count(op: str, name: str, value: Any, least: int = 0) -> int:
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
     return value
+
+
+def check_grid(op: str, name: str, shape: Any) -> tuple[int, int, int]:
+    """Frames, rows and columns, each at least 1."""
+    wanted = f"{op}: {name} must be 3 positive ints"
+    try:
+        found = None if isinstance(shape, str | Tensor) else tuple(shape)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{wanted}, got {type(shape).__name__}")
+    sizes = tuple(check_int(op, f"every size of {name}", size) for size in found)
+    if len(sizes) != 3 or any(size < 1 for size in sizes):
+        raise ValueError(f"{wanted}, got {sizes}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def check_sizes(op: str, num_tokens: Any, block_size: Any, num_global: Any) -> tuple[int, int, int]:
+    """Of a layout: the three as ints."""
+    num_tokens = check_count(op, "num_tokens", num_tokens)
+    num_global = check_count(op, "num_global", num_global)
+    block_size = check_count(op, "block_size", block_size, least=1)
+    if block_size > MAX_BLOCK_SIZE:
+        raise ValueError(f"{op}: block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
+    return num_tokens, block_size, num_global
 
 
 def check_float(op: str, name: str, value: Any, what: str = "a float") -> float:

@@ -141,26 +141,11 @@ def position_codes(
         int32 ``(T * H * W,)`` in (t, h, w) order.
     """
     device = _validation.check_device("position_codes", device)
-    sizes = check_grid("position_codes", "shape", shape)
+    sizes = _validation.check_grid("position_codes", "shape", shape)
     _, height, width = sizes
     t, h, w = (torch.arange(size, dtype=torch.int32, device=device) for size in sizes)
     rows = t.unsqueeze(1) * (2 * height - 1) + h
     return (rows.unsqueeze(2) * (2 * width - 1) + w).flatten()
-
-
-def check_grid(op: str, name: str, shape: Any) -> tuple[int, int, int]:
-    """Frames, rows and columns, each at least 1."""
-    wanted = f"{op}: {name} must be 3 positive ints"
-    try:
-        found = None if isinstance(shape, str | Tensor) else tuple(shape)
-    except TypeError:
-        found = None
-    if found is None:
-        raise TypeError(f"{wanted}, got {type(shape).__name__}")
-    sizes = tuple(_validation.check_int(op, f"every size of {name}", size) for size in found)
-    if len(sizes) != 3 or any(size < 1 for size in sizes):
-        raise ValueError(f"{wanted}, got {sizes}")
-    return sizes[0], sizes[1], sizes[2]
 
 
 def _check_layout(layout: BlockLayout, query: Tensor) -> None:

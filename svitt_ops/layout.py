@@ -14,27 +14,37 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from svitt_ops import _library
-from svitt_ops._validation import check_count, check_dense, check_device, check_generator, readable
+from svitt_ops._patterns import Patterns
+from svitt_ops._validation import MAX_BLOCK_SIZE as MAX_BLOCK_SIZE
+from svitt_ops._validation import (
+    check_count,
+    check_dense,
+    check_device,
+    check_generator,
+    check_sizes,
+    readable,
+)
 from svitt_ops.randomness import SeededGenerator, rand
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-MAX_BLOCK_SIZE = 256
 _SIZES = ("num_tokens", "block_size", "num_global")
 _LISTS = ("key_counts", "key_blocks", "query_counts", "query_blocks")
 
 
 @dataclass(frozen=True, eq=False)
-class BlockLayout:
+class BlockLayout(Patterns):
     """A block-sparse attention pattern over ``num_global + num_tokens`` tokens.
 
     The first ``num_global`` tokens attend everything and are attended by everything. The other
     ``num_tokens`` are cut into ``ceil(num_tokens / block_size)`` blocks, the last one ragged; query
     block ``i`` attends the key blocks listed for ``i``. Lists hold distinct blocks, ascending.
 
-    Build one with `local_random`, `from_mask` or `from_block_mask`; the plain constructor takes the
-    lists themselves, as FlexAttention's ``BlockMask`` has them, and checks every entry.
+    Build one with `local_random`, `from_mask` or `from_block_mask`, or by its pattern's name with
+    `neighborhood`, `sliding_window`, `sliding_tile`, `strided_frames` or `from_mask_mod`; the plain
+    constructor takes the lists themselves, as FlexAttention's ``BlockMask`` has them, and checks
+    every entry.
 
     Attributes:
         num_tokens: tokens that are not global.
@@ -59,7 +69,7 @@ class BlockLayout:
 
     def __post_init__(self, trusted: bool) -> None:
         if not trusted:
-            sizes = _check_sizes("BlockLayout", self.num_tokens, self.block_size, self.num_global)
+            sizes = check_sizes("BlockLayout", self.num_tokens, self.block_size, self.num_global)
             for name, size in zip(_SIZES, sizes, strict=True):
                 object.__setattr__(self, name, size)
             self._check_lists()
@@ -101,7 +111,7 @@ class BlockLayout:
             A layout without leading dimensions.
         """
         op = "BlockLayout.local_random"
-        sizes = _check_sizes(op, num_tokens, block_size, num_global)
+        sizes = check_sizes(op, num_tokens, block_size, num_global)
         num_local = check_count(op, "num_local", num_local)
         num_random = check_count(op, "num_random", num_random)
         device = check_device(op, device)
@@ -131,7 +141,7 @@ class BlockLayout:
             A layout with the mask's leading dimensions, on the mask's device.
         """
         op = "BlockLayout.from_mask"
-        sizes = _check_sizes(op, num_tokens, block_size, num_global)
+        sizes = check_sizes(op, num_tokens, block_size, num_global)
         check_dense(op, "mask", mask, "a bool tensor")
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: mask must be a bool tensor, got {mask.dtype}")
@@ -177,7 +187,7 @@ class BlockLayout:
         source = getattr(block_mask.mask_mod, "layout", None)
         if isinstance(source, BlockLayout) and source.seq_len == length:
             return source.to(device)
-        _check_sizes(op, length, block_size, 0)
+        check_sizes(op, length, block_size, 0)
         blocks = -(-length // block_size)
         counts, numbers = block_mask.kv_num_blocks, block_mask.kv_indices
         _check_numbers(op, "kv", counts, numbers, blocks)
@@ -348,18 +358,6 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 torch.serialization.add_safe_globals([BlockLayout])
-
-
-def _check_sizes(
-    op: str, num_tokens: Any, block_size: Any, num_global: Any
-) -> tuple[int, int, int]:
-    """The three as ints."""
-    num_tokens = check_count(op, "num_tokens", num_tokens)
-    num_global = check_count(op, "num_global", num_global)
-    block_size = check_count(op, "block_size", block_size, least=1)
-    if block_size > MAX_BLOCK_SIZE:
-        raise ValueError(f"{op}: block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
-    return num_tokens, block_size, num_global
 
 
 def _used(counts: Tensor, numbers: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svitt_ops import _validation
-from svitt_ops.block_sparse_attention import block_sparse_attention, check_grid, position_codes
+from svitt_ops.block_sparse_attention import block_sparse_attention, position_codes
 from svitt_ops.cross_attention import cross_attention
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.cross_attention import Saliency
@@ -48,7 +48,7 @@ class RelativePositionBias3D(nn.Module):
     ) -> None:
         super().__init__()
         op = "RelativePositionBias3D"
-        frames, height, width = grid = check_grid(op, "grid", grid)
+        frames, height, width = grid = _validation.check_grid(op, "grid", grid)
         num_heads = _validation.check_count(op, "num_heads", num_heads, least=1)
         num_global = _validation.check_count(op, "num_global", num_global)
         std = _validation.check_float(op, "std", std)

@@ -26,6 +26,13 @@ class SeededGenerator:
         return numbers.view(shape)
 
 
+def seeded(seed: int) -> torch.Generator | SeededGenerator:
+    """A generator of a seed's numbers, from the start, for where it is called: a graph or not."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return SeededGenerator(seed)  # the same numbers, and to `torch.vmap` no random operation
+    return torch.Generator().manual_seed(seed)
+
+
 def _seeded_rand(seed: int, start: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(start + count, generator=generator, device="cpu", dtype=torch.float32)

@@ -1,5 +1,7 @@
 """Imports go down only, kernels < svitt_ops < models < training, and so inside of these layers.
 
+Integrations stand on svitt_ops and models/parts, and nothing on them.
+
 `import svitt_ops` is light.
 """
 
@@ -29,8 +31,12 @@ RULES = {
     "svitt_ops": Rule(packages=frozenset({"torch"}), layers_in_functions=frozenset({"kernels"})),
     "models": Rule(packages=frozenset({"torch", "transformers"}), layers=frozenset({"svitt_ops"})),
     "training": Rule(packages=None, layers=frozenset({"svitt_ops", "kernels", "models"})),
+    "integrations": Rule(
+        packages=frozenset({"torch", "transformers", "timm"}),
+        layers=frozenset({"svitt_ops", "models"}),
+    ),
 }
-FOLDERS = frozenset({"kernels", "models", "training", "bench", "tests", "examples"})
+FOLDERS = frozenset({*RULES, "bench", "tests", "examples"} - {"svitt_ops"})
 EVERY_OTHER = "*"
 FLOORS: dict[str, dict[str, set[str]]] = {
     "models": {"parts": set(), EVERY_OTHER: {"parts"}},
@@ -81,8 +87,9 @@ def is_below(name: str, folder: str) -> bool:
 
 
 def names_a_system(name: str, folder: str) -> bool:
-    """Whether data or the engine, which serve every system, import one."""
+    """Whether data, the engine or an integration, which serve every system, import one."""
     serves_all = folder in ("training/data", "training/engine", "training/tasks")
+    serves_all |= folder.startswith("integrations")
     named = name.split(".")
     return serves_all and named[:2] == ["svitt_ops", "models"] and named[2:3] not in SHARED
 
@@ -199,6 +206,12 @@ def test_imports_go_down_only(layer: str) -> None:
         ("training/engine", "from svitt_ops.models.svitt.model import SViTTModel"),
         ("training/engine", "from svitt_ops.models import SViTTForPreTraining"),
         ("training/tasks", "def f():\n    import_module('svitt_ops.models.svitt')"),
+        ("svitt_ops", "def f():\n    import svitt_ops.integrations.timm"),
+        ("models", "from svitt_ops.integrations.transformers import sparsify"),
+        ("integrations", "from svitt_ops.training import engine"),
+        ("integrations", "import numpy"),
+        ("integrations/transformers", "from svitt_ops.models.svitt.model import SViTTModel"),
+        ("integrations/transformers", "from svitt_ops import _validation"),
     ],
 )
 def test_a_wrong_import_is_objected_to(folder: str, source: str) -> None:
@@ -223,6 +236,11 @@ def test_a_wrong_import_is_objected_to(folder: str, source: str) -> None:
         ("training/engine", "def f(n):\n    import_module(f'svitt_ops.training.tasks.{n}')"),
         ("training/tasks", "from svitt_ops.training.tasks.parts import ranks"),
         ("training/cli", "from svitt_ops.training.engine import run\nfrom . import demo"),
+        ("integrations", "import torch\nimport timm\nfrom svitt_ops.randomness import seeded"),
+        (
+            "integrations/transformers",
+            "import transformers\nfrom svitt_ops.models.parts import clips",
+        ),
     ],
 )
 def test_a_right_import_is_not(folder: str, source: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svitt_ops.models.parts.configuration import VideoConfig
-from svitt_ops.randomness import SeededGenerator, rand
+from svitt_ops.randomness import SeededGenerator, rand, seeded
 
 
 class FeedForward(nn.Module):
@@ -61,9 +61,7 @@ def eval_generator(config: VideoConfig) -> torch.Generator | SeededGenerator | N
     seed = config.eval_pattern_seed
     if seed is None or config.official:
         return None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return SeededGenerator(seed)  # the same numbers, and to `torch.vmap` no random operation
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
 
 
 def random_scores(tokens: Tensor, generator: torch.Generator | SeededGenerator | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import svitt_ops
 from bench.cases import frame_attention, token_pruning
 from bench.measure import harness
+from svitt_ops.integrations.transformers import sparsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,3 +78,18 @@ def test_gates_of_the_contrastive_ops(
     for change in changes:
         monkeypatch.setattr(svitt_ops, name, lambda *a, f=change, **k: f(right(*a, **k)))
         assert next(objections(case, problem, "svitt_ops")), "a broken op passed"
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_plug_ins_pass_their_gate_and_a_wrong_layout_does_not(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins = importlib.import_module("bench.cases.plugins")
+    case = plugins.cases("cpu")[index]
+    case = plugins.shrunk(case) if index else case
+    problem = plugins.problem(case)
+    assert 0 < problem.facts["edge_ratio"] < 1 and problem.facts["mac_ratio"] < 1
+    for provider in problem.providers:
+        assert not any(objections(case, problem, provider.name)), provider.name
+    monkeypatch.setattr(plugins, "sparsify", lambda model, **k: sparsify(model, **k, seed=1))
+    assert next(objections(case, problem, "svitt_ops")), "other blocks passed"
