@@ -62,6 +62,18 @@ INTRODUCTION = {
 }
 
 
+NOTE = """\
+Each demo draws a corpus, trains on it, and is measured on pictures of scenes that it never saw.
+Chance is, of questions, statements and relations of a text to a picture, the commonest answer; of
+pointing, the mean area of the named box; of codes, random ones.
+
+What is not learned: where things are in relation to each other is answered little better than by
+chance, and a box drawn around a map rarely is that of the thing, even if its peak lies on it. The
+match head of so small a model often ranks worse than the search before it, most of all SCL's, which
+learns from false texts drawn at random; it is reported as it is. Before any training a map of
+Grad-CAM already peaks on things more often than on the ground: compare with the untrained row."""
+
+
 def name_of(facts: dict[str, Any]) -> str:
     """What the file of a demo's facts is called before `-seed-N.json`: system and variant.
 
@@ -77,7 +89,7 @@ def name_of(facts: dict[str, Any]) -> str:
 
 def render(documents: Sequence[dict[str, Any]]) -> str:
     """A table for each system with a column for each seed, and one of its variants."""
-    parts = []
+    parts = [NOTE] if documents else []
     for system, found in itertools.groupby(documents, lambda x: x["demo"]["system"]):
         by_name: dict[str, list[dict[str, Any]]] = {}
         for document in found:
