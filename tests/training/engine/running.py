@@ -1,5 +1,6 @@
 """Runs in this process and in others, and what they logged."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from svitt_ops.training.cli import main
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.run import Trained
 
@@ -61,24 +64,29 @@ def run(*command: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, **{"stdout": subprocess.DEVNULL, **options})
 
 
-KILLED = """
-import os, signal, sys, torch
-real = torch.save
-def save(content, path, *arguments, **options):
-    real(content, path, *arguments, **options)
-    if f"checkpoint-{sys.argv[1]}" in str(path) and "optimizer" in str(path):
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-from svitt_ops.training.cli import main
-main(sys.argv[2:])
-"""
-
-
 def run_killed(step: int, *command: str) -> None:
     """`svitt` with these words, killed in the middle of writing the checkpoint of a step."""
-    process = run(sys.executable, "-c", KILLED, str(step), *command)
-    assert process.wait(timeout=ENOUGH) == -signal.SIGKILL
+    # Forked from a process that has imported all there is to: that takes longer than the training.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["running", "svitt_ops.training.engine.run"])
+    process = context.Process(target=_killed, args=(step, command))
+    process.start()
+    process.join(ENOUGH)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _killed(step: int, command: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    real = torch.save
+
+    def save(content: Any, path: Any, *arguments: Any, **options: Any) -> None:
+        real(content, path, *arguments, **options)
+        if f"checkpoint-{step}" in str(path) and "optimizer" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save  # type: ignore[assignment]
+    main(list(command))
 
 
 def torchrun(*command: str, **options: Any) -> subprocess.Popen[bytes]:
