@@ -71,7 +71,9 @@ What is not learned: where things are in relation to each other is answered litt
 chance, and a box drawn around a map rarely is that of the thing, even if its peak lies on it. The
 match head of so small a model often ranks worse than the search before it, most of all SCL's, which
 learns from false texts drawn at random; it is reported as it is. Before any training a map of
-Grad-CAM already peaks on things more often than on the ground: compare with the untrained row."""
+Grad-CAM already peaks on things more often than on the ground: compare with the untrained row.
+The order of SIMLA's losses in its paper is not found again: contrast is what retrieval needs, and
+what the losses after it change is less than what seeds do. So it is with SoftMask's masks."""
 
 
 def name_of(facts: dict[str, Any]) -> str:
