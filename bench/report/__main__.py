@@ -25,7 +25,7 @@ from bench.report.markdown import head, line
 END = "<!-- /bench -->"
 TITLES = figures.TITLES | {"step": "Training step"}
 FIGURES = "bench/results/figures"
-DOCS_ONLY = ("frame_attention", "momentum_step")
+DOCS_ONLY = ("frame_attention", "momentum_step", "plugins")
 """What README has no section of."""
 INTRODUCTION = """\
 # Benchmarks
@@ -179,7 +179,7 @@ def render_docs(by_op: dict[str, list[Document]], more: dict[str, str]) -> str:
     parts = [INTRODUCTION, METHOD]
     if by_op:
         parts += [STANDING, _standing(by_op, standing.render) + "\n"]
-    for op in [op for op in (*svitt_ops.OPS, "frame_attention") if op in by_op]:
+    for op in [op for op in (*svitt_ops.OPS, "frame_attention", "plugins") if op in by_op]:
         parts += [f"## `{op}`\n", render(by_op[op]) + "\n"]
     if any(op in by_op for op in step.OPS):
         parts.append("## The training step\n")
