@@ -1,6 +1,7 @@
 """A small corpus of real mp4 files and a recipe for a tiny model, shared by these tests."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         nonlocal folder, process
         if process is None or process.poll() is not None:  # the first time, or after a failure
             folder = tmp_path_factory.mktemp("ranks")
-            process = torchrun(str(ranks.__file__), str(folder))
+            process = torchrun(str(ranks.__file__), str(folder), str(os.getpid()))
         return ranks.send(process, folder, *words)
 
     yield start

@@ -1,8 +1,8 @@
 """Two processes that live as long as the tests: starting them takes longer than what they train.
 
-    python -m torch.distributed.run --nproc-per-node 2 ranks.py FOLDER
+    python -m torch.distributed.run --nproc-per-node 2 ranks.py FOLDER PID
 
-runs the commands that tests write into the folder, one after another.
+runs the commands that tests write into the folder, one after another, as long as a process lives.
 """
 
 import itertools
@@ -43,12 +43,14 @@ def send(process: subprocess.Popen[bytes], folder: Path, *words: str) -> Command
     return Command(process, [folder / f"{number}-{rank}" for rank in (0, 1)])
 
 
-def _serve(folder: Path) -> None:
+def _serve(folder: Path, parent: int) -> None:
     from svitt_ops.training.cli import main
 
     for number in itertools.count():
         while not (given := folder / f"{number}.json").exists():
-            if not folder.exists():
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:  # the tests were killed
                 return
             time.sleep(PAUSE)
         code = 1
@@ -62,4 +64,4 @@ def _serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), int(sys.argv[2]))
