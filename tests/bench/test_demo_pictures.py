@@ -27,6 +27,7 @@ def facts(seed: int = 0, system: str = "softmask", **more: Any) -> dict[str, Any
         "overrides": [],
         "seconds": {"total": 300.0},
         "core_seconds": 540.0,
+        "resumed": False,
         "load": 1.5,
         **more,
     }
