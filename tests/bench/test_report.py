@@ -57,8 +57,8 @@ def test_committed_texts_hold_the_committed_results() -> None:
     for path in environment.RESULTS.glob("*.json"):
         for result in results.load(path)["results"]:
             best, mine = results.best_peer(result), results.ours(result)
-            if best is None or mine is None:
-                continue
+            if best is None or mine is None or result["direction"] not in standing.DIRECTIONS:
+                continue  # steps have a table of their own
             line = f"| {result['case']} | {standing.DIRECTIONS[result['direction']]} | "
             line += f"{mine['ms']:.2f} | {best['provider']} {best['ms']:.2f} |"
             assert (line in named) == (best["ms"] < mine["ms"])
