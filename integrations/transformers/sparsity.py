@@ -284,8 +284,8 @@ def desparsify(model: PreTrainedModel) -> PreTrainedModel:
             sparse: Any = module.svitt_ops_sparse
             for handle in sparse.handles:
                 handle.remove()
-            tower.set_attn_implementation(sparse.before)
             del module.svitt_ops_sparse
+        tower.set_attn_implementation(sparse.before)
     del model.config.svitt_ops
     return model
 
