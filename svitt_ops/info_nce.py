@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svitt_ops import _flops, _library, _validation
+from svitt_ops import _flops, _library, _ranks, _validation
 from svitt_ops.reference.info_nce import gradients, statistics
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def info_nce(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
-        _check_group(group)
+        _ranks.check_group(_OP, group)
         # A Function's own forward is not told of tangents that reach it beside a gradient.
         _library.refuse_tangents(_OP, (query, key, temperature))
         found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
@@ -200,18 +200,6 @@ def _backward(ctx: Any, grad_loss: Tensor) -> Any:
 _library.differentiate(_OP, _backward, _setup_context)
 
 
-def _check_group(group: ProcessGroup) -> None:
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            f"{_OP}: group must be of an initialised torch.distributed, got {type(group).__name__}"
-        )
-    if not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
-
-
 class _RankLoss(torch.autograd.Function):
     """Each rank computes the strip of its own queries against the keys of all ranks.
 
@@ -230,22 +218,16 @@ class _RankLoss(torch.autograd.Function):
         group: ProcessGroup,
     ) -> tuple[Tensor | None, ...]:
         """The loss, and what the backward needs."""
-        dist = torch.distributed
-        rank, ranks, local = dist.get_rank(group), dist.get_world_size(group), query.shape[0]
-        sizes = _gather(torch.tensor([local], device=query.device), group)
-        if query.device.type == "cpu" and bool((sizes != local).any()):
-            raise ValueError(
-                f"{_OP}: query must have as many rows on every rank, got {sizes.tolist()}"
-            )
-        keys = _gather(key.detach(), group)
-        all_ids = None if ids is None else _gather(ids, group)
-        total = local * ranks
-        inputs = (query.detach(), keys, temperature, ids, all_ids, rank * local)
+        first = _ranks.first_row(_OP, query, group)
+        keys = _ranks.gather(key.detach(), group)
+        all_ids = None if ids is None else _ranks.gather(ids, group)
+        total = len(keys)
+        inputs = (query.detach(), keys, temperature, ids, all_ids, first)
         _, rows, columns = torch.ops.svitt_ops.info_nce(*inputs, symmetric, label_smoothing)
         means = losses(rows, temperature, total, label_smoothing).sum() / total
-        means = _gather(means.reshape(1), group).sum()
+        means = _ranks.gather(means.reshape(1), group).sum()
         if symmetric:
-            parts = _gather(columns[None], group)
+            parts = _ranks.gather(columns[None], group)
             columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
             means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
         rows = rows + 0 * means  # NaN tells the backward of every rank
@@ -266,7 +248,7 @@ class _RankLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        raise NotImplementedError(f"{_OP}: vmap (and so jacrev) is not available over a group")
+        _ranks.refuse_vmap(_OP)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -288,14 +270,6 @@ class _RankLoss(torch.autograd.Function):
         dtype = inputs[0].dtype
         grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)
         return *grads, *(None,) * 4
-
-
-def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The rows of all ranks, in their order."""
-    ranks = torch.distributed.get_world_size(group)
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 def _count_flops(query: Tensor, key: Tensor) -> int:
