@@ -72,6 +72,25 @@ struct PackKernels {
   void (*tiles)(const TileOperands& to, int64_t begin, int64_t end);  // groups of 32 rows; or null
 };
 
+/// A weight of each similarity in the gradient: queries are summed over the keys, and keys over the
+/// queries. Where nobody wants it, `grad_query` and all memory for it are null.
+struct ContrastGradient : Contrast {
+  float factor;  // of the result
+  // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
+  float *query_panels, *key_panels;
+  float* grads;                     // (tiles, chunk_rows, kGradStride) of the current chunk
+  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16
+  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (chunk_rows, padded dim)
+  void *grad_query, *grad_key;      // contiguous
+  Dtype grad_dtype;
+};
+
+/// With the op's own kernel, which weighs a chunk's similarities and sums its keys.
+struct GradientKernels : PackKernels {
+  void (*sum_queries)(const ContrastGradient& p, int64_t chunk, int64_t begin, int64_t end);
+  void (*write_keys)(const ContrastGradient& p, int64_t begin, int64_t end);
+};
+
 struct ContrastSearch : Contrast {
   const double* uniform;  // (queries), or null
   int64_t* found;         // (queries), one of the keys or a rank

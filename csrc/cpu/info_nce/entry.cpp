@@ -119,8 +119,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
   set_temperature(p, temperature);
   const InfoNceKernels& k = choose<InfoNceKernels>(p);
   problem.pack(k, true);
-  const bool tiled = k.tiles != nullptr;
-  p.query_panels = problem.query_panels, p.key_panels = problem.key_panels;
   p.symmetric = columns.numel() > 0;
   p.of_rows = rows.const_data_ptr<double>();
   p.of_columns = p.symmetric ? columns.const_data_ptr<double>() : nullptr;
@@ -145,21 +143,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
     for (Tensor* x : {&grad_query, &grad_key, &grad_temperature}) torch::stable::fill_(*x, NAN);
     return {grad_query, grad_key, grad_temperature};
   }
-  p.grad_dtype = wide ? Dtype::f32 : p.dtype;
-  p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-  const Buffer grads(p.tiles() * p.chunk_rows() * (tiled ? kRoundedStride / 2 : kGradStride)),
-      grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(p.chunk_rows() * p.padded_dim());
+  problem.want_gradients(k, grad_query, grad_key);
   std::vector<double> grad_scale(p.tiles());
-  p.grads = grads.get(), p.rounded = reinterpret_cast<uint16_t*>(grads.get());
-  p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();
   p.grad_scale = grad_scale.data();
-  for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
-    const int64_t rows_here = std::min(p.queries - chunk * kQueryChunk, kQueryChunk + 0L);
-    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.backward_keys(p, chunk, a, b); });
-    parallel_for(0, rows_here, kGrain,
-                 [&](int64_t a, int64_t b) { k.backward_queries(p, chunk, a, b); });
-  }
-  parallel_for(0, p.keys, kGrain, [&](int64_t a, int64_t b) { k.write_keys(p, a, b); });
+  problem.sweep(k, k.backward);
   double sum = 0.0;
   for (const double part : grad_scale) sum += part;
   // By the scale s = 1 / temperature, and from it to the temperature: -s s.
