@@ -76,17 +76,17 @@ def _sweep(
         special = _special(start, first, shift, b_count, ROWS, COLUMNS)
         if a_ids_ptr is not None:
             special = True
-        sign = 1.0
         if special:
             same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-            sign = tl.where(same, -1.0, tl.where((b < b_count)[None, :], 1.0, 0.0))
-            wrong = wrong * sign
+            wrong = tl.where(same, -wrong, tl.where((b < b_count)[None, :], wrong, -float("inf")))
         e = tl.exp(-tl.abs(wrong))
-        weight = sign * tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+        weight = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+        if special:
+            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
+            weight = tl.where(same, -weight, weight)
         if LOSS:
             size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
-            loss = tl.abs(sign) * (tl.maximum(wrong, 0.0) + _log1p(e))
-            losses += tl.sum(loss, axis=1)
+            losses += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e), axis=1)
             moments += tl.sum(weight * x, axis=1)
             weights += tl.sum(weight, axis=1)
         if GRADIENTS:
@@ -190,8 +190,10 @@ def sigmoid_nce(
     grad_query = query.new_empty(queries if gradients else 0, dim, **new)
     grad_key = query.new_empty(keys if gradients else 0, dim, **new)
     loss, grad_temperature, grad_bias = (query.new_empty((), **new) for _ in range(3))
-    forward: ContrastPass = "forward" if query_ids is None else "forward_ids"
-    which: ContrastPass = "backward" if gradients else forward
+    passes: tuple[ContrastPass, ContrastPass] = ("forward", "backward")
+    if query_ids is not None:
+        passes = ("forward_ids", "backward_ids")
+    which = passes[gradients]
     tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
     sides, slices = (2, cdiv(dim, tile.slice)) if gradients else (1, 1)
     blocks = cdiv(max(queries, keys) if gradients else queries, tile.rows)

@@ -282,6 +282,16 @@ def _scalar(
     return like.new_full((), value, dtype=torch.float32)
 
 
+def check_weights(op: str, name: str, weights: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Weights ``(rows,)``, as contiguous fp32; their values, where these can be read."""
+    check_exact(op, name, weights, DTYPES, ((rows,),), device)
+    if readable(weights):
+        refused = weights[~((weights >= 0) & weights.isfinite())]
+        if refused.numel():
+            raise ValueError(f"{op}: {name} must be at least 0 and finite, got {refused[0]:g}")
+    return weights.detach().float().contiguous()
+
+
 def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:
     """Integer ids ``(rows,)``, as contiguous int64."""
     check_exact(op, name, ids, (torch.int64, torch.int32), ((rows,),), device)

@@ -78,9 +78,9 @@ CASES: dict[str, Case] = {
     ),
     "info_nce": (
         so.info_nce,
-        dict(query=ROWS, key=ROWS, temperature=0.1),
+        dict(query=ROWS, key=ROWS, temperature=0.1, ids=IDS),
         dict(query="tensor", key="tensor", temperature="temperature", ids="tensor?")
-        | dict(symmetric="flag", label_smoothing="float", group="group"),
+        | dict(weights="tensor?", symmetric="flag", label_smoothing="float", group="group"),
     ),
     "queue_info_nce": (
         so.queue_info_nce,

@@ -126,7 +126,7 @@ def test_against_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 def test_logits_of_any_size_keep_their_digits(backend: str) -> None:
-    """softplus of -700 to 700, of pairs that are right and that are wrong."""
+    """Softplus of -700 to 700, of pairs that are right and that are wrong."""
     device = "cuda" if backend == "cuda" else "cpu"
     one = torch.ones(1, 1, device=device)
     for logit in (-700.0, -80.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 80.0, 700.0):

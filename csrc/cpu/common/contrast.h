@@ -14,10 +14,11 @@ constexpr int kGradStride = kKeyTile + 16;     // not a power of two: rows fall 
 constexpr int kRoundedStride = kKeyTile + 32;  // the same for weights in bf16, in whole lines
 constexpr int kSumStride = kQueryChunk + 32;   // and for their transpose
 
-// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums.
+// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums;
+// `same` and `weight` of the positives, by their weights.
 struct Tally {
   double positive_most;  // positives are few, and exact
-  float most, sum, positive_sum, same, every;
+  float most, sum, positive_sum, same, every, weight;
   int32_t count;
 };
 
@@ -41,7 +42,8 @@ struct Contrast {
   int dim;
   const void *query, *key;  // rows `query_step` and `key_step` apart
   int64_t query_step, key_step;
-  const int32_t *query_ids, *key_ids;  // or null: query i belongs to key first_row + i
+  const int32_t *query_ids, *key_ids;        // or null: query i belongs to key first_row + i
+  const float *query_weights, *key_weights;  // of positives; or null: all 1
   int64_t first_row;
   float scale;
   float limit;  // of similarities, see `set_temperature`

@@ -9,14 +9,16 @@
 SVITT_KERNELS_BEGIN
 
 /// Softmax less target of one positive, from the share of the negatives: nothing cancels once
-/// pairs converge. `stats` is a (5, stride) matrix.
+/// pairs converge. `stats` is a (6, stride) matrix.
 SVITT_INLINE float positive_weight(const double* stats, int64_t stride, int64_t i, double logit,
-                                   float label_smoothing) {
-  const double negative = stats[i], positive = stats[stride + i], count = stats[2 * stride + i];
+                                   double weight, float label_smoothing) {
+  const double negative = stats[i], positive = stats[stride + i], count = stats[2 * stride + i],
+               weights = stats[5 * stride + i];
   const double total = log_sum(negative, positive);
   const double among = count == 1.0 ? 1.0 : __builtin_exp(logit - positive);
-  return static_cast<float>(__builtin_exp(positive - total) * (among - 1.0 / count) -
-                            __builtin_exp(negative - total) / count + label_smoothing / count);
+  return static_cast<float>(__builtin_exp(positive - total) * (among - weight / weights) -
+                            __builtin_exp(negative - total) * weight / weights +
+                            label_smoothing * weight / weights);
 }
 
 struct GradScratch {
@@ -90,9 +92,12 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
   t.for_positives(p, [&](int r, int c, float) {
     const float dot = s.kept[r * kDotStride + c];
     const double logit = static_cast<double>(dot) * p.scale;
-    float weight = positive_weight(p.of_rows, p.queries, t.row + r, logit, p.label_smoothing);
+    const int64_t row = t.row + r, key = t.first_key + c;
+    float weight = positive_weight(p.of_rows, p.queries, row, logit, weight_at(p.key_weights, key),
+                                   p.label_smoothing);
     if (both)
-      weight += positive_weight(p.of_columns, p.keys, t.first_key + c, logit, p.label_smoothing);
+      weight += positive_weight(p.of_columns, p.keys, key, logit, weight_at(p.query_weights, row),
+                                p.label_smoothing);
     weight -= smooth[0];
     grads[r * kGradStride + c] = weight;
     grad_scale += static_cast<double>(weight) * (dot - p.centre);

@@ -13,7 +13,7 @@ struct ContrastForward : Contrast {
 };
 
 struct ContrastBackward : ContrastGradient {
-  // Statistics of the forward, (5, queries) and (5, keys); `of_columns` null in one direction.
+  // Statistics of the forward, (6, queries) and (6, keys); `of_columns` null in one direction.
   const double *of_rows, *of_columns;
   float centre;     // a typical similarity, see `weigh`
   float smoothing;  // label smoothing over the number of choices
