@@ -99,8 +99,8 @@ def _cpu(
     gradients: bool,
 ) -> tuple[Tensor, ...]:
     """The op from the reference."""
-    inputs = (x.double() for x in (query, key, temperature, bias))
-    loss, *grads = _sums(*inputs, query_ids, key_ids, first_row)
+    query, key, temperature, bias = (x.double() for x in (query, key, temperature, bias))
+    loss, *grads = _sums(query, key, temperature, bias, query_ids, key_ids, first_row)
     rows = slice(None if gradients else 0)
     found = (loss, grads[0][rows], grads[1][rows], *grads[2:])
     return tuple(x.to(torch.float32, memory_format=torch.contiguous_format) for x in found)
