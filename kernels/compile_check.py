@@ -189,14 +189,15 @@ def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
-    """Calls the contrastive launchers: symmetric, or one direction and wide gradients with ids."""
+    """Calls the contrastive launchers: symmetric, or with ids one direction and wide gradients."""
     query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
     scalar = torch.empty((), device="meta")
     numbers = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
     inputs = (query, key, scalar, numbers, numbers)
     for weights in (None, torch.empty(rows, device="meta")) if ids else (None,):
         given = (*inputs, weights, weights, 0)
-        _, of_rows, of_columns = info_nce.info_nce(*given, not ids, 0.1)
+        symmetric = not ids or weights is not None
+        _, of_rows, of_columns = info_nce.info_nce(*given, symmetric, 0.1)
         info_nce_backward.info_nce_backward(scalar, *given, of_rows, of_columns, 0.1, ids)
     for gradients in (False, True):
         sigmoid_nce.sigmoid_nce(*inputs[:3], scalar, *inputs[3:], 0, gradients)

@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 
 from .info_nce import _SIZES, CENTRE_ROWS, LOG2_E, _log1p, _products, _rows, _same, _special
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+from .tiles import (
+    ContrastPass,
+    cdiv,
+    contrast_tile,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
 SIDES = tl.constexpr(8)
 """Of each row: log-sum-exp as a similarity and the rest of it as a power of 2, the same of the
@@ -270,9 +278,8 @@ def info_nce_backward(
     grad_query = query.new_empty(queries, dim, dtype=dtype)
     grad_key = query.new_empty(keys, dim, dtype=dtype)
     grad_temperature = query.new_empty((), dtype=torch.float32)
-    tile = contrast_tile(
-        "backward", dim, max(queries, keys), query.dtype, device_arch(query.device)
-    )
+    which: ContrastPass = "backward" if key_weights is None else "backward_ids"
+    tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
     both, slices = columns.numel() > 0, cdiv(dim, tile.slice)
     blocks = cdiv(max(queries, keys), tile.rows)
     row_splits, row_each = tile.splits(2 * blocks * slices, keys)

@@ -276,7 +276,7 @@ def contrast_tile(
     whole = arch >= 90 and width <= 256
     chunk = width if whole else min(width, 64)
     if backward:
-        # With ids, whose masks wait for the product, 64 columns of pairs' weights would spill.
+        # Where more than masks hangs on the ids, 64 columns would spill.
         return ContrastTile(
             rows=64, columns=64 if arch >= 90 and which == "backward" else 32, chunk=chunk,
             slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
