@@ -81,8 +81,9 @@ def info_nce(
     temperature = _validation.check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = _validation.check_ids(_OP, "ids", ids, query.shape[0], query.device)
-        if weights is not None:
-            weights = _validation.check_weights(_OP, "weights", weights, len(query), query.device)
+    if weights is not None:
+        weights = _validation.check_weights(_OP, "weights", weights, query.shape[0], query.device)
+        weights = None if ids is None else weights
     symmetric = _validation.check_flag(_OP, "symmetric", symmetric)
     label_smoothing = _validation.check_float(_OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
