@@ -45,6 +45,7 @@ from . import (
     queue_info_nce,
     retrieval_ranks,
     sample_hard_negatives,
+    sigmoid_nce,
     token_pruning,
 )
 from .machine_code import REGISTERS, SHARED_LIMIT, Usage, usage
@@ -188,20 +189,27 @@ def pruning_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def run_contrast(rows: int, dim: int, dtype: torch.dtype, ids: bool) -> None:
-    """Calls the contrastive launchers: symmetric, or one direction and wide gradients with ids."""
+    """Calls the contrastive launchers: symmetric, or with ids one direction and wide gradients."""
     query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
     scalar = torch.empty((), device="meta")
     numbers = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
-    inputs = (query, key, scalar, numbers, numbers, 0)
-    _, of_rows, of_columns = info_nce.info_nce(*inputs, not ids, 0.1)
-    info_nce_backward.info_nce_backward(scalar, *inputs, of_rows, of_columns, 0.1, ids)
+    inputs = (query, key, scalar, numbers, numbers)
+    for weights in (None, torch.empty(rows, device="meta")) if ids else (None,):
+        given = (*inputs, weights, weights, 0)
+        symmetric = not ids or weights is not None
+        _, of_rows, of_columns = info_nce.info_nce(*given, symmetric, 0.1)
+        info_nce_backward.info_nce_backward(scalar, *given, of_rows, of_columns, 0.1, ids)
+    for gradients in (False, True):
+        sigmoid_nce.sigmoid_nce(*inputs[:3], scalar, *inputs[3:], 0, gradients)
     uniform = torch.empty(rows, dtype=torch.float64, device="meta")
-    sample_hard_negatives.sample_hard_negatives(*inputs[:5], uniform)
+    sample_hard_negatives.sample_hard_negatives(*inputs, uniform)
     retrieval_ranks.retrieval_ranks(query, key, numbers, numbers)
     queue = torch.empty(65536, dim, dtype=dtype, device="meta")
     of_queue = torch.empty(65536, dtype=torch.int64, device="meta") if ids else None
-    given = (query, key, queue, scalar, query if ids else None, 0.4, numbers, numbers, of_queue)
-    queue_info_nce.queue_info_nce(*given, True)
+    taught = query if ids else None
+    queue_info_nce.queue_info_nce(
+        query, key, queue, scalar, taught, 0.4, numbers, numbers, of_queue, True
+    )
 
 
 def contrast_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:

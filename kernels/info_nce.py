@@ -39,10 +39,11 @@ from .tiles import (
     on_device,
 )
 
-STATISTICS = 5
-PARTS = tl.constexpr(7)
+STATISTICS = 6
+PARTS = tl.constexpr(8)
 """What a split knows of a row: the largest similarity of a negative and the sum of exponentials
-relative to it, the same of the positives, number and sum of the positives, sum of all."""
+relative to it, the same of the positives, number and weighted sum of the positives, sum of all,
+sum of the positives' weights."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 CENTRE_ROWS = 128
 """Rows whose positives tell how large a similarity of a pair is."""
@@ -112,7 +113,7 @@ def _join2(most, total, x, rate):
 
 @triton.jit
 def _sweep(
-    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, parts_ptr, scale, limit, shift,
+    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, b_weights_ptr, parts_ptr, scale, limit, shift,
     a_count, b_count, each, a_step, b_step, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -128,6 +129,7 @@ def _sweep(
     positive_total = tl.zeros([ROWS], tl.float32)
     count = tl.zeros([ROWS], tl.float32)
     pairs = tl.zeros([ROWS], tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
     every = tl.zeros([ROWS], tl.float32)
     size = tl.zeros([ROWS], tl.float32)
     d = tl.arange(0, CHUNK)
@@ -154,7 +156,12 @@ def _sweep(
                     positive_most, positive_total, tl.where(same, x, -infinity), rate
                 )
                 count += tl.sum(same.to(tl.float32), axis=1)
-                pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
+                own = x
+                if b_weights_ptr is not None:
+                    weight = tl.load(b_weights_ptr + tl.minimum(b, b_count - 1))[None, :]
+                    weights += tl.sum(tl.where(same, weight, 0.0), axis=1)
+                    own = x * weight
+                pairs += tl.sum(tl.where(same, own, 0.0), axis=1)
             every += tl.sum(tl.where(exists, x, 0.0), axis=1)
             rivals = tl.where(exists & (same == 0), x, -infinity)
         elif _special(start, first, shift, b_count, ROWS, COLUMNS):
@@ -180,13 +187,15 @@ def _sweep(
     tl.store(part + 4 * a_count, count, mask=exists)
     tl.store(part + 5 * a_count, pairs, mask=exists)
     tl.store(part + 6 * a_count, every, mask=exists)
+    if b_weights_ptr is not None:
+        tl.store(part + 7 * a_count, weights, mask=exists)
 
 
 @triton.jit(do_not_specialize=["first_row", "row_each", "column_each", *_SIZES])
 def _statistics_kernel(
-    query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, row_parts_ptr,
-    column_parts_ptr, first_row, a_count, b_count, row_each, column_each, query_step, key_step,
-    dim,
+    query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, query_weights_ptr,
+    key_weights_ptr, row_parts_ptr, column_parts_ptr, first_row, a_count, b_count, row_each,
+    column_each, query_step, key_step, dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -197,17 +206,17 @@ def _statistics_kernel(
         here = tl.program_id(2) * row_each * COLUMNS < b_count
         if (tl.program_id(0) * ROWS < a_count) & here:
             _sweep(
-                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, row_parts_ptr, scale, limit,
-                first_row, a_count, b_count, row_each, query_step, key_step, dim,
+                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, key_weights_ptr, row_parts_ptr,
+                scale, limit, first_row, a_count, b_count, row_each, query_step, key_step, dim,
                 ROWS, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
     else:
         here = tl.program_id(2) * column_each * COLUMNS < a_count
         if (tl.program_id(0) * ROWS < b_count) & here:
             _sweep(
-                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, column_parts_ptr, scale, limit,
-                -first_row, b_count, a_count, column_each, key_step, query_step, dim,
-                ROWS, COLUMNS, CHUNK, WHOLE, EVEN,
+                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, query_weights_ptr,
+                column_parts_ptr, scale, limit, -first_row, b_count, a_count, column_each,
+                key_step, query_step, dim, ROWS, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
 
 
@@ -244,7 +253,8 @@ def _log_sum(most, total, scale):
 
 @triton.jit
 def _row_losses(
-    parts_ptr, stats_ptr, i, size, splits, choices, scale, label_smoothing, TILE: tl.constexpr
+    parts_ptr, stats_ptr, i, size, splits, choices, scale, label_smoothing, WEIGHTED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of some rows, put together from the splits; their summed losses, NaN if bad.
 
@@ -257,6 +267,7 @@ def _row_losses(
     total = tl.zeros([TILE], tl.float32)
     positive_total = tl.zeros([TILE], tl.float32)
     count = tl.zeros([TILE], tl.float32)
+    weight = tl.zeros([TILE], tl.float32)
     pairs = tl.zeros([TILE], tl.float64)
     every = tl.zeros([TILE], tl.float64)
     for split in range(splits):
@@ -272,6 +283,8 @@ def _row_losses(
         count += tl.load(part + 4 * size, mask=here, other=1.0)
         pairs += tl.load(part + 5 * size, mask=here, other=0.0).to(tl.float64)
         every += tl.load(part + 6 * size, mask=here, other=0.0).to(tl.float64)
+        if WEIGHTED:
+            weight += tl.load(part + 7 * size, mask=here, other=1.0)
     negative = _log_sum(most, total, scale)
     positive = _log_sum(positive_most, positive_total, scale)
     stack = size.to(tl.int64)
@@ -280,13 +293,19 @@ def _row_losses(
     tl.store(stats_ptr + 2 * stack + i, count.to(tl.float64), mask=here)
     tl.store(stats_ptr + 3 * stack + i, pairs, mask=here)
     tl.store(stats_ptr + 4 * stack + i, every, mask=here)
+    if WEIGHTED:
+        divisor = tl.where(weight > 0, weight, float("nan"))
+    else:
+        weight = count
+        divisor = tl.maximum(count, 1.0)
+    tl.store(stats_ptr + 5 * stack + i, weight.to(tl.float64), mask=here)
     gap = (negative - positive).to(tl.float32)
     found = tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap)))
-    same = pairs.to(tl.float32) / tl.maximum(count, 1.0)
+    same = pairs.to(tl.float32) / divisor
     spread = (positive - (same * scale).to(tl.float64)).to(tl.float32)
     found += tl.where(count != 1.0, spread, 0.0)
     found += label_smoothing * scale * (same - every.to(tl.float32) / choices)
-    bad = tl.sum(tl.where(here, every * 0.0, 0.0), axis=0)
+    bad = tl.sum(tl.where(here, (every + divisor.to(tl.float64)) * 0.0, 0.0), axis=0)
     return tl.sum(tl.where(here, found, 0.0), axis=0), bad
 
 
@@ -294,21 +313,22 @@ def _row_losses(
 def _loss_kernel(
     row_parts_ptr, column_parts_ptr, rows_ptr, columns_ptr, temperature_ptr, sums_ptr,
     num_rows, num_columns, row_splits, column_splits, label_smoothing,
-    BOTH: tl.constexpr, TILE: tl.constexpr,
+    WEIGHTED: tl.constexpr, BOTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and summed losses of some rows and of some columns."""
     scale = 1.0 / tl.load(temperature_ptr)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     of_rows, bad = _row_losses(
-        row_parts_ptr, rows_ptr, i, num_rows, row_splits, num_columns, scale, label_smoothing, TILE
-    )
+        row_parts_ptr, rows_ptr, i, num_rows, row_splits, num_columns, scale, label_smoothing,
+        WEIGHTED, TILE,
+    )  # fmt: skip
     to = sums_ptr + 3 * tl.program_id(0)
     tl.store(to, of_rows)
     tl.store(to + 2, bad.to(tl.float32))
     if BOTH:
         of_columns, _ = _row_losses(
             column_parts_ptr, columns_ptr, i, num_columns, column_splits, num_columns, scale,
-            label_smoothing, TILE,
+            label_smoothing, WEIGHTED, TILE,
         )  # fmt: skip
         tl.store(to + 1, of_columns)
 
@@ -331,13 +351,13 @@ def _mean_kernel(
     bad = tl.sum(bad, axis=0).to(tl.float64)
     loss = tl.sum(of_rows, axis=0) / num_rows
     # A similarity that is no logit made a row's sum of all NaN, and nothing of the batch is left: a
-    # NaN among the counts tells the backward, on all ranks.
-    counts_ptr = rows_ptr + 2 * num_rows.to(tl.int64)
-    tl.store(counts_ptr, tl.load(counts_ptr) + bad)
+    # NaN among the weights tells the backward, on all ranks.
+    weights_ptr = rows_ptr + 5 * num_rows.to(tl.int64)
+    tl.store(weights_ptr, tl.load(weights_ptr) + bad)
     if BOTH:
         loss = 0.5 * (loss + tl.sum(of_columns, axis=0) / num_columns)
-        counts_ptr = columns_ptr + 2 * num_columns.to(tl.int64)
-        tl.store(counts_ptr, tl.load(counts_ptr) + bad)
+        weights_ptr = columns_ptr + 5 * num_columns.to(tl.int64)
+        tl.store(weights_ptr, tl.load(weights_ptr) + bad)
     tl.store(loss_ptr, loss)
 
 
@@ -347,6 +367,8 @@ def info_nce(
     temperature: torch.Tensor,
     query_ids: torch.Tensor | None,
     key_ids: torch.Tensor | None,
+    query_weights: torch.Tensor | None,
+    key_weights: torch.Tensor | None,
     first_row: int,
     symmetric: bool,
     label_smoothing: float,
@@ -372,14 +394,15 @@ def info_nce(
     sums = query.new_empty(programs, 3, dtype=torch.float32)
     with on_device(query):
         _statistics_kernel[(blocks, sides, splits)](
-            query, key, temperature, query_ids, key_ids, row_parts, column_parts, first_row,
-            queries, keys, row_each, column_each, query.stride(0), key.stride(0), dim,
-            ROWS=tile.rows, COLUMNS=tile.columns, **tile.dims(dim), **tile.options,
+            query, key, temperature, query_ids, key_ids, query_weights, key_weights, row_parts,
+            column_parts, first_row, queries, keys, row_each, column_each, query.stride(0),
+            key.stride(0), dim, ROWS=tile.rows, COLUMNS=tile.columns, **tile.dims(dim),
+            **tile.options,
         )  # fmt: skip
         _loss_kernel[(programs,)](
             row_parts, column_parts, rows, columns, temperature, sums, queries, keys,
-            row_splits, column_splits, label_smoothing, BOTH=symmetric, TILE=together,
-            maxnreg=255, **launch_options(),
+            row_splits, column_splits, label_smoothing, WEIGHTED=key_weights is not None,
+            BOTH=symmetric, TILE=together, maxnreg=255, **launch_options(),
         )  # fmt: skip
         _mean_kernel[(1,)](
             rows, columns, sums, loss, queries, keys, programs,

@@ -7,11 +7,20 @@ import triton
 import triton.language as tl
 
 from .info_nce import _SIZES, CENTRE_ROWS, LOG2_E, _log1p, _products, _rows, _same, _special
-from .tiles import cdiv, contrast_tile, device_arch, launch_options, next_pow2, on_device
+from .tiles import (
+    ContrastPass,
+    cdiv,
+    contrast_tile,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
-SIDES = tl.constexpr(7)
+SIDES = tl.constexpr(8)
 """Of each row: log-sum-exp as a similarity and the rest of it as a power of 2, the same of the
-positives, share of the positives, log share of the negatives, number of positives."""
+positives, share of the positives, log share of the negatives, number of positives, sum of their
+weights."""
 
 
 @triton.jit
@@ -42,6 +51,8 @@ def _prepare(stats_ptr, side_ptr, i, count, scale):
     tl.store(side_ptr + 4 * count + i, tl.exp(-tl.maximum(gap, 0.0) - rest), mask=here)
     tl.store(side_ptr + 5 * count + i, tl.exp(tl.minimum(gap, 0.0) - rest), mask=here)
     tl.store(side_ptr + 6 * count + i, pairs, mask=here)
+    weight = tl.load(stats_ptr + 5 * stack + i, mask=here, other=1.0).to(tl.float32)
+    tl.store(side_ptr + 7 * count + i, weight, mask=here)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
@@ -64,7 +75,10 @@ def _softmax(x, high, rest, rate):
 
 
 @triton.jit
-def _kept(x, side_ptr, i, count, rate, label_smoothing, COLUMN: tl.constexpr, ONE: tl.constexpr):
+def _kept(
+    x, side_ptr, weights_ptr, i, j, count, rate, label_smoothing,
+    COLUMN: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
     """Weights of positives: softmax less target, from the negatives' share; ONE: of a row's one."""
     if ONE:
         kept = tl.expand_dims(label_smoothing - tl.load(side_ptr + 5 * count + i), COLUMN)
@@ -76,15 +90,21 @@ def _kept(x, side_ptr, i, count, rate, label_smoothing, COLUMN: tl.constexpr, ON
         pairs = tl.expand_dims(tl.load(side_ptr + 6 * count + i), COLUMN)
         among = tl.where(pairs == 1.0, 1.0, _softmax(x, high, rest, rate))
         # One product and one sum a pair: the rest is of the row.
-        kept = share * among - (share + lost - label_smoothing) / pairs
+        all_targets = share + lost - label_smoothing
+        if weights_ptr is None:
+            kept = share * among - all_targets / pairs
+        else:
+            total = tl.expand_dims(tl.load(side_ptr + 7 * count + i), COLUMN)
+            weight = tl.expand_dims(tl.load(weights_ptr + j), 1 - COLUMN)
+            kept = share * among - all_targets * (weight / total)
     return kept
 
 
 @triton.jit
 def _sweep(
-    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, of_a_ptr, of_b_ptr, grad_ptr, scale, shift, factor,
-    label_smoothing, smoothing, centre, a_count, b_count, each, a_step, b_step, dim,
-    A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, a_weights_ptr, b_weights_ptr, of_a_ptr, of_b_ptr, grad_ptr,
+    scale, shift, factor, label_smoothing, smoothing, centre, a_count, b_count, each, a_step,
+    b_step, dim, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One slice of dims of the gradient of some rows of a, from one split of the rows of b.
@@ -136,9 +156,15 @@ def _sweep(
             one: tl.constexpr = a_ids_ptr is None
             kept = tl.zeros([ROWS, COLUMNS], tl.float32)
             if A:
-                kept += _kept(x, of_a_ptr, a_safe, a_count, rate, label_smoothing, 1, one)
+                kept += _kept(
+                    x, of_a_ptr, b_weights_ptr, a_safe, b_safe, a_count, rate, label_smoothing,
+                    1, one,
+                )  # fmt: skip
             if B:
-                kept += _kept(x, of_b_ptr, b_safe, b_count, rate, label_smoothing, 0, one)
+                kept += _kept(
+                    x, of_b_ptr, a_weights_ptr, b_safe, a_safe, b_count, rate, label_smoothing,
+                    0, one,
+                )  # fmt: skip
             weight = tl.where(same, kept, weight)
             weight = tl.where((b < b_count)[None, :], weight - smoothing, 0.0)
         else:
@@ -157,11 +183,12 @@ def _sweep(
 
 @triton.jit(do_not_specialize=["first_row", "row_each", "column_each", *_SIZES])
 def _gradient_kernel(
-    grad_loss_ptr, query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr, rows_ptr,
-    columns_ptr, row_side_ptr, column_side_ptr, grad_query_ptr, grad_key_ptr, parts_ptr,
-    label_smoothing, first_row, a_count, b_count, row_each, column_each, query_step, key_step,
-    dim, BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, SLICE: tl.constexpr, CENTRE: tl.constexpr,
+    grad_loss_ptr, query_ptr, key_ptr, temperature_ptr, query_ids_ptr, key_ids_ptr,
+    query_weights_ptr, key_weights_ptr, rows_ptr, columns_ptr, row_side_ptr, column_side_ptr,
+    grad_query_ptr, grad_key_ptr, parts_ptr, label_smoothing, first_row, a_count, b_count,
+    row_each, column_each, query_step, key_step, dim, BOTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr, SLICE: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries or, on the second axis of the grid, of keys."""
     scale = 1.0 / tl.load(temperature_ptr)
@@ -176,19 +203,19 @@ def _gradient_kernel(
         count, stats_ptr = b_count, columns_ptr
     else:
         count, stats_ptr = a_count, rows_ptr
-    pairs = tl.load(stats_ptr + 2 * count.to(tl.int64) + i, mask=i < count, other=0.0)
+    weight = tl.load(stats_ptr + 5 * count.to(tl.int64) + i, mask=i < count, other=0.0)
     same = tl.load(stats_ptr + 3 * count.to(tl.int64) + i, mask=i < count, other=0.0)
-    centre = (tl.sum(same, axis=0) / tl.sum(pairs, axis=0)).to(tl.float32)
+    centre = (tl.sum(same, axis=0) / tl.sum(weight, axis=0)).to(tl.float32)
     factor += centre * 0.0  # NaN where the forward found a similarity that is no logit
     slices = tl.cdiv(dim, SLICE)
     split = tl.program_id(2) // slices
     if tl.program_id(1) == 0:
         if (tl.program_id(0) * ROWS < a_count) & (split * row_each * COLUMNS < b_count):
             part = _sweep(
-                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, row_side_ptr, column_side_ptr,
-                grad_query_ptr, scale, first_row, factor, label_smoothing, smoothing, centre,
-                a_count, b_count, row_each, query_step, key_step, dim,
-                True, BOTH, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+                query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, query_weights_ptr, key_weights_ptr,
+                row_side_ptr, column_side_ptr, grad_query_ptr, scale, first_row, factor,
+                label_smoothing, smoothing, centre, a_count, b_count, row_each, query_step,
+                key_step, dim, True, BOTH, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
             )  # fmt: skip
             if tl.program_id(2) % slices == 0:
                 to = split * tl.cdiv(a_count, ROWS) + tl.program_id(0)
@@ -196,10 +223,10 @@ def _gradient_kernel(
     else:
         if (tl.program_id(0) * ROWS < b_count) & (split * column_each * COLUMNS < a_count):
             _sweep(
-                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, column_side_ptr, row_side_ptr,
-                grad_key_ptr, scale, -first_row, factor, label_smoothing, smoothing, centre,
-                b_count, a_count, column_each, key_step, query_step, dim,
-                BOTH, True, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+                key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, key_weights_ptr, query_weights_ptr,
+                column_side_ptr, row_side_ptr, grad_key_ptr, scale, -first_row, factor,
+                label_smoothing, smoothing, centre, b_count, a_count, column_each, key_step,
+                query_step, dim, BOTH, True, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
             )  # fmt: skip
 
 
@@ -237,6 +264,8 @@ def info_nce_backward(
     temperature: torch.Tensor,
     query_ids: torch.Tensor | None,
     key_ids: torch.Tensor | None,
+    query_weights: torch.Tensor | None,
+    key_weights: torch.Tensor | None,
     first_row: int,
     rows: torch.Tensor,
     columns: torch.Tensor,
@@ -249,9 +278,8 @@ def info_nce_backward(
     grad_query = query.new_empty(queries, dim, dtype=dtype)
     grad_key = query.new_empty(keys, dim, dtype=dtype)
     grad_temperature = query.new_empty((), dtype=torch.float32)
-    tile = contrast_tile(
-        "backward", dim, max(queries, keys), query.dtype, device_arch(query.device)
-    )
+    which: ContrastPass = "backward" if key_weights is None else "backward_ids"
+    tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
     both, slices = columns.numel() > 0, cdiv(dim, tile.slice)
     blocks = cdiv(max(queries, keys), tile.rows)
     row_splits, row_each = tile.splits(2 * blocks * slices, keys)
@@ -272,10 +300,10 @@ def info_nce_backward(
             BOTH=both, TILE=together, **launch_options(),
         )  # fmt: skip
         _gradient_kernel[(blocks, 2, splits * slices)](
-            grad_loss, query, key, temperature, query_ids, key_ids, rows, columns, row_side,
-            column_side, split_query, split_key, parts, label_smoothing, first_row,
-            queries, keys, row_each, column_each, query.stride(0), key.stride(0), dim,
-            BOTH=both, ROWS=tile.rows, COLUMNS=tile.columns, SLICE=tile.slice,
+            grad_loss, query, key, temperature, query_ids, key_ids, query_weights, key_weights,
+            rows, columns, row_side, column_side, split_query, split_key, parts,
+            label_smoothing, first_row, queries, keys, row_each, column_each, query.stride(0),
+            key.stride(0), dim, BOTH=both, ROWS=tile.rows, COLUMNS=tile.columns, SLICE=tile.slice,
             CENTRE=CENTRE_ROWS, **tile.dims(dim), **tile.options,
         )  # fmt: skip
         _sum_kernel[(adding,)](

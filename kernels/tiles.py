@@ -205,7 +205,15 @@ class ContrastTile:
 
 
 ContrastPass = Literal[
-    "forward", "forward_ids", "backward", "ranks", "sample", "queue", "taught_queue", "combine"
+    "forward",
+    "forward_ids",
+    "backward",
+    "backward_ids",
+    "ranks",
+    "sample",
+    "queue",
+    "taught_queue",
+    "combine",
 ]
 
 
@@ -219,6 +227,7 @@ def contrast_tile(
     sums over a row take two shuffles and no barrier.
     """
     width = max(16, next_pow2(dim))
+    backward = which in ("backward", "backward_ids")
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
         return ContrastTile(
@@ -228,11 +237,11 @@ def contrast_tile(
     if dtype == torch.float32:
         # No tensor cores at full precision: a thread holds both operands of a dot in registers.
         # Sixteen elements of a tile are four rows and four columns of a thread, read once each.
-        large = which in ("forward", "forward_ids", "backward", "ranks")
+        large = backward or which in ("forward", "forward_ids", "ranks")
         wide = large and which != "ranks"
         return ContrastTile(
-            rows=64 if large else 16, columns=64 if large and which != "backward" else 16, chunk=16,
-            slice=min(width, 128 if which == "backward" and dim % 128 == 0 else 64),
+            rows=64 if large else 16, columns=64 if large and not backward else 16, chunk=16,
+            slice=min(width, 128 if backward and dim % 128 == 0 else 64),
             num_warps=8 if wide or which == "taught_queue" else 4,
             num_stages=2 if which == "ranks" else 1, programs=264,
         )  # fmt: skip
@@ -266,10 +275,11 @@ def contrast_tile(
     tall = arch >= 90 and rows >= 2048
     whole = arch >= 90 and width <= 256
     chunk = width if whole else min(width, 64)
-    if which == "backward":
+    if backward:
+        # Where more than masks hangs on the ids, 64 columns would spill.
         return ContrastTile(
-            rows=64, columns=64 if arch >= 90 else 32, chunk=chunk, slice=min(width, 256),
-            num_warps=8, num_stages=3 if arch >= 90 else 2,
+            rows=64, columns=64 if arch >= 90 and which == "backward" else 32, chunk=chunk,
+            slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
         )  # fmt: skip
     return ContrastTile(
         rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,

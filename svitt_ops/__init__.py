@@ -9,6 +9,7 @@ from svitt_ops.layout import BlockLayout
 from svitt_ops.queue_info_nce import queue_info_nce
 from svitt_ops.retrieval_ranks import retrieval_ranks
 from svitt_ops.sample_hard_negatives import sample_hard_negatives
+from svitt_ops.sigmoid_nce import sigmoid_nce
 from svitt_ops.token_pruning import PrunedTokens, keep_count, prune_tokens, select_tokens
 
 OPS = (
@@ -17,6 +18,7 @@ OPS = (
     "token_pruning",
     "info_nce",
     "queue_info_nce",
+    "sigmoid_nce",
     "sample_hard_negatives",
     "retrieval_ranks",
 )
@@ -39,4 +41,5 @@ __all__ = [
     "retrieval_ranks",
     "sample_hard_negatives",
     "select_tokens",
+    "sigmoid_nce",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -275,23 +275,47 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
 
 def check_temperature(op: str, temperature: float | Tensor, like: Tensor) -> Tensor:
     """The temperature as a fp32 scalar on the device of ``like``; a tensor is not read."""
-    if isinstance(temperature, Tensor):
-        check_dense(op, "temperature", temperature)
-        if temperature.numel() != 1 or not temperature.is_floating_point():
+    return _scalar(op, "temperature", temperature, like, "positive and finite", lambda x: x > 0)
+
+
+def check_bias(op: str, bias: float | Tensor, like: Tensor) -> Tensor:
+    """The bias of logits, likewise."""
+    return _scalar(op, "bias", bias, like, "finite", lambda _: True)
+
+
+def _scalar(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    like: Tensor,
+    wanted: str,
+    accepts: Callable[[float], bool],
+) -> Tensor:
+    if isinstance(value, Tensor):
+        check_dense(op, name, value)
+        if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
-                f"{op}: temperature must be a float or a floating tensor of one element, "
-                f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
+                f"{op}: {name} must be a float or a floating tensor of one element, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
             )
-        if temperature.device != like.device:
-            raise ValueError(
-                f"{op}: temperature must be on {like.device}, got {temperature.device}"
-            )
-        scalar = temperature.float()
+        if value.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+        scalar = value.float()
         return scalar if scalar.dim() == 0 else scalar.reshape(())  # a node less to go back through
-    temperature = check_float(op, "temperature", temperature, "a float or a tensor")
-    if not torch.compiler.is_compiling() and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
-    return like.new_full((), temperature, dtype=torch.float32)
+    value = check_float(op, name, value, "a float or a tensor")
+    if not torch.compiler.is_compiling() and not (accepts(value) and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+    return like.new_full((), value, dtype=torch.float32)
+
+
+def check_weights(op: str, name: str, weights: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Weights ``(rows,)``, as contiguous fp32; their values, where these can be read."""
+    check_exact(op, name, weights, DTYPES, ((rows,),), device)
+    if readable(weights):
+        refused = weights[~((weights >= 0) & weights.isfinite())]
+        if refused.numel():
+            raise ValueError(f"{op}: {name} must be at least 0 and finite, got {refused[0]:g}")
+    return weights.detach().float().contiguous()
 
 
 def check_ids(op: str, name: str, ids: Tensor, rows: int, device: torch.device) -> Tensor:

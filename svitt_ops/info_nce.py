@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svitt_ops import _flops, _library, _validation
+from svitt_ops import _flops, _library, _ranks, _validation
 from svitt_ops.reference.info_nce import gradients, statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _OP = "info_nce"
-STATISTICS = 5
+STATISTICS = 6
 """Rows of the statistics: log-sum-exp over the negatives, the same over the positives, number of
-positives, sum of the positives' dot products, sum of all dot products. In fp64: a rounded
-log-sum-exp would cost the weights digits where logits are large."""
+positives, weighted sum of the positives' dot products, sum of all dot products, sum of the
+positives' weights. In fp64: a rounded log-sum-exp would cost digits where logits are large."""
 
 
 def info_nce(
@@ -27,6 +27,7 @@ def info_nce(
     temperature: float | Tensor,
     *,
     ids: Tensor | None = None,
+    weights: Tensor | None = None,
     symmetric: bool = True,
     label_smoothing: float = 0.0,
     group: ProcessGroup | None = None,
@@ -46,6 +47,10 @@ def info_nce(
         temperature: a positive float, or a tensor of one element that receives its gradient.
         ids: int64 or int32 ``(B,)``. Rows with equal ids are positives of each other,
             ``y_ij = [id_i = id_j] / count_i``; by default each row has its own.
+        weights: floating ``(B,)``, a weight of at least 0 for each key, which receives no gradient:
+            a row's targets are its positives' weights over their sum. With the roles exchanged, a
+            query has that of its key. Without ``ids`` each row has one positive, of whatever
+            weight.
         symmetric: whether queries are also looked for among all keys' candidates.
         label_smoothing: share of the target that is spread evenly over all B candidates.
         group: ranks that hold parts of one batch, of equal size. Every rank returns the loss of
@@ -55,8 +60,8 @@ def info_nce(
 
     Returns:
         The loss, a fp32 scalar. Where a logit is NaN, infinite or beyond 1e9, which leaves fp32 no
-        digits, or where the temperature is not positive and finite, the loss and all gradients are
-        NaN, on every rank.
+        digits, where the temperature is not positive and finite, or where a row's positives weigh
+        nothing, the loss and all gradients are NaN, on every rank.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -76,32 +81,37 @@ def info_nce(
     temperature = _validation.check_temperature(_OP, temperature, query)
     if ids is not None:
         ids = _validation.check_ids(_OP, "ids", ids, query.shape[0], query.device)
+    if weights is not None:
+        weights = _validation.check_weights(_OP, "weights", weights, query.shape[0], query.device)
+        weights = None if ids is None else weights
     symmetric = _validation.check_flag(_OP, "symmetric", symmetric)
     label_smoothing = _validation.check_float(_OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{_OP}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is not None:
-        _check_group(group)
+        _ranks.check_group(_OP, group)
         # A Function's own forward is not told of tangents that reach it beside a gradient.
         _library.refuse_tangents(_OP, (query, key, temperature))
-        found = _RankLoss.apply(query, key, temperature, ids, symmetric, label_smoothing, group)
+        found = _RankLoss.apply(
+            query, key, temperature, ids, weights, symmetric, label_smoothing, group
+        )
         return found[0]
     loss, _, _ = torch.ops.svitt_ops.info_nce(
-        query, key, temperature, ids, ids, 0, symmetric, label_smoothing
+        query, key, temperature, ids, ids, weights, weights, 0, symmetric, label_smoothing
     )
     return loss
 
 
 def losses(stats: Tensor, temperature: Tensor, choices: int, label_smoothing: float) -> Tensor:
-    """Loss of each row from its statistics ``(5, rows)``, where a row has ``choices`` candidates.
+    """Loss of each row from its statistics ``(6, rows)``, where a row has ``choices`` candidates.
 
     ``-log softmax`` of a positive is ``log(1 + negatives / positives)`` and no difference of large
     numbers; what several positives add is the spread among them.
     """
-    negative, positive, count, same, every = stats
-    spread = positive - same / count / temperature
+    negative, positive, count, same, every, weight = stats
+    spread = positive - same / weight / temperature
     spread = torch.where(count == 1, 0, spread)
-    smooth = label_smoothing * (same / count - every / choices) / temperature
+    smooth = label_smoothing * (same / weight - every / choices) / temperature
     return spread + torch.logaddexp(negative - positive, torch.zeros_like(negative)) + smooth
 
 
@@ -117,13 +127,15 @@ def _cpu(
     temperature: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    query_weights: Tensor | None,
+    key_weights: Tensor | None,
     first_row: int,
     symmetric: bool,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op from the reference."""
     inputs = (query.double(), key.double(), temperature.double())
-    rows, columns = statistics(*inputs, query_ids, key_ids, first_row)
+    rows, columns = statistics(*inputs, query_ids, key_ids, query_weights, key_weights, first_row)
     columns = columns if symmetric else columns[:, :0]
     means = [
         losses(x, temperature, key.shape[0], label_smoothing).mean()
@@ -151,6 +163,8 @@ def _backward_cpu(
     temperature: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    query_weights: Tensor | None,
+    key_weights: Tensor | None,
     first_row: int,
     rows: Tensor,
     columns: Tensor,
@@ -162,12 +176,18 @@ def _backward_cpu(
     factor = grad_loss.double() / (key.shape[0] * (2 if both else 1))
     other = columns if both else None
     inputs = (query.double(), key.double(), temperature.double())
-    grads = gradients(*inputs, query_ids, key_ids, first_row, rows, other, label_smoothing, factor)
+    grads = gradients(
+        *inputs, query_ids, key_ids, query_weights, key_weights, first_row, rows, other,
+        label_smoothing, factor,
+    )  # fmt: skip
     dtype = torch.float32 if wide else query.dtype
     return grads[0].to(dtype), grads[1].to(dtype), grads[2].float()
 
 
-_PAIR = "Tensor query, Tensor key, Tensor temperature, Tensor? query_ids, Tensor? key_ids"
+_PAIR = (
+    "Tensor query, Tensor key, Tensor temperature, Tensor? query_ids, Tensor? key_ids, "
+    "Tensor? query_weights, Tensor? key_weights"
+)
 _library.define(
     f"{_OP}({_PAIR}, int first_row, bool symmetric, float label_smoothing)"
     " -> (Tensor loss, Tensor rows, Tensor columns)",
@@ -186,8 +206,8 @@ _library.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.first_row, ctx.label_smoothing = inputs[5], inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.first_row, ctx.label_smoothing = inputs[7], inputs[9]
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> Any:
@@ -198,18 +218,6 @@ def _backward(ctx: Any, grad_loss: Tensor) -> Any:
 
 
 _library.differentiate(_OP, _backward, _setup_context)
-
-
-def _check_group(group: ProcessGroup) -> None:
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            f"{_OP}: group must be of an initialised torch.distributed, got {type(group).__name__}"
-        )
-    if not torch.compiler.is_compiling() and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{_OP}: group must be a ProcessGroup, got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"{_OP}: group must contain this rank, got {group!r}")
 
 
 class _RankLoss(torch.autograd.Function):
@@ -225,39 +233,37 @@ class _RankLoss(torch.autograd.Function):
         key: Tensor,
         temperature: Tensor,
         ids: Tensor | None,
+        weights: Tensor | None,
         symmetric: bool,
         label_smoothing: float,
         group: ProcessGroup,
     ) -> tuple[Tensor | None, ...]:
         """The loss, and what the backward needs."""
-        dist = torch.distributed
-        rank, ranks, local = dist.get_rank(group), dist.get_world_size(group), query.shape[0]
-        sizes = _gather(torch.tensor([local], device=query.device), group)
-        if query.device.type == "cpu" and bool((sizes != local).any()):
-            raise ValueError(
-                f"{_OP}: query must have as many rows on every rank, got {sizes.tolist()}"
-            )
-        keys = _gather(key.detach(), group)
-        all_ids = None if ids is None else _gather(ids, group)
-        total = local * ranks
-        inputs = (query.detach(), keys, temperature, ids, all_ids, rank * local)
+        first = _ranks.first_row(_OP, query, group)
+        keys = _ranks.gather(key.detach(), group)
+        all_ids = None if ids is None else _ranks.gather(ids, group)
+        all_weights = None if weights is None else _ranks.gather(weights, group)
+        total = len(keys)
+        inputs = (query.detach(), keys, temperature, ids, all_ids, weights, all_weights, first)
         _, rows, columns = torch.ops.svitt_ops.info_nce(*inputs, symmetric, label_smoothing)
         means = losses(rows, temperature, total, label_smoothing).sum() / total
-        means = _gather(means.reshape(1), group).sum()
+        means = _ranks.gather(means.reshape(1), group).sum()
         if symmetric:
-            parts = _gather(columns[None], group)
+            parts = _ranks.gather(columns[None], group)
             columns = torch.cat([parts[:, :2].logsumexp(0), parts[:, 2:].sum(0)])
             means = (means + losses(columns, temperature, total, label_smoothing).mean()) / 2
         rows = rows + 0 * means  # NaN tells the backward of every rank
-        return means.float(), keys, all_ids, rows, columns
+        return means.float(), keys, all_ids, all_weights, rows, columns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        query, _, temperature, ids, _, label_smoothing, group = inputs
-        _, keys, all_ids, rows, columns = output
+        query, _, temperature, ids, weights, _, label_smoothing, group = inputs
+        _, keys, all_ids, all_weights, rows, columns = output
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, keys, temperature, ids, all_ids, rows, columns)
+        ctx.save_for_backward(
+            query, keys, temperature, ids, all_ids, weights, all_weights, rows, columns
+        )
         dist = torch.distributed
         ctx.strip = (dist.get_rank(group), dist.get_world_size(group), query.shape[0])
         ctx.label_smoothing = label_smoothing
@@ -266,12 +272,12 @@ class _RankLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> None:
-        raise NotImplementedError(f"{_OP}: vmap (and so jacrev) is not available over a group")
+        _ranks.refuse_vmap(_OP)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         if torch._C._functorch.is_batchedtensor(grad_loss):
             _RankLoss.vmap()
         *inputs, rows, columns = ctx.saved_tensors
@@ -287,15 +293,7 @@ class _RankLoss(torch.autograd.Function):
         grad_key = grad_keys[rank * local : (rank + 1) * local]
         dtype = inputs[0].dtype
         grads = ((grad_query * ranks).to(dtype), (grad_key * ranks).to(dtype), grad_temperature)
-        return *grads, *(None,) * 4
-
-
-def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The rows of all ranks, in their order."""
-    ranks = torch.distributed.get_world_size(group)
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts)
+        return *grads, *(None,) * 5
 
 
 def _count_flops(query: Tensor, key: Tensor) -> int:

@@ -9,6 +9,7 @@ from svitt_ops.reference.info_nce import info_nce
 from svitt_ops.reference.queue_info_nce import queue_info_nce
 from svitt_ops.reference.retrieval_ranks import retrieval_ranks
 from svitt_ops.reference.sample_hard_negatives import sample_hard_negatives
+from svitt_ops.reference.sigmoid_nce import sigmoid_nce
 from svitt_ops.reference.token_pruning import prune_tokens, select_tokens
 
 if TYPE_CHECKING:  # they have the ops' signatures, overloads included
@@ -27,4 +28,5 @@ __all__ = [
     "retrieval_ranks",
     "sample_hard_negatives",
     "select_tokens",
+    "sigmoid_nce",
 ]

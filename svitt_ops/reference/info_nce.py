@@ -16,15 +16,16 @@ def info_nce(
     temperature: float | Tensor,
     *,
     ids: Tensor | None = None,
+    weights: Tensor | None = None,
     symmetric: bool = True,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The contrastive loss; see `svitt_ops.info_nce`. Differentiable; keeps B x B logits."""
     logits = finite_logits(query @ key.T, temperature)
     same = positives(ids, ids, 0, logits.shape, query.device)
-    loss = _cross_entropy(logits, same, label_smoothing)
+    loss = _cross_entropy(logits, same, weights, label_smoothing)
     if symmetric:
-        loss = (loss + _cross_entropy(logits.T, same.T, label_smoothing)) / 2
+        loss = (loss + _cross_entropy(logits.T, same.T, weights, label_smoothing)) / 2
     return loss
 
 
@@ -50,7 +51,11 @@ def positives(
     return rows[:, None] == torch.arange(shape[1], device=device)[None, :]
 
 
-def _cross_entropy(logits: Tensor, same: Tensor, label_smoothing: float) -> Tensor:
+def _cross_entropy(
+    logits: Tensor, same: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
+    if weights is not None:
+        same = same * weights.to(torch.promote_types(logits.dtype, torch.float32))
     targets = same / same.sum(1, keepdim=True)
     targets = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
     return -(targets.to(logits.dtype) * logits.log_softmax(1)).sum(1).mean()
@@ -62,28 +67,40 @@ def statistics(
     temperature: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    query_weights: Tensor | None,
+    key_weights: Tensor | None,
     first_row: int,
 ) -> tuple[Tensor, Tensor]:
-    """What the loss is made of, ``(5, queries)`` and ``(5, keys)``; see `svitt_ops.info_nce`."""
+    """What the loss is made of, ``(6, queries)`` and ``(6, keys)``; see `svitt_ops.info_nce`."""
     dots = query @ key.T
     same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
     logits = finite_logits(dots, temperature)
     infinity = float("inf")
-    # All of them NaN if a logit is: so are then the loss and every gradient.
-    poison = (logits * 0).sum()
+    # All of them NaN if a logit is, or a row without targets: so are the loss and every gradient.
+    targets = _weighted(same, 1, key_weights, dots.dtype).sum(1)
+    poison = (logits * 0).sum() + (0 / targets).sum()
 
-    def along(dim: int) -> Tensor:
+    def along(dim: int, weights: Tensor | None) -> Tensor:
+        weighted = _weighted(same, dim, weights, dots.dtype)
         return poison + torch.stack(
             [
                 logits.masked_fill(same, -infinity).logsumexp(dim),
                 logits.masked_fill(~same, -infinity).logsumexp(dim),
                 same.sum(dim).to(dots.dtype),
-                torch.where(same, dots, 0).sum(dim),
+                torch.where(same, weighted * dots, 0).sum(dim),
                 dots.sum(dim),
+                weighted.sum(dim),
             ]
         )
 
-    return along(1), along(0)
+    return along(1, key_weights), along(0, query_weights)
+
+
+def _weighted(same: Tensor, dim: int, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weights of the positives along a dimension, by default 1; of all else 0."""
+    if weights is None:
+        return same.to(dtype)
+    return same * weights.to(dtype).unsqueeze(1 - dim)
 
 
 def gradients(
@@ -92,6 +109,8 @@ def gradients(
     temperature: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    query_weights: Tensor | None,
+    key_weights: Tensor | None,
     first_row: int,
     rows: Tensor,
     columns: Tensor | None,
@@ -105,20 +124,21 @@ def gradients(
     dots, scale = query @ key.T, 1 / temperature
     same = positives(query_ids, key_ids, first_row, dots.shape, query.device)
 
-    def residual(stats: Tensor, dim: int, choices: int) -> Tensor:
+    def residual(stats: Tensor, dim: int, weights: Tensor | None, choices: int) -> Tensor:
         """Softmax less target; positives from the negatives' share, so that nothing cancels."""
-        negative, positive, count = (x.unsqueeze(dim) for x in stats[:3])
+        negative, positive = (x.unsqueeze(dim) for x in stats[:2])
+        weighted, weight = _weighted(same, dim, weights, dots.dtype), stats[5].unsqueeze(dim)
         total = torch.logaddexp(negative, positive)
         share, lost = (positive - total).exp(), (negative - total).exp()
         among = (dots * scale - positive).exp()
-        kept = share * (among - 1 / count) - lost / count
-        smooth = label_smoothing * (same / count - 1 / choices)
+        kept = share * (among - weighted / weight) - lost * weighted / weight
+        smooth = label_smoothing * (weighted / weight - 1 / choices)
         return torch.where(same, kept, (dots * scale - total).exp()) + smooth
 
-    grad = residual(rows, 1, key.shape[0])
+    grad = residual(rows, 1, key_weights, key.shape[0])
     if columns is not None:
         # The other direction chooses among all queries, of which these may be a part.
-        grad = grad + residual(columns, 0, key.shape[0])
+        grad = grad + residual(columns, 0, query_weights, key.shape[0])
     grad = grad * factor
     grad_scale = (grad * dots).sum()
     return grad @ key * scale, grad.T @ query * scale, -grad_scale * scale * scale

@@ -58,7 +58,9 @@ def test_edges_of_frames_grow_with_them() -> None:
     assert facts[2]["density"] < 0.26
 
 
-@pytest.mark.parametrize("name", ["queue_info_nce", "sample_hard_negatives", "retrieval_ranks"])
+@pytest.mark.parametrize(
+    "name", ["queue_info_nce", "sigmoid_nce", "sample_hard_negatives", "retrieval_ranks"]
+)
 @pytest.mark.parametrize("index", [0, -1])
 def test_gates_of_the_contrastive_ops(
     name: str, index: int, monkeypatch: pytest.MonkeyPatch
@@ -71,6 +73,8 @@ def test_gates_of_the_contrastive_ops(
         assert not any(objections(case, problem, provider)), provider
     right = getattr(svitt_ops, name)
     changes = [lambda x: x + 0.5] if name == "queue_info_nce" else []
+    if name == "sigmoid_nce":
+        changes = [lambda x: x * 1.5]
     if name == "sample_hard_negatives":
         changes = [lambda x: (x + 1) % 40, lambda x: torch.arange(40), lambda x: x - 40]
     if name == "retrieval_ranks":

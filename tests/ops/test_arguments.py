@@ -44,6 +44,7 @@ WRONG: dict[str, list[Any]] = {
     "float": [*NO_NUMBER, None, float("nan"), float("inf"), np.float32("nan"), 10**400],
     "scale": [*NO_NUMBER, float("nan"), -float("inf"), np.float64("inf")],
     "temperature": [True, "a", [0.1], None, 1j, 0, -1.0, torch.ones(2), torch.tensor(1)],
+    "bias": [True, "a", [0.1], None, 1j, float("inf"), torch.ones(2), torch.tensor(1)],
     "flag": [0, 1, None, "a", 1.0, torch.tensor(True), [], np.array([True])],
     "tensor": ["a", [[1.0]], 1.5, True, None, np.ones((2, 2), np.float32), QKV.to(torch.cfloat)],
     "tensor?": ["a", [1.0], 1.5, True, np.ones(4), QKV.double(), QKV.to("meta")],
@@ -77,9 +78,9 @@ CASES: dict[str, Case] = {
     ),
     "info_nce": (
         so.info_nce,
-        dict(query=ROWS, key=ROWS, temperature=0.1),
+        dict(query=ROWS, key=ROWS, temperature=0.1, ids=IDS),
         dict(query="tensor", key="tensor", temperature="temperature", ids="tensor?")
-        | dict(symmetric="flag", label_smoothing="float", group="group"),
+        | dict(weights="tensor?", symmetric="flag", label_smoothing="float", group="group"),
     ),
     "queue_info_nce": (
         so.queue_info_nce,
@@ -87,6 +88,12 @@ CASES: dict[str, Case] = {
         dict(query="tensor", key="tensor", queue="tensor", temperature="temperature")
         | dict(alpha="float", teacher_query="tensor?", query_ids="tensor?")
         | dict(key_ids="tensor?", queue_ids="tensor?"),
+    ),
+    "sigmoid_nce": (
+        so.sigmoid_nce,
+        dict(query=ROWS, key=ROWS, temperature=0.1, bias=-10.0),
+        dict(query="tensor", key="tensor", temperature="temperature", bias="bias", ids="tensor?")
+        | dict(group="group"),
     ),
     "sample_hard_negatives": (
         so.sample_hard_negatives,
@@ -215,6 +222,7 @@ def test_numpy_scalars_are_numbers() -> None:
         alike(lambda x: so.cross_attention(QKV, QKV, QKV, scale=x), kind(0.25))
         alike(lambda x: so.block_sparse_attention(QKV, QKV, QKV, LAYOUT, scale=x), kind(0.25))
         alike(lambda x, y: so.info_nce(ROWS, ROWS, x, label_smoothing=y), kind(0.5), kind(0.25))
+        alike(lambda x, y: so.sigmoid_nce(ROWS, ROWS, x, y), kind(0.5), kind(-2.5))
         alike(
             lambda x, y: so.queue_info_nce(ROWS, ROWS, ROWS, x, teacher_query=ROWS, alpha=y),
             kind(0.5),

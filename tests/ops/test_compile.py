@@ -81,6 +81,7 @@ def test_losses_and_searches(dynamic: bool | None) -> None:
         loss = loss + so.queue_info_nce(
             q, k, k, t, teacher_query=k, alpha=share, query_ids=ids, queue_ids=ids
         )
+        loss = loss + so.sigmoid_nce(q, k, t, share, ids=ids)
         negatives = so.sample_hard_negatives(q, k, t, ids=ids)
         return loss, so.retrieval_ranks(q, k, query_ids=ids, key_ids=ids), negatives
 
@@ -222,6 +223,7 @@ class WithLayout(nn.Module):
         seen = so.cross_attention(heads, heads, heads)
         rows = kept.tokens[0]
         loss = so.info_nce(rows, rows, 0.5) + so.queue_info_nce(rows, rows, rows, 0.5)
+        loss = loss + so.sigmoid_nce(rows, rows, 0.5, -1.0)
         return seen, kept.indices, loss, so.retrieval_ranks(rows, rows)
 
 

@@ -49,6 +49,8 @@ def run_every_op(device: str, backward: bool) -> None:
     ids = torch.arange(6, device=device)
     check(so.info_nce(a, b, t, ids=ids), a, b, t)
     check(so.info_nce(a, b, 0.1), a, b)
+    check(so.sigmoid_nce(a, b, t, t, ids=ids), a, b, t)
+    check(so.sigmoid_nce(a, b, 0.1, -2.0), a, b)
     queue = so.queue_info_nce(a, b, b, t, teacher_query=b, alpha=0.4, query_ids=ids, queue_ids=ids)
     check(queue, a, t)
     assert so.sample_hard_negatives(a, b, t, ids=ids).shape == (6,)

@@ -24,6 +24,7 @@ class Case:
     temperature: float = 0.07
     kind: str = "random"  # "converged", "cone", "duplicates"
     ids: str = ""  # "few", "equal"
+    weighted: bool = False
     symmetric: bool = True
     label_smoothing: float = 0.0
     large: bool = False
@@ -50,10 +51,15 @@ CASES = [
     Case(rows=65, kind="cone", temperature=0.01),
     Case(rows=65, kind="cone", temperature=0.07, ids="few", label_smoothing=0.1),
     Case(rows=65, kind="duplicates", temperature=0.02),
+    Case(rows=65, ids="few", weighted=True),
+    Case(rows=65, kind="converged", ids="few", weighted=True, label_smoothing=0.1),
+    Case(rows=127, dim=33, ids="few", weighted=True, temperature=0.01, symmetric=False),
+    Case(rows=40, dim=32, ids="equal", weighted=True),
     Case(rows=90, dim=33, kind="converged", temperature=0.01, label_smoothing=0.1),
     Case(rows=300, dim=20, temperature=0.02, large=True),
     Case(rows=545, dim=95, temperature=0.005, ids="few", large=True),
     Case(rows=1000, dim=256, large=True),
+    Case(rows=1000, dim=100, ids="few", weighted=True, large=True),
     Case(rows=1000, dim=768, ids="few", temperature=0.01, large=True),
     Case(rows=1025, dim=640, temperature=0.001, symmetric=False, large=True),
     Case(rows=4097, dim=48, label_smoothing=0.1, large=True),
@@ -82,6 +88,15 @@ def build(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, 
     return query, key, ids
 
 
+def weights_of(case: Case, query: Tensor) -> Tensor | None:
+    """Weights up to 2, if the case has some: each third is 1."""
+    if not case.weighted:
+        return None
+    weights = 2 * torch.rand(case.rows, generator=torch.Generator().manual_seed(4))
+    weights[::3] = 1
+    return weights.to(query.device)
+
+
 def results(
     case: Case, query: Tensor, key: Tensor, ids: Tensor | None, compute: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -92,8 +107,9 @@ def results(
     t = torch.tensor(case.temperature, device=query.device)
     t = t.to(torch.promote_types(compute or torch.float32, torch.float32)).requires_grad_()
     loss = function(
-        q, k, t, ids=ids, symmetric=case.symmetric, label_smoothing=case.label_smoothing
-    )
+        q, k, t, ids=ids, weights=weights_of(case, query), symmetric=case.symmetric,
+        label_smoothing=case.label_smoothing,
+    )  # fmt: skip
     found = dict(
         zip(
             ("grad_query", "grad_key", "grad_temperature"),
@@ -177,19 +193,55 @@ def test_packed_rows_are_read_in_place(dim: int, dtype: torch.dtype, backend: st
     assert_same(so.info_nce(swapped, k, 0.1), wanted)
 
 
+def test_weights_are_shares_of_the_targets(backend: str) -> None:
+    """Equal ones change nothing, nor does a factor; what weighs nothing is no target."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    case = Case(rows=30, ids="few")
+    query, key, ids = build(case, torch.float32, device)
+    assert ids is not None
+    weights = weights_of(Case(rows=30, weighted=True), query)
+    assert weights is not None
+
+    def loss(weights: Tensor | None, ids: Tensor | None = ids) -> Tensor:
+        return so.info_nce(query, key, 0.1, ids=ids, weights=weights, symmetric=False)
+
+    torch.testing.assert_close(loss(torch.full_like(weights, 3)), loss(None))
+    torch.testing.assert_close(loss(weights * 4), loss(weights))
+    assert not torch.allclose(loss(weights), loss(None), rtol=1e-3)
+    assert torch.equal(loss(weights, None), loss(None, None))
+    log_share = (query @ key.T / 0.1).log_softmax(1)
+    own = ids == ids[:, None]
+    first = torch.where(own, torch.arange(30, device=device), 30).amin(1)  # of its id
+    chosen = torch.zeros_like(weights)
+    chosen[first] = 0.3
+    torch.testing.assert_close(loss(chosen), -log_share.gather(1, first[:, None]).mean())
+
+    q = query.clone().requires_grad_()
+    none = torch.where(ids == ids[4], 0, weights)
+    broken = so.info_nce(q, key, 0.1, ids=ids, weights=none)
+    assert broken.isnan() and torch.autograd.grad(broken, q)[0].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_strip_is_a_part_of_the_whole(dtype: torch.dtype, backend: str) -> None:
     """Rows of some queries against all keys: what each rank of a group computes."""
     device = "cuda" if backend == "cuda" else "cpu"
     query, key, ids = build(Case(rows=60, dim=24, ids="few"), dtype, device)
     t = torch.tensor(0.1, device=device)
-    for given in (None, ids):
-        _, rows, columns = torch.ops.svitt_ops.info_nce(query, key, t, given, given, 0, True, 0.1)
+    some_weights = weights_of(Case(rows=60, weighted=True), query)
+    for given, weights in ((None, None), (ids, None), (ids, some_weights)):
+        _, rows, columns = torch.ops.svitt_ops.info_nce(
+            query, key, t, given, given, *[weights] * 2, 0, True, 0.1
+        )
         parts = []
         for first in (0, 20, 40):
             some = None if given is None else given[first : first + 20]
             part = query[first : first + 20]
-            parts.append(torch.ops.svitt_ops.info_nce(part, key, t, some, given, first, True, 0.1))
+            of_part = None if weights is None else weights[first : first + 20]
+            ids_and_weights = (some, given, of_part, weights)
+            parts.append(
+                torch.ops.svitt_ops.info_nce(part, key, t, *ids_and_weights, first, True, 0.1)
+            )
         torch.testing.assert_close(torch.cat([x[1] for x in parts], 1), rows)
         stacked = torch.stack([x[2] for x in parts])
         torch.testing.assert_close(stacked[:, :2].logsumexp(0), columns[:2])

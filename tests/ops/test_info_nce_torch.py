@@ -51,22 +51,25 @@ def test_compiles_for_any_size() -> None:
 def test_opcheck(ids: Tensor | None, symmetric: bool) -> None:
     q, k = inputs()
     t = torch.tensor(0.1, requires_grad=True)
+    weights = None if ids is None else torch.arange(20.0)
     forward = torch.ops.svitt_ops.info_nce.default
-    torch.library.opcheck(forward, (q, k, t, ids, ids, 0, symmetric, 0.1))
+    torch.library.opcheck(forward, (q, k, t, ids, ids, weights, weights, 0, symmetric, 0.1))
     with torch.no_grad():
-        loss, rows, columns = forward(q, k, t, ids, ids, 0, symmetric, 0.1)
+        loss, rows, columns = forward(q, k, t, ids, ids, weights, weights, 0, symmetric, 0.1)
     plain = [x.detach() for x in (torch.ones_like(loss), q, k, t)]
     backward = torch.ops.svitt_ops.info_nce_backward.default
-    torch.library.opcheck(backward, (*plain, ids, ids, 0, rows, columns, 0.1, True))
+    torch.library.opcheck(
+        backward, (*plain, ids, ids, weights, weights, 0, rows, columns, 0.1, True)
+    )
 
 
 def test_gradcheck_of_the_reference() -> None:
     q, k = inputs(6, 5, dtype=torch.float64)
     t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([0, 1, 1, 2, 0, 0])
+    ids, weights = torch.tensor([0, 1, 1, 2, 0, 0]), torch.tensor([1.0, 2, 3, 4, 0, 5])
 
     def run(*x: Tensor) -> Tensor:
-        return so.reference.info_nce(*x, ids=ids, label_smoothing=0.1)
+        return so.reference.info_nce(*x, ids=ids, weights=weights, label_smoothing=0.1)
 
     assert torch.autograd.gradcheck(run, (q, k, t))
 
@@ -77,12 +80,12 @@ def test_fakes_on_cuda(dtype: torch.dtype) -> None:
         q, k = (torch.empty(33, 24, device="cuda", dtype=dtype) for _ in range(2))
         t = torch.empty((), device="cuda")
         op = torch.ops.svitt_ops.info_nce
-        loss, rows, columns = op(q, k, t, None, None, 0, True, 0.0)
+        loss, rows, columns = op(q, k, t, None, None, None, None, 0, True, 0.0)
         assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
-        assert rows.shape == columns.shape == (5, 33) and rows.dtype == torch.float64
+        assert rows.shape == columns.shape == (6, 33) and rows.dtype == torch.float64
         for wide, wanted in ((False, dtype), (True, torch.float32)):
             *grads, grad_t = torch.ops.svitt_ops.info_nce_backward(
-                loss, q, k, t, None, None, 0, rows, columns, 0.0, wide
+                loss, q, k, t, None, None, None, None, 0, rows, columns, 0.0, wide
             )
             assert [x.dtype for x in grads] == [wanted] * 2 and grad_t.shape == ()
 
@@ -117,16 +120,24 @@ dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 generator = torch.Generator().manual_seed(0)
 whole = [F.normalize(torch.randn(24, 16, generator=generator), dim=1) for _ in range(2)]
+weights = torch.rand(24, generator=generator)
 for ids in (None, torch.randint(7, (24,), generator=generator)):
-    for options in ({}, {"symmetric": False, "label_smoothing": 0.2}, {"label_smoothing": 0.1}):
+    for options in (
+        {}, {"symmetric": False, "label_smoothing": 0.2},
+        {"label_smoothing": 0.1, "weights": weights},
+    ):
         q, k = (x.clone().requires_grad_() for x in whole)
         t = torch.tensor(0.1, requires_grad=True)
+        if "weights" in options:
+            options["weights"] = weights
         wanted = so.info_nce(q, k, t, ids=ids, **options)
         exact = torch.autograd.grad(wanted, (q, k, t))
         part = slice(rank * 24 // ranks, (rank + 1) * 24 // ranks)
         a, b = (x[part].clone().requires_grad_() for x in whole)
         s = torch.tensor(0.1, requires_grad=True)
         some = None if ids is None else ids[part]
+        if "weights" in options:
+            options["weights"] = weights[part]
         loss = so.info_nce(a, b, s, ids=some, group=dist.group.WORLD, **options)
         found = torch.autograd.grad(loss, (a, b, s), retain_graph=True)
         torch.testing.assert_close(loss, wanted.detach())
@@ -183,6 +194,8 @@ def test_two_ranks_compute_the_loss_of_one(tmp_path: Path) -> None:
 
 
 GOOD = torch.full((4, 8), 8**-0.5)
+ONES = torch.ones(4, dtype=torch.int64)
+WEIGHTED = {"ids": ONES}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +228,22 @@ GOOD = torch.full((4, 8), 8**-0.5)
         (TypeError, "ids must be a tensor, got list", {"ids": [0, 1, 2, 3]}),
         (TypeError, "ids must be int64 or int32, got torch.float32", {"ids": torch.ones(4)}),
         (ValueError, r"ids must have shape \(4,\), got \(3,\)", {"ids": torch.arange(3)}),
+        (TypeError, "weights must be float32 or .*, got torch.int64", WEIGHTED | {"weights": ONES}),
+        (
+            ValueError,
+            r"weights must have shape \(4,\), got \(3,\)",
+            WEIGHTED | {"weights": GOOD[0, :3]},
+        ),
+        (
+            ValueError,
+            "weights must be at least 0 and finite, got -0.35",
+            WEIGHTED | {"weights": -GOOD[0, :4]},
+        ),
+        (
+            ValueError,
+            "weights must be at least 0 and finite, got inf",
+            WEIGHTED | {"weights": GOOD[0, :4] / 0},
+        ),
         (ValueError, r"label_smoothing must be in \[0, 1\), got 1", {"label_smoothing": 1.0}),
         (ValueError, r"label_smoothing must be in \[0, 1\), got -0.1", {"label_smoothing": -0.1}),
         (ValueError, "group must be of an initialised torch.distributed", {"group": object()}),

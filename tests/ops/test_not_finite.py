@@ -151,6 +151,29 @@ def test_losses(dtype: torch.dtype, symmetric: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_losses_of_pairs(dtype: torch.dtype, backend: str) -> None:
+    """As above, and of a bias that is no number."""
+    clean = [draw(backend, dtype, seed=seed) for seed in (1, 2)]
+    ids = torch.arange(ROWS, device=clean[0].device) // 2
+
+    def check(query: Tensor, key: Tensor, temperature: float, bias: float) -> None:
+        for given in (None, ids):
+            scalars = (torch.tensor(x, device=query.device) for x in (temperature, bias))
+            leaves = [x.clone().requires_grad_() for x in (query, key, *scalars)]
+            loss = so.sigmoid_nce(*leaves, ids=given)
+            loss.backward()
+            assert loss.isnan() and all(x.grad.isnan().all() for x in leaves)  # type: ignore[union-attr]
+
+    for spoil in SPOILT.values():
+        check(spoil(clean[0]), clean[1], 0.1, -2.0)
+        check(clean[0], spoil(clean[1]), 0.1, -2.0)
+    for temperature in (NAN, INF, 0.0, -0.1):
+        check(*clean, temperature, -2.0)
+    for bias in (NAN, INF, -INF, 1e20):
+        check(*clean, 0.1, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["plain", "teacher", "ids"])
 def test_losses_against_a_queue(mode: str, dtype: torch.dtype, backend: str) -> None:
     """As above; a row's gradient is its own, so what spoils one query leaves the others theirs."""

@@ -28,6 +28,7 @@ DIFFERENTIABLE = (
     "cross_attention",
     "info_nce",
     "queue_info_nce",
+    "sigmoid_nce",
     "prune_tokens",
 )
 
@@ -57,6 +58,10 @@ def case(op: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         "cross_attention": (cross, (q[:, :, :5], k, v)),
         "info_nce": (lambda q, k, t: so.info_nce(q, k, t, ids=IDS), (a, b, temperature)),
         "queue_info_nce": (queue, (a, temperature)),
+        "sigmoid_nce": (
+            lambda q, k, t, b: so.sigmoid_nce(q, k, t, b, ids=IDS),
+            (a, b, temperature, torch.tensor(-1.5)),
+        ),
         "prune_tokens": (
             lambda x: so.prune_tokens(x, SCORES, keep=3).tokens.sin().sum(),
             (torch.randn(2, 9, 4, generator=generator),),

@@ -14,10 +14,11 @@ constexpr int kGradStride = kKeyTile + 16;     // not a power of two: rows fall 
 constexpr int kRoundedStride = kKeyTile + 32;  // the same for weights in bf16, in whole lines
 constexpr int kSumStride = kQueryChunk + 32;   // and for their transpose
 
-// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums.
+// Log-sum-exp of the negatives as maximum and sum, the same of the positives, and plain sums;
+// `same` and `weight` of the positives, by their weights.
 struct Tally {
   double positive_most;  // positives are few, and exact
-  float most, sum, positive_sum, same, every;
+  float most, sum, positive_sum, same, every, weight;
   int32_t count;
 };
 
@@ -41,7 +42,8 @@ struct Contrast {
   int dim;
   const void *query, *key;  // rows `query_step` and `key_step` apart
   int64_t query_step, key_step;
-  const int32_t *query_ids, *key_ids;  // or null: query i belongs to key first_row + i
+  const int32_t *query_ids, *key_ids;        // or null: query i belongs to key first_row + i
+  const float *query_weights, *key_weights;  // of positives; or null: all 1
   int64_t first_row;
   float scale;
   float limit;  // of similarities, see `set_temperature`
@@ -70,6 +72,25 @@ struct PackKernels {
   void (*queries)(const Contrast& p, float* panels, int64_t begin, int64_t end);
   void (*keys)(const Contrast& p, float* panels, int64_t begin, int64_t end);
   void (*tiles)(const TileOperands& to, int64_t begin, int64_t end);  // groups of 32 rows; or null
+};
+
+/// A weight of each similarity in the gradient: queries are summed over the keys, and keys over the
+/// queries. Where nobody wants it, `grad_query` and all memory for it are null.
+struct ContrastGradient : Contrast {
+  float factor;  // of the result
+  // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
+  float *query_panels, *key_panels;
+  float* grads;                     // (tiles, chunk_rows, kGradStride) of the current chunk
+  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16
+  float *grad_keys, *grad_queries;  // (padded keys, padded dim), (chunk_rows, padded dim)
+  void *grad_query, *grad_key;      // contiguous
+  Dtype grad_dtype;
+};
+
+/// With the op's own kernel, which weighs a chunk's similarities and sums its keys.
+struct GradientKernels : PackKernels {
+  void (*sum_queries)(const ContrastGradient& p, int64_t chunk, int64_t begin, int64_t end);
+  void (*write_keys)(const ContrastGradient& p, int64_t begin, int64_t end);
 };
 
 struct ContrastSearch : Contrast {

@@ -21,13 +21,14 @@ namespace svitt {
 using torch::stable::parallel_for;
 constexpr int64_t kGrain = 64;  // rows that are worth a thread
 
+constexpr float kLogitLimit = 1e9f;  // `LOGIT_LIMIT` of the reference
+
 /// Similarities times `scale` are logits; those of `limit` or more are none, nor are infinities and
-/// NaN, and none are unless the temperature is positive and finite. The number is
-/// `LOGIT_LIMIT` of the reference.
+/// NaN, and none are unless the temperature is positive and finite.
 inline void set_temperature(Contrast& p, const Tensor& temperature) {
   const float t = *temperature.const_data_ptr<float>();
   p.scale = 1.0f / t;
-  p.limit = t > 0.0f && t < HUGE_VALF ? 1e9f * t : -1.0f;
+  p.limit = t > 0.0f && t < HUGE_VALF ? kLogitLimit * t : -1.0f;
 }
 
 /// Memory that nobody initialises, aligned to a vector.
@@ -133,6 +134,31 @@ struct ContrastProblem {
     pack_queries(k, p);
     p.columns = take(p.padded_keys() * p.dim);
     parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.keys(p, key_panels, a, b); });
+  }
+
+  /// Where the gradients go to, and the memory that they are summed in.
+  void want_gradients(const GradientKernels& k, const Tensor& grad_query, const Tensor& grad_key) {
+    p.query_panels = query_panels, p.key_panels = key_panels;
+    p.grad_dtype = svitt::dtype("gradient", grad_query);
+    p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
+    const int64_t width = k.tiles != nullptr ? kRoundedStride / 2 : kGradStride;
+    p.grads = take(p.tiles() * p.chunk_rows() * width);
+    p.rounded = reinterpret_cast<uint16_t*>(p.grads);
+    p.grad_keys = take(p.padded_keys() * p.padded_dim());
+    p.grad_queries = take(p.chunk_rows() * p.padded_dim());
+  }
+
+  /// Chunk by chunk the op's own kernel, and after it the gradient if wanted.
+  void sweep(const GradientKernels& k, void (*weigh)(const P&, int64_t, int64_t, int64_t)) {
+    const bool gradients = p.grad_query != nullptr;
+    for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
+      parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { weigh(p, chunk, a, b); });
+      const int64_t rows = std::min(p.queries - chunk * kQueryChunk, kQueryChunk + 0L);
+      if (gradients)
+        parallel_for(0, rows, kGrain, [&](int64_t a, int64_t b) { k.sum_queries(p, chunk, a, b); });
+    }
+    if (gradients)
+      parallel_for(0, p.keys, kGrain, [&](int64_t a, int64_t b) { k.write_keys(p, a, b); });
   }
 };
 

@@ -8,7 +8,11 @@ SVITT_KERNELS_BEGIN
 
 SVITT_INLINE float exp_float(float x) { return exp_nonpositive(splat(x))[0]; }
 
-SVITT_INLINE void clear(Tally& t) { t = {-kInfinity, -kInfinity, 0, 0, 0, 0, 0}; }
+SVITT_INLINE void clear(Tally& t) { t = {-kInfinity, -kInfinity, 0, 0, 0, 0, 0, 0}; }
+
+SVITT_INLINE float weight_at(const float* weights, int64_t i) {
+  return weights == nullptr ? 1.0f : weights[i];
+}
 
 /// A sum of exp(x - most) joins the negatives.
 SVITT_INLINE void add_negatives(Tally& t, float most, float sum) {

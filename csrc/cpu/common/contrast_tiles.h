@@ -121,18 +121,27 @@ struct DotTile {
     for (int r = 0; r < rows; ++r) {
       const int32_t id = p.query_ids[row + r];
       for (int c = 0; c < keys; c += W) {
-        const int here = keys - c < W ? keys - c : W;
-        vi ids = vi{} - 1;  // no id is negative
-        if (here == W) {
-          ids = load_as<vi>(p.key_ids + first_key + c);
-        } else {
-          for (int i = 0; i < here; ++i) ids[i] = p.key_ids[first_key + c + i];
-        }
+        const vi ids = load_ids(p, c);
         if (!any_lane(ids == id)) continue;
-        for (int i = 0; i < here; ++i)
+        for (int i = 0; i < W && c + i < keys; ++i)
           if (ids[i] == id) visit(r, c + i, dots[r * kDotStride + c + i]);
       }
     }
+  }
+
+  /// The ids of W keys; -1, which nobody has, beyond the last.
+  vi load_ids(const Contrast& p, int c) const {
+    if (keys - c >= W) return load_as<vi>(p.key_ids + first_key + c);
+    vi ids = vi{} - 1;
+    for (int i = 0; c + i < keys; ++i) ids[i] = p.key_ids[first_key + c + i];
+    return ids;
+  }
+
+  /// Which of W keys are positives of a row.
+  vi positives(const Contrast& p, int r, int c) const {
+    if (p.key_ids != nullptr) return load_ids(p, c) == p.query_ids[row + r];
+    const int64_t own = p.first_row + row + r - first_key - c;
+    return lane_numbers() == (own >= 0 && own < keys - c ? static_cast<int32_t>(own) : -1);
   }
 
   /// Which similarities are no logits; see `set_temperature`.

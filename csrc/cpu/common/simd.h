@@ -209,6 +209,20 @@ SVITT_INLINE vf exp_nonpositive(vf x) {
 #endif
 }
 
+/// log(1 + e) for e in [0, 1], good to 2e-7.
+SVITT_INLINE vf log1p_unit(vf e) {
+  vf p = splat(-0.0031760570127516985f) * e + 0.019542528316378593f;
+  p = p * e - 0.05637361481785774f;
+  p = p * e + 0.10543623566627502f;
+  p = p * e - 0.1526966691017151f;
+  p = p * e + 0.1966327428817749f;
+  p = p * e - 0.24951615929603577f;
+  p = p * e + 0.33329710364341736f;
+  p = p * e - 0.49999892711639404f;
+  p = p * e + 1.0f;
+  return p * e;
+}
+
 template <int S>
 SVITT_INLINE void swap_halves(vf* rows) {
   if constexpr (S < W) {

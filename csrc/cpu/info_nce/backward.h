@@ -1,32 +1,31 @@
-// Backward: similarities again, what they weigh in the gradient, and two products with that.
+// Backward: what the similarities, which are computed again, weigh in the gradient.
 #pragma once
 
 #include "../common/arena.h"
+#include "../common/contrast_gradient.h"
 #include "../common/contrast_sums.h"
-#include "../common/contrast_tiles.h"
 #include "problem.h"
 
 SVITT_KERNELS_BEGIN
 
-constexpr int kSummedTiles = 4;  // tiles of keys whose weights stay in the L2 cache together
-
 /// Softmax less target of one positive, from the share of the negatives: nothing cancels once
-/// pairs converge. `stats` is a (5, stride) matrix.
+/// pairs converge. `stats` is a (6, stride) matrix.
 SVITT_INLINE float positive_weight(const double* stats, int64_t stride, int64_t i, double logit,
-                                   float label_smoothing) {
-  const double negative = stats[i], positive = stats[stride + i], count = stats[2 * stride + i];
+                                   double weight, float label_smoothing) {
+  const double negative = stats[i], positive = stats[stride + i], count = stats[2 * stride + i],
+               weights = stats[5 * stride + i];
   const double total = log_sum(negative, positive);
   const double among = count == 1.0 ? 1.0 : __builtin_exp(logit - positive);
-  return static_cast<float>(__builtin_exp(positive - total) * (among - 1.0 / count) -
-                            __builtin_exp(negative - total) / count + label_smoothing / count);
+  return static_cast<float>(__builtin_exp(positive - total) * (among - weight / weights) -
+                            __builtin_exp(negative - total) * weight / weights +
+                            label_smoothing * weight / weights);
 }
 
 struct GradScratch {
-  Arena arena;
-  float *dots, *kept, *row_high, *row_low, *key_high, *key_low, *key_weight;
+  float *kept, *row_high, *row_low, *key_high, *key_low, *key_weight;
 
-  explicit GradScratch(int rows) {
-    arena.take_all(rows * kDotStride, dots, kept);
+  GradScratch(Arena& arena, int rows) {
+    kept = arena.take<float>(rows * kDotStride);
     arena.take_all(kQueryChunk, row_high, row_low);
     arena.take_all(kKeyTile, key_high, key_low, key_weight);
   }
@@ -93,9 +92,12 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
   t.for_positives(p, [&](int r, int c, float) {
     const float dot = s.kept[r * kDotStride + c];
     const double logit = static_cast<double>(dot) * p.scale;
-    float weight = positive_weight(p.of_rows, p.queries, t.row + r, logit, p.label_smoothing);
+    const int64_t row = t.row + r, key = t.first_key + c;
+    float weight = positive_weight(p.of_rows, p.queries, row, logit, weight_at(p.key_weights, key),
+                                   p.label_smoothing);
     if (both)
-      weight += positive_weight(p.of_columns, p.keys, t.first_key + c, logit, p.label_smoothing);
+      weight += positive_weight(p.of_columns, p.keys, key, logit, weight_at(p.query_weights, row),
+                                p.label_smoothing);
     weight -= smooth[0];
     grads[r * kGradStride + c] = weight;
     grad_scale += static_cast<double>(weight) * (dot - p.centre);
@@ -103,68 +105,33 @@ SVITT_INLINE double weigh(const ContrastBackward& p, DotTile& t, int first, Grad
   return grad_scale;
 }
 
-/// Weights of a tile of keys with a chunk of queries, and the keys' gradient from them.
-inline void contrast_backward_keys(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                   int64_t end) {
-  const FlushDenormals flush;
-  GradScratch s(kDotRows);
-  const int64_t start = chunk * kQueryChunk, limit = chunk_end(p, chunk);
-  const int queries = static_cast<int>(limit - start), step = p.padded_dim();
-  s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    float* grads = p.grads + tile * p.chunk_rows() * kGradStride;
-    double grad_scale = chunk == 0 ? 0.0 : p.grad_scale[tile];
-    DotTile t = dot_tile(p, chunk, start, tile, s.dots);
+/// Softmax less target, of a chunk's rows and a tile's columns.
+struct SoftmaxWeights {
+  const ContrastBackward& p;
+  int64_t chunk;
+  GradScratch s;
+  double grad_scale = 0.0;
+
+  SoftmaxWeights(const ContrastBackward& problem, int64_t of_chunk, Arena& arena, int rows)
+      : p(problem), chunk(of_chunk), s(arena, rows) {
+    const int64_t start = chunk * kQueryChunk;
+    const int queries = static_cast<int>(chunk_end(p, chunk) - start);
+    s.load_totals(p.of_rows, p.queries, start, queries, s.row_high, s.row_low);
+  }
+  void begin(const DotTile& t) {
+    grad_scale = chunk == 0 ? 0.0 : p.grad_scale[t.tile];
     if (p.of_columns != nullptr)
       s.load_totals(p.of_columns, p.keys, t.first_key, t.keys, s.key_high, s.key_low);
-    for (int64_t row = start; row < limit; row += kDotRows) {
-      t = dot_tile(p, chunk, row, tile, s.dots);
-      const int first = static_cast<int>(row - start);
-      t.compute(p);
-      grad_scale += weigh(p, t, first, s, grads + first * kGradStride);
-    }
-    p.grad_scale[tile] = grad_scale;
-    float* rows[kKeyTile];
-    for (int panel = 0; panel * kPanel < p.dim; ++panel) {
-      for (int j = 0; j < t.keys; ++j)
-        rows[j] = p.grad_keys + (t.first_key + j) * step + panel * kPanel;
-      const float* b = p.query_panels + (panel * p.queries + start) * kPanel;
-      multiply_pieces(t.keys, grads, {1, kGradStride}, b, queries, rows, chunk > 0);
-    }
   }
-}
+  void weigh(DotTile& t, int first, float* to) {
+    grad_scale += svitt::SVITT_ISA::weigh(p, t, first, s, to);
+  }
+  void end(const DotTile& t) { p.grad_scale[t.tile] = grad_scale; }
+};
 
-inline void write_rows(const ContrastBackward& p, const float* from, void* to, int64_t row,
-                       int64_t rows) {
-  with_type(p.grad_dtype, [&](auto x) {
-    auto* first = static_cast<decltype(x)*>(to) + row * p.dim;
-    for (int64_t r = 0; r < rows; ++r)
-      write_row(first + r * p.dim, from + r * p.padded_dim(), p.dim, p.factor);
-  });
-}
-
-/// The gradient of queries [begin, end) of a chunk, from the weights of all tiles.
-inline void contrast_backward_queries(const ContrastBackward& p, int64_t chunk, int64_t begin,
-                                      int64_t end) {
-  const int count = static_cast<int>(end - begin), step = p.padded_dim();
-  float* rows[kQueryChunk];
-  for (int64_t first = 0; first < p.tiles(); first += kSummedTiles)
-    for (int panel = 0; panel * kPanel < p.dim; ++panel) {
-      for (int r = 0; r < count; ++r)
-        rows[r] = p.grad_queries + (begin + r) * step + panel * kPanel;
-      for (int64_t tile = first; tile < p.tiles() && tile < first + kSummedTiles; ++tile) {
-        const int64_t left = p.keys - tile * kKeyTile;
-        multiply_pieces(count, p.grads + (tile * p.chunk_rows() + begin) * kGradStride,
-                        {kGradStride, 1},
-                        p.key_panels + (panel * p.padded_keys() + tile * kKeyTile) * kPanel,
-                        static_cast<int>(left < kKeyTile ? left : kKeyTile), rows, tile > 0);
-      }
-    }
-  write_rows(p, p.grad_queries + begin * step, p.grad_query, chunk * kQueryChunk + begin, count);
-}
-
-inline void contrast_write_keys(const ContrastBackward& p, int64_t begin, int64_t end) {
-  write_rows(p, p.grad_keys + begin * p.padded_dim(), p.grad_key, begin, end - begin);
+inline void contrast_backward(const ContrastBackward& p, int64_t chunk, int64_t begin,
+                              int64_t end) {
+  weigh_tiles<GradientProducts, SoftmaxWeights>(p, chunk, begin, end);
 }
 
 SVITT_KERNELS_END

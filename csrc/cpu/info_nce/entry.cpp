@@ -41,15 +41,15 @@ struct LogSum {
 void write_statistics(double* stats, int64_t stride, int64_t i, const Tally* parts, int64_t count,
                       int64_t step) {
   LogSum negative, positive;
-  double positives = 0.0, same = 0.0, every = 0.0;
+  double positives = 0.0, same = 0.0, every = 0.0, weight = 0.0;
   for (int64_t n = 0; n < count; ++n) {
     const Tally& part = parts[n * step];
     negative.add(part.most, part.sum);
     positive.add(part.positive_most, part.positive_sum);
-    positives += part.count, same += part.same, every += part.every;
+    positives += part.count, same += part.same, every += part.every, weight += part.weight;
   }
-  const double values[] = {negative.value(), positive.value(), positives, same, every};
-  for (int n = 0; n < 5; ++n) stats[n * stride + i] = values[n];
+  const double values[] = {negative.value(), positive.value(), positives, same, every, weight};
+  for (int n = 0; n < 6; ++n) stats[n * stride + i] = values[n];
 }
 
 /// Mean loss of rows or columns; the formula is `svitt_ops.info_nce.losses`.
@@ -58,7 +58,7 @@ double mean_loss(const double* stats, int64_t count, double scale, int64_t choic
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
     const double negative = stats[i], positive = stats[count + i], positives = stats[2 * count + i],
-                 mean = stats[3 * count + i] / positives, every = stats[4 * count + i];
+                 mean = stats[3 * count + i] / stats[5 * count + i], every = stats[4 * count + i];
     const double gap = negative - positive;
     sum += gap > 0.0 ? gap + std::log1p(std::exp(-gap)) : std::log1p(std::exp(gap));
     if (positives != 1.0) sum += positive - scale * mean;
@@ -68,19 +68,26 @@ double mean_loss(const double* stats, int64_t count, double scale, int64_t choic
   return sum / static_cast<double>(count);
 }
 
+void set_weights(Contrast& p, const OptionalTensor& of_queries, const OptionalTensor& of_keys) {
+  if (of_queries.has_value()) p.query_weights = of_queries->const_data_ptr<float>();
+  if (of_keys.has_value()) p.key_weights = of_keys->const_data_ptr<float>();
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor temperature,
                                               OptionalTensor query_ids, OptionalTensor key_ids,
-                                              int64_t first_row, bool symmetric,
-                                              double label_smoothing) {
+                                              OptionalTensor query_weights,
+                                              OptionalTensor key_weights, int64_t first_row,
+                                              bool symmetric, double label_smoothing) {
   ContrastProblem<ContrastForward> problem("info_nce", query, key, query_ids, key_ids, first_row);
   ContrastForward& p = problem.p;
   set_temperature(p, temperature);
+  set_weights(p, query_weights, key_weights);
   const InfoNceKernels& k = choose<InfoNceKernels>(p);
   p.symmetric = symmetric, p.smooth = label_smoothing != 0.0;
   problem.pack(k, false);
   Tensor loss = empty(query, {}, ScalarType::Float),
-         rows = empty(query, {5, p.queries}, ScalarType::Double),
-         columns = empty(query, {5, symmetric ? p.keys : 0}, ScalarType::Double);
+         rows = empty(query, {6, p.queries}, ScalarType::Double),
+         columns = empty(query, {6, symmetric ? p.keys : 0}, ScalarType::Double);
   double *of_rows = rows.mutable_data_ptr<double>(),
          *of_columns = symmetric ? columns.mutable_data_ptr<double>() : nullptr;
   std::vector<Tally> parts(p.tiles() * p.chunk_rows()), of_keys(symmetric ? p.keys : 0);
@@ -94,8 +101,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
         write_statistics(of_rows, p.queries, first + r, p.row_parts + r, p.tiles(), p.chunk_rows());
     });
   }
-  // One similarity that is none leaves nothing of the batch, here and in the backward.
-  if (std::any_of(of_rows, of_rows + p.queries, [](double x) { return x != x; })) {
+  // One similarity that is none leaves nothing of the batch, here and in the backward, nor does a
+  // row whose positives weigh nothing.
+  const double* weights = of_rows + 5 * p.queries;
+  if (std::any_of(of_rows, of_rows + p.queries, [](double x) { return x != x; }) ||
+      (p.key_weights != nullptr &&
+       !std::all_of(weights, weights + p.queries, [](double x) { return x > 0.0; }))) {
     for (Tensor* x : {&loss, &rows, &columns}) torch::stable::fill_(*x, NAN);
     return {loss, rows, columns};
   }
@@ -111,16 +122,16 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor t
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, Tensor key,
                                                Tensor temperature, OptionalTensor query_ids,
-                                               OptionalTensor key_ids, int64_t first_row,
+                                               OptionalTensor key_ids, OptionalTensor query_weights,
+                                               OptionalTensor key_weights, int64_t first_row,
                                                Tensor rows, Tensor columns, double label_smoothing,
                                                bool wide) {
   ContrastProblem<ContrastBackward> problem("info_nce", query, key, query_ids, key_ids, first_row);
   ContrastBackward& p = problem.p;
   set_temperature(p, temperature);
+  set_weights(p, query_weights, key_weights);
   const InfoNceKernels& k = choose<InfoNceKernels>(p);
   problem.pack(k, true);
-  const bool tiled = k.tiles != nullptr;
-  p.query_panels = problem.query_panels, p.key_panels = problem.key_panels;
   p.symmetric = columns.numel() > 0;
   p.of_rows = rows.const_data_ptr<double>();
   p.of_columns = p.symmetric ? columns.const_data_ptr<double>() : nullptr;
@@ -133,10 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
   // The mean over all positives of whichever statistics every strip of a batch shares.
   const double* stats = p.symmetric ? p.of_columns : p.of_rows;
   const int64_t count = p.symmetric ? p.keys : p.queries;
-  double same = 0.0, positives = 0.0;
-  for (int64_t i = 0; i < count; ++i)
-    positives += stats[2 * count + i], same += stats[3 * count + i];
-  p.centre = static_cast<float>(same / positives);
+  double same = 0.0, weight = 0.0;
+  for (int64_t i = 0; i < count; ++i) weight += stats[5 * count + i], same += stats[3 * count + i];
+  p.centre = static_cast<float>(same / weight);
   const ScalarType type = wide ? ScalarType::Float : query.scalar_type();
   Tensor grad_query = empty(query, {p.queries, p.dim}, type),
          grad_key = empty(query, {p.keys, p.dim}, type),
@@ -145,21 +155,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
     for (Tensor* x : {&grad_query, &grad_key, &grad_temperature}) torch::stable::fill_(*x, NAN);
     return {grad_query, grad_key, grad_temperature};
   }
-  p.grad_dtype = wide ? Dtype::f32 : p.dtype;
-  p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-  const Buffer grads(p.tiles() * p.chunk_rows() * (tiled ? kRoundedStride / 2 : kGradStride)),
-      grad_keys(p.padded_keys() * p.padded_dim()), grad_queries(p.chunk_rows() * p.padded_dim());
+  problem.want_gradients(k, grad_query, grad_key);
   std::vector<double> grad_scale(p.tiles());
-  p.grads = grads.get(), p.rounded = reinterpret_cast<uint16_t*>(grads.get());
-  p.grad_keys = grad_keys.get(), p.grad_queries = grad_queries.get();
   p.grad_scale = grad_scale.data();
-  for (int64_t chunk = 0; chunk < p.chunks(); ++chunk) {
-    const int64_t rows_here = std::min(p.queries - chunk * kQueryChunk, kQueryChunk + 0L);
-    parallel_for(0, p.tiles(), 1, [&](int64_t a, int64_t b) { k.backward_keys(p, chunk, a, b); });
-    parallel_for(0, rows_here, kGrain,
-                 [&](int64_t a, int64_t b) { k.backward_queries(p, chunk, a, b); });
-  }
-  parallel_for(0, p.keys, kGrain, [&](int64_t a, int64_t b) { k.write_keys(p, a, b); });
+  problem.sweep(k, k.backward);
   double sum = 0.0;
   for (const double part : grad_scale) sum += part;
   // By the scale s = 1 / temperature, and from it to the temperature: -s s.

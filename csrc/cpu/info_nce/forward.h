@@ -8,7 +8,7 @@
 
 SVITT_KERNELS_BEGIN
 
-SVITT_INLINE void add_positive(Tally& t, float dot, float scale) {
+SVITT_INLINE void add_positive(Tally& t, float dot, float scale, float weight) {
   const double x = static_cast<double>(dot) * scale;
   if (x > t.positive_most) {
     const float before = static_cast<float>(t.positive_most - x);
@@ -17,7 +17,7 @@ SVITT_INLINE void add_positive(Tally& t, float dot, float scale) {
   } else {
     t.positive_sum += exp_float(static_cast<float>(x - t.positive_most));
   }
-  t.same += dot;
+  t.same += weight * dot, t.weight += weight;
   ++t.count;
 }
 
@@ -55,8 +55,9 @@ SVITT_INLINE void add_tile(const ContrastForward& p, DotTile& t, Tally* of_rows,
         if (of_keys != nullptr) of_keys[c].every += t.dots[r * kDotStride + c];
       }
   t.for_positives(p, [&](int r, int c, float dot) {
-    add_positive(of_rows[r], dot, p.scale);
-    if (of_keys != nullptr) add_positive(of_keys[c], dot, p.scale);
+    add_positive(of_rows[r], dot, p.scale, weight_at(p.key_weights, t.first_key + c));
+    if (of_keys != nullptr)
+      add_positive(of_keys[c], dot, p.scale, weight_at(p.query_weights, t.row + r));
   });
   t.keep_negatives(p);
   t.find_range();

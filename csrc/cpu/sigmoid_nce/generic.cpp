@@ -1,0 +1,3 @@
+// The sigmoid loss for any processor.
+#define SVITT_ISA generic
+#include "kernels.h"
