@@ -90,7 +90,7 @@ asan: .venv/installed
 
 # The instruction sets of older processors: the ops against fp64, and with NaN, in C++.
 isa-check: .venv/installed
-	for isa in generic avx2 avx512; do \
+	for isa in generic avx2 avx512 avx512_bf16; do \
 	  SVITT_CPU_CAPABILITY=$$isa $(BIN)/pytest -p no:cacheprovider tests/ops \
 	    -k 'cpp and (fp64 or not_finite)' $(PYTEST_ARGS) || exit 1; \
 	done

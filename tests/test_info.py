@@ -54,7 +54,7 @@ def test_text_names_every_op_and_device(capsys: pytest.CaptureFixture[str]) -> N
 def test_capability_is_a_known_one() -> None:
     capability = _extension.cpu_capability()
     if _extension.load_cpu():
-        assert capability in ("avx512+amx", "avx512", "avx2", "generic")
+        assert capability in ("avx512+amx", "avx512_bf16", "avx512", "avx2", "generic")
     else:
         assert capability is None
 

@@ -103,10 +103,10 @@ void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
       for (int i = 0; i < chunk.entries; ++i)
         for (int j = 0; j < s.tiling.width; j += kPairs) {
           const Entry& e = chunk.entry[i];
-          clear_tiles();
-          Operand<T>::add_dims(s.query + static_cast<int64_t>(r0) * dims, dims, s.query_part,
+          TileSum sum(s.logits + e.column + j, kTileColumns, false);
+          Operand<T>::add_dims(sum, s.query + static_cast<int64_t>(r0) * dims, dims, s.query_part,
                                s.keys + e.tile * s.tile, j, dims);
-          store_tiles(s.logits + e.column + j, kTileColumns);
+          sum.store();
         }
       float most[kTileRows];
       for (int r = 0; r < rows; ++r) {
@@ -126,16 +126,12 @@ void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
               exponentiate_pairs<T>(s.logits + r * kTileColumns + from, columns, s.most[r0 + r],
                                     s.weights + r * s.weight_stride, s.weight_part);
         for (int d = 0; d < dims; d += kPairs) {
-          if (first && i == 0) {
-            clear_tiles();
-          } else {
-            load_tiles(out + d, dims);
-          }
+          TileSum sum(out + d, dims, !first || i > 0);
           for (int k = 0; k < entries; ++k)
-            Operand<T>::add_rows(s.weights + k * s.tiling.width, s.weight_stride, s.weight_part,
-                                 s.values + chunk.entry[i + k].tile * s.tile, d, s.tiling.width,
-                                 dims);
-          store_tiles(out + d, dims);
+            Operand<T>::add_rows(sum, s.weights + k * s.tiling.width, s.weight_stride,
+                                 s.weight_part, s.values + chunk.entry[i + k].tile * s.tile, d,
+                                 s.tiling.width, dims);
+          sum.store();
         }
       }
     }

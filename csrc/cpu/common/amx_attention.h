@@ -1,4 +1,4 @@
-// Products of attention on the matrix tiles, beyond those of amx.h.
+// Products of attention on the matrix tiles, beyond those of pair_tiles.h.
 #pragma once
 
 #include "amx_parts.h"
@@ -15,9 +15,9 @@ SVITT_INLINE void multiply_dims(const uint16_t* from, int64_t stride, int rows,
                                 int64_t part = 0) {
   for (int r = 0; r < rows; r += kTileRows)
     for (int c = 0; c < lanes; c += kTileRows) {
-      clear_tiles();
-      Operand<T>::template add_dims<true>(from + r * stride, stride, part, packed, c, dims);
-      store_tiles(products + r * kStride + c, kStride);
+      TileSum sum(products + r * kStride + c, kStride, false);
+      Operand<T>::template add_dims<true>(sum, from + r * stride, stride, part, packed, c, dims);
+      sum.store();
     }
 }
 
@@ -68,14 +68,9 @@ SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows,
                                  int dims, float* c, bool add, int64_t part = 0) {
   for (int r = 0; r < rows; r += kTileRows)
     for (int d = 0; d < dims; d += kPairs) {
-      float* to = c + r * dims + d;
-      if (add) {
-        load_tiles(to, dims);
-      } else {
-        clear_tiles();
-      }
-      Operand<T>::add_rows(a + r * kStride, kStride, part, b, d, depth, dims);
-      store_tiles(to, dims);
+      TileSum sum(c + r * dims + d, dims, add);
+      Operand<T>::add_rows(sum, a + r * kStride, kStride, part, b, d, depth, dims);
+      sum.store();
     }
 }
 

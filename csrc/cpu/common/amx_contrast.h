@@ -10,10 +10,10 @@
 // 512 without storing between.
 #pragma once
 
-#include "amx.h"
 #include "arena.h"
 #include "contrast.h"
 #include "contrast_tiles.h"
+#include "pair_tiles.h"
 
 SVITT_KERNELS_BEGIN
 
@@ -37,15 +37,9 @@ inline void multiply_amx(int rows, int columns, int depth, const uint16_t* a, in
     for (int first = 0; first < rows; first += kAmxRows)
       for (int j = 0; j < columns; j += kPairs)
         for (int i = first; i < rows && i < first + kAmxRows; i += kTileRows) {
-          float* to = c + i * c_stride + j;
-          if (add || k > 0) {
-            load_tiles(to, c_stride);
-          } else {
-            clear_tiles();
-          }
-          multiply_tiles(steps, a + i * a_stride + k, a_stride, part + j / kTile * b.next, b.step,
-                         b.next);
-          store_tiles(to, c_stride);
+          TileSum sum(c + i * c_stride + j, c_stride, add || k > 0);
+          sum.add(steps, a + i * a_stride + k, a_stride, part + j / kTile * b.next, b.step, b.next);
+          sum.store();
         }
   }
 }

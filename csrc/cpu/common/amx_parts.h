@@ -4,7 +4,7 @@
 // a part below the smallest normal float is lost.
 #pragma once
 
-#include "amx.h"
+#include "pair_tiles.h"
 #include "simd.h"
 
 SVITT_KERNELS_BEGIN
@@ -76,7 +76,8 @@ SVITT_INLINE void multiply_parts(int steps, const uint16_t* a, int64_t a_stride,
 /// How operands of a dtype stand in memory, and the 32 x 32 block of C in the tile registers.
 ///
 /// `copy` makes A of rows, `store_pairs` A of 32 sums, `pack_keys` B of a product over dims,
-/// `pack_values` B of one over rows; rows are given as in amx.h. The parts of A are `part` apart.
+/// `pack_values` B of one over rows; rows are given as in pair_tiles.h. The parts of A are `part`
+/// apart.
 template <class T>
 struct Operand;
 
@@ -102,16 +103,16 @@ struct Operand<bf16> {
   }
   /// C += A B over dims, columns from `column`.
   template <bool Turned = false>
-  static SVITT_INLINE void add_dims(const uint16_t* a, int64_t stride, int64_t,
+  static SVITT_INLINE void add_dims(TileSum& sum, const uint16_t* a, int64_t stride, int64_t,
                                     const uint16_t* keys, int column, int dims) {
     const int64_t group = static_cast<int64_t>(dims) * kTile;
-    multiply_tiles(dims / kPairs, a, stride, keys + column / kTile * group, kTile * kPairs, group);
+    sum.add(dims / kPairs, a, stride, keys + column / kTile * group, kTile * kPairs, group);
   }
   /// C += A B over `depth` rows, dims from d.
-  static SVITT_INLINE void add_rows(const uint16_t* a, int64_t stride, int64_t,
+  static SVITT_INLINE void add_rows(TileSum& sum, const uint16_t* a, int64_t stride, int64_t,
                                     const uint16_t* values, int d, int depth, int dims) {
     const int64_t tile = kTile * kPairs;
-    multiply_tiles(depth / kPairs, a, stride, values + d / kTile * tile, dims / kTile * tile, tile);
+    sum.add(depth / kPairs, a, stride, values + d / kTile * tile, dims / kTile * tile, tile);
   }
 };
 
@@ -168,12 +169,12 @@ struct Operand<float> {
     split_pairs(low, high, to, part);
   }
   template <bool Turned = false>
-  static SVITT_INLINE void add_dims(const uint16_t* a, int64_t stride, int64_t part,
+  static SVITT_INLINE void add_dims(TileSum&, const uint16_t* a, int64_t stride, int64_t part,
                                     const uint16_t* keys, int column, int dims) {
     multiply_parts<Turned>(dims / kPairs, a, stride, part,
                            keys + 3 * static_cast<int64_t>(column) * dims);
   }
-  static SVITT_INLINE void add_rows(const uint16_t* a, int64_t stride, int64_t part,
+  static SVITT_INLINE void add_rows(TileSum&, const uint16_t* a, int64_t stride, int64_t part,
                                     const uint16_t* values, int d, int depth, int) {
     multiply_parts<false>(depth / kPairs, a, stride, part,
                           values + 3 * static_cast<int64_t>(d) * depth);

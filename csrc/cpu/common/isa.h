@@ -29,6 +29,7 @@
   SET(avx512, "avx512", \
       SVITT_CPU_HAS("avx512f") && SVITT_CPU_HAS("avx512bw") && SVITT_CPU_HAS("avx512dq") && \
           SVITT_CPU_HAS("avx512vl")) \
+  SET(avx512_bf16, "avx512_bf16", SVITT_CPU_HAS("avx512bf16")) \
   SET(amx, "avx512+amx", amx_usable())
 
 // Floats in a vector, and what the compiler may use.
@@ -38,9 +39,19 @@
 #define SVITT_TARGET_avx2 SVITT_TARGET("avx2,fma,f16c")
 #define SVITT_LANES_avx512 16
 #define SVITT_TARGET_avx512 SVITT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define SVITT_LANES_avx512_bf16 16
+#define SVITT_TARGET_avx512_bf16 \
+  SVITT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define SVITT_LANES_amx 16
 #define SVITT_TARGET_amx \
   SVITT_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
+
+// Whether a set has matrix tiles.
+#define SVITT_TILES_generic 0
+#define SVITT_TILES_avx2 0
+#define SVITT_TILES_avx512 0
+#define SVITT_TILES_avx512_bf16 0
+#define SVITT_TILES_amx 1
 
 #ifndef SVITT_ISA
 #define SVITT_ISA generic
@@ -49,6 +60,7 @@
 #define SVITT_JOIN_(a, b) a##b
 #define SVITT_JOIN(a, b) SVITT_JOIN_(a, b)
 #define SVITT_LANES SVITT_JOIN(SVITT_LANES_, SVITT_ISA)
+#define SVITT_TILES SVITT_JOIN(SVITT_TILES_, SVITT_ISA)
 
 #define SVITT_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

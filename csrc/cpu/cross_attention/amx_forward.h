@@ -130,15 +130,10 @@ inline void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row
     pack_value_tiles(TileKeys(p, p.value, range, j, n), padded, dims, s.values);
     for (int r = 0; r < rows; r += kTileRows)
       for (int d = 0; d < dims; d += kPairs) {
-        float* out = state.out + r * dims + d;
-        if (first) {
-          clear_tiles();
-        } else {
-          load_tiles(out, dims);
-        }
-        multiply_tiles(padded / kPairs, s.weights + r * kKeyTile, kKeyTile,
-                       s.values + d / kTile * tile, dims / kTile * tile, tile);
-        store_tiles(out, dims);
+        TileSum sum(state.out + r * dims + d, dims, !first);
+        sum.add(padded / kPairs, s.weights + r * kKeyTile, kKeyTile, s.values + d / kTile * tile,
+                dims / kTile * tile, tile);
+        sum.store();
       }
   }
 }
