@@ -1,8 +1,11 @@
 """For every test: interpreted Triton where there is no GPU, few threads, and the gpu mark."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +78,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# Python ends while threads of a group may still hold what is its own, which aborts some processes:
+# a part that came to its end is done.
+PART = """
+import os, sys, torch, torch.distributed as dist
+torch.set_num_threads(1)
+rank, meeting = int(sys.argv.pop(1)), sys.argv.pop(1)
+dist.init_process_group("gloo", init_method=f"file://{{meeting}}", rank=rank, world_size=2)
+{code}
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks() -> Callable[..., None]:
+    """A function that runs code in two processes of a group, with `rank` and `sys.argv[1:]` set."""
+
+    def run(code: str, folder: Path, *words: str) -> None:
+        script = folder / "part.py"
+        script.write_text(PART.format(code=code))
+        command = [sys.executable, str(script)]
+        running = [
+            subprocess.Popen(
+                [*command, str(rank), str(folder / "meeting"), *words],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        try:
+            said = [process.communicate(timeout=600)[1][-3000:] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

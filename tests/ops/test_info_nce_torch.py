@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +112,9 @@ def test_a_float_is_the_same_as_a_tensor() -> None:
 
 
 RANKS = """
-import sys, torch, torch.distributed as dist, torch.nn.functional as F
+import torch.nn.functional as F
 import svitt_ops as so
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, ranks = dist.get_rank(), dist.get_world_size()
+ranks = 2
 generator = torch.Generator().manual_seed(0)
 whole = [F.normalize(torch.randn(24, 16, generator=generator), dim=1) for _ in range(2)]
 weights = torch.rand(24, generator=generator)
@@ -184,13 +181,10 @@ else:
 """
 
 
-def test_two_ranks_compute_the_loss_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_two_ranks_compute_the_loss_of_one(
+    tmp_path: Path, on_two_ranks: Callable[..., None]
+) -> None:
+    on_two_ranks(RANKS, tmp_path)
 
 
 GOOD = torch.full((4, 8), 8**-0.5)

@@ -1,8 +1,6 @@
 """Two processes have the loss, and the gradient, of one with both parts of the batch."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,9 @@ from svitt_ops.models.cookie.convolution import SharedBatchNorm2d
 from svitt_ops.models.cookie.losses import triplet_loss
 
 PART = """
-import sys, torch, torch.distributed as dist
-torch.set_num_threads(1)
 from svitt_ops.models.cookie.convolution import SharedBatchNorm2d
 from svitt_ops.models.cookie.losses import triplet_loss
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+folder = sys.argv[1]
 given = torch.load(f"{folder}/given.pt")
 mine = slice(4 * rank, 4 * rank + 4)
 found = {}
@@ -36,7 +31,6 @@ out = norm(x)
 found["norm"] = [out.detach(), x.grad, norm.weight.grad, norm.bias.grad]
 found["running"] = [norm.running_mean, norm.running_var]
 torch.save(found, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
 """
 
 
@@ -58,17 +52,14 @@ def given() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def parts(
-    given: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+    given: dict[str, Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+    on_two_ranks: Callable[..., None],
 ) -> list[dict[str, list[Tensor]]]:
     """What each of two processes finds."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     torch.save(given, folder / "given.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([sys.executable, "-c", PART, str(folder), str(rank)], env=environment)
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=600) for process in running] == [0, 0]
+    on_two_ranks(PART, folder, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -1,7 +1,6 @@
 """Momentum twins and queues."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,25 +44,20 @@ def test_a_queue_holds_the_last_rows(length: int, batches: tuple[int, ...]) -> N
 
 
 PUSH = """
-import sys, torch, torch.distributed as dist
 from svitt_ops.models.parts.momentum import FeatureQueue
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 queue = FeatureQueue(5, 2)
 queue.reset()
 for first in (0, 10):
     ids = torch.arange(2) + first + 2 * rank
     queue.push(ids[:, None].repeat(1, 2).float(), torch.zeros(2, 2), ids)
-torch.save(queue.state_dict(), f"{folder}/queue-{rank}")
-dist.destroy_process_group()
+torch.save(queue.state_dict(), f"{sys.argv[1]}/queue-{rank}")
 """
 
 
-def test_rows_of_all_processes_are_queued(tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen([sys.executable, "-c", PUSH, str(tmp_path), str(rank)]) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+def test_rows_of_all_processes_are_queued(
+    tmp_path: Path, on_two_ranks: Callable[..., None]
+) -> None:
+    on_two_ranks(PUSH, tmp_path, str(tmp_path))
     one, other = (torch.load(tmp_path / f"queue-{rank}") for rank in (0, 1))
     assert one["ids"].tolist() == other["ids"].tolist() == [11, 12, 13, 3, 10]
     assert torch.equal(one["video"][:, 0], one["ids"].float())

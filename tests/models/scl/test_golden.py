@@ -1,8 +1,7 @@
 """SCL: models with the authors' weights compute the authors' numbers."""
 
 import logging
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -313,11 +312,8 @@ def test_contrast_of_retrieval(clips: bool, compat: str | None, batch: int, wher
 
 
 RANKS = """
-import sys, numpy, torch, torch.distributed as dist, torch.nn.functional as F
+import numpy, torch.nn.functional as F
 import svitt_ops as so
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
 case = {name: torch.from_numpy(x) for name, x in numpy.load(sys.argv[1]).items()}
 part = slice(3 * rank, 3 * rank + 3)
 text, image = (case[name][part].clone().requires_grad_() for name in ("text", "image"))
@@ -329,19 +325,12 @@ found = (loss, text.grad / 2, image.grad / 2, temperature.grad[0])  # DDP's mean
 wanted = (case["loss"][rank], case["grad_text_local"][part], case["grad_image_local"][part])
 for one, other in zip(found, (*wanted, case["grad_temperature"][rank])):
     assert (one - other).abs().max() <= 1e-4 * other.abs().max(), (one, other)
-dist.destroy_process_group()
 """
 
 
-def test_gathered_contrast(tmp_path: Path) -> None:
+def test_gathered_contrast(tmp_path: Path, on_two_ranks: Callable[..., None]) -> None:
     """Of two ranks that gather each other's rows: the loss, and gradients as DDP averages them."""
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(script)]
-    case = str(FOLDER / "scl" / "gather_ranks.npz")
-    run = subprocess.run([*command, case], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_two_ranks(RANKS, tmp_path, str(FOLDER / "scl" / "gather_ranks.npz"))
 
 
 def test_the_rank_head_starts_as_the_match_head() -> None:
