@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from svitt_ops import models
 from svitt_ops.models.parts.system import System
@@ -38,8 +39,19 @@ def system_of(model_type: str) -> str | None:
 
 
 def register() -> None:
-    """Let transformers' `AutoConfig` and `AutoModel` know all systems."""
+    """Let `AutoConfig`, `AutoModel` and `AutoProcessor` of transformers know all systems."""
     for system in map(load_system, system_names()):
         if system.base is not None:
             AutoConfig.register(system.config.model_type, system.config, exist_ok=True)
             AutoModel.register(system.config, system.base, exist_ok=True)
+            AutoProcessor.register(system.config, VideoTextProcessor, exist_ok=True)
+
+
+class VideoTextProcessor:
+    """Stands for the processor of this name, which reads files, until one is asked for."""
+
+    @staticmethod
+    def from_pretrained(*given: Any, **more: Any) -> Any:
+        """What `svitt_ops.training.data.processor.VideoTextProcessor.from_pretrained` returns."""
+        module = import_module("svitt_ops.training.data.processor")
+        return module.VideoTextProcessor.from_pretrained(*given, **more)

@@ -29,7 +29,11 @@ class Rule:
 RULES = {
     "kernels": Rule(packages=frozenset({"torch", "triton"})),
     "svitt_ops": Rule(packages=frozenset({"torch"}), layers_in_functions=frozenset({"kernels"})),
-    "models": Rule(packages=frozenset({"torch", "transformers"}), layers=frozenset({"svitt_ops"})),
+    "models": Rule(
+        packages=frozenset({"torch", "transformers"}),
+        layers=frozenset({"svitt_ops"}),
+        layers_in_functions=frozenset({"training"}),  # AutoProcessor's
+    ),
     "training": Rule(packages=None, layers=frozenset({"svitt_ops", "kernels", "models"})),
     "integrations": Rule(
         packages=frozenset({"torch", "transformers", "timm"}),
@@ -134,7 +138,7 @@ def objections(source: str, folder: str) -> list[str]:
             allowed = is_below(name, folder)
         elif layer is not None:
             private = any(part.startswith("_") for part in name.split("."))
-            lazy = in_function and layer in rule.layers_in_functions
+            lazy = in_function and folder == own_layer and layer in rule.layers_in_functions
             allowed = (layer in rule.layers or lazy) and not private
             allowed = allowed and not names_a_system(name, folder)
         elif rule.packages is None:

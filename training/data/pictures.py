@@ -72,7 +72,7 @@ class Pictures:
                 if position or self._first:
                     image.seek(self._first + position)
                 image.load()
-                found[position] = _pixels(image, short_side)
+                found[position] = to_pixels(image, short_side)
         return found
 
     @contextmanager
@@ -126,7 +126,7 @@ def _is_film(file: MediaFile) -> bool:
     return False
 
 
-def _pixels(image: Image.Image, short_side: int | None) -> Tensor:
+def to_pixels(image: Image.Image, short_side: int | None) -> Tensor:
     """uint8 (3, height, width), upright."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -18,6 +18,7 @@ from svitt_ops.training.data.annotations import (
     Form,
     read_annotations,
 )
+from svitt_ops.training.data.processor import VideoTextProcessor
 from svitt_ops.training.data.text import append_sep, load_tokenizer, train_tokenizer
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.gate import check_media
@@ -100,6 +101,23 @@ def _find_tokenizer(recipe: Recipe, entries: Sequence[Entry]) -> PreTrainedToken
         if folder := getattr(recipe.init, key):
             return load_tokenizer(folder, f"init.{key}")
     raise ValueError("recipe: tokenizer needs a name or a train_vocab_size")
+
+
+def build_processor(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> VideoTextProcessor:
+    """What makes inputs of the run's model, as its evaluation does."""
+    data = recipe.data
+    return VideoTextProcessor(
+        tokenizer,
+        size=config.image_size,
+        num_frames=config.num_frames,
+        sampling=data.test_sampling,
+        text_length=data.text_length,
+        short_side=None if data.resize == "official" else data.short_side,
+        resize=data.resize,
+        max_words=data.max_words,
+    )
 
 
 def build_model(

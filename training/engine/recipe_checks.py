@@ -158,6 +158,7 @@ def check_values(recipe: Recipe) -> None:
     if recipe.tokenizer.name and recipe.tokenizer.train_vocab_size:
         raise ValueError("recipe: tokenizer takes a name or a train_vocab_size, got both")
     _check_trainer(recipe.run.trainer)
+    _check_reports(recipe.run.report_to)
     if recipe.model or recipe.data.text_length > Data().text_length:
         check_model_keys(recipe)
         if recipe.init.checkpoint is None:  # or its configuration is the base
@@ -233,6 +234,19 @@ def _is_number(value: Any) -> bool:
 def _is_sampling(mode: str) -> bool:
     rate = re.fullmatch(r"fps(\d+(?:\.\d+)?)", mode)
     return mode in ("rand", "middle") or (rate is not None and 0 < float(rate[1]) < inf)
+
+
+def _check_reports(names: list[str]) -> None:
+    if not names:
+        return
+    from transformers.integrations import integration_utils
+
+    known = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"recipe: run.report_to must be of {', '.join(known)}, got {name!r}")
+        if name not in integration_utils.get_available_reporting_integrations():
+            raise ValueError(f"recipe: run.report_to has {name!r}, whose package is not installed")
 
 
 def _check_trainer(options: dict[str, Any]) -> None:

@@ -175,6 +175,8 @@ class Run:
     log_steps: int = 10
     """Optimizer steps between TensorBoard points."""
     tensorboard: bool = True
+    report_to: list[str] = field(default_factory=list)
+    """Where it reports besides, as transformers.Trainer calls them: wandb, mlflow, ..."""
     device: str | None = None
     """"cpu" to leave a GPU alone; default: a GPU if there is one."""
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from svitt_ops.training.data.datasets import GlobalBatches, SkipLog
-from svitt_ops.training.data.text import load_tokenizer, save_tokenizer
+from svitt_ops.training.data.text import load_tokenizer
 from svitt_ops.training.engine.build import build_model, build_tokenizer, refuse_other_shapes
 from svitt_ops.training.engine.callbacks import ProgressBar, TensorBoard, WriteRecipe
 from svitt_ops.training.engine.changes import report_changes
@@ -35,6 +35,7 @@ from svitt_ops.training.engine.checkpoints import (
 from svitt_ops.training.engine.gate import check_run
 from svitt_ops.training.engine.loading import load_trained, quiet_transformers
 from svitt_ops.training.engine.lock import own_folder
+from svitt_ops.training.engine.publishing import Publisher
 from svitt_ops.training.engine.recipes import Recipe, recipe_text
 from svitt_ops.training.engine.sharding import KEYS, read_sharding
 from svitt_ops.training.engine.task import Trainable, Validated, load_task
@@ -47,6 +48,7 @@ UNUSED = {
     "output_dir": "set output",
     "per_device_train_batch_size": "set optimizer.batch_size",
     "num_train_epochs": "set optimizer.epochs",
+    "report_to": "set run.report_to",
     "resume_from_checkpoint": "a run goes on from the newest checkpoint of its output",
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2"), _OWN),
     **dict.fromkeys(("adam_epsilon", "optim", "optim_args", "optim_target_modules"), _OWN),
@@ -54,6 +56,7 @@ UNUSED = {
 }
 """Of `run.trainer`: what the recipe or this package decides, and what to do instead."""
 
+TENSORBOARD = "tensorboard"
 LONGEST_WAIT = 24 * 3600
 """Seconds that processes wait for the one that evaluates."""
 
@@ -105,7 +108,7 @@ def _train(
     settings, task = recipe.optimizer, load_task(recipe.task, Trainable)
     resumed, broken = newest_whole(output)
     if resumed is not None and settings.steps and resumed[0] >= settings.steps:
-        return _trained_before(output, resumed, settings.steps, rank, task.HEAD)
+        return _trained_before(recipe, resumed, settings.steps, rank, task.HEAD)
     read_sharding(recipe)  # refused before anything is read, as what follows
     arguments = _arguments(recipe, world)
     set_seed(recipe.seed)  # the initial weights, on every process
@@ -134,7 +137,7 @@ def _train(
     steps, warmup = _steps(recipe, batches.batches_per_epoch)
     model.fit_epoch(max(1, round(batches.batches_per_epoch / settings.accumulation)))
     if resumed is not None and resumed[0] >= steps:
-        return _trained_before(output, resumed, steps, rank, task.HEAD)
+        return _trained_before(recipe, resumed, steps, rank, task.HEAD)
     if resumed is not None and rank == 0:
         report_changes(output / RECIPE, recipe)
         for path, reason in broken.items():
@@ -153,26 +156,27 @@ def _train(
         trainer.remove_callback(default)
     trainer.add_callback(ProgressBar(settings.batch_size, label))
     began_at = resumed[0] if resumed else 0
+    publisher = Publisher(recipe=recipe, tokenizer=tokenizer, items=len(dataset.items))
     if held_out is not None and isinstance(task, Validated):
         trainer.validation = Validation(
             recipe=recipe,
             validate=partial(task.validate, recipe, tokenizer=tokenizer, examples=held_out),
-            save=partial(_save_model, tokenizer),
+            publisher=publisher,
             batches_per_epoch=batches.batches_per_epoch,
             steps=steps,
         )
         trainer.add_callback(Evaluate(trainer.validation))
     if rank == 0:
         trainer.add_callback(WriteRecipe(output / RECIPE, recipe_text(recipe)))
-        if recipe.run.tensorboard:
-            trainer.add_callback(TensorBoard(output / "tensorboard", began_at))
+        if recipe.run.tensorboard or TENSORBOARD in recipe.run.report_to:
+            trainer.add_callback(TensorBoard(output / TENSORBOARD, began_at))
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train_from(resumed, broken)
     trainer.refuse_weights_not_finite()
     weights = trainer.whole_weights()
     if rank == 0:
-        _write_final(output, model, tokenizer, recipe_text(recipe), weights)
+        _write_final(output, model, publisher, trainer.state.log_history, weights)
     if weights is not None:  # the model itself stays in shards
         trainer.accelerator.wait_for_everyone()
         model = load_trained(output / FINAL, task.HEAD)[0]
@@ -188,16 +192,18 @@ def _train(
 
 
 def _trained_before(
-    output: Path, last: tuple[int, Path], steps: int, rank: int, head: str
+    recipe: Recipe, last: tuple[int, Path], steps: int, rank: int, head: str
 ) -> Trained:
     """What a run that is complete left behind; its recipe stays, and no data is read."""
     step, folder = last
+    output = Path(recipe.output)
     log.warning("already trained %d of %d steps: %s", step, steps, output)
     model, tokenizer, _ = load_trained(folder, head)
     if rank == 0 and not (output / FINAL / "config.json").is_file():  # killed before the end
         stored = output / RECIPE
         text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
-        _write_final(output, model, tokenizer, text)
+        publisher = Publisher(recipe=recipe, tokenizer=tokenizer, recipe_text=text)
+        _write_final(output, model, publisher, [])
     return Trained(
         model=model,
         folder=output / FINAL,
@@ -213,17 +219,16 @@ def _best(output: Path) -> Path | None:
 
 
 def _write_final(
-    output: Path, model: PreTrainedModel, tokenizer: Any, recipe: str, weights: Any = None
+    output: Path,
+    model: PreTrainedModel,
+    publisher: Publisher,
+    history: Sequence[dict[str, float]],
+    weights: Any = None,
 ) -> None:
+    last = next((row for row in reversed(history) if "loss" in row), {})
+    numbers = {key: value for key, value in last.items() if key.startswith("loss")}
     with whole_folder(output / FINAL) as folder:
-        _save_model(tokenizer, model, folder, weights)
-        if recipe:
-            (folder / RECIPE).write_text(recipe, encoding="utf-8")
-
-
-def _save_model(tokenizer: Any, model: Any, folder: Path, weights: Any = None) -> None:
-    model.save_pretrained(folder, state_dict=weights)
-    save_tokenizer(tokenizer, folder)
+        publisher.write(model, folder, weights=weights, numbers=numbers)
 
 
 def _steps(recipe: Recipe, batches_per_epoch: int) -> tuple[int, int]:
@@ -293,7 +298,7 @@ def _arguments(recipe: Recipe, world: int) -> TrainingArguments:
         "remove_unused_columns": False,
         "ignore_data_skip": True,  # the batch sampler starts where the run stopped
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": [name for name in run.report_to if name != TENSORBOARD],
         "log_level_replica": "error",  # as this one's: what changed is said by key
         "seed": recipe.seed,
     }

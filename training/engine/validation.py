@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from svitt_ops.training.engine.checkpoints import BEST, RECIPE, whole_folder
-from svitt_ops.training.engine.recipes import Recipe, recipe_text
+from svitt_ops.training.engine.checkpoints import BEST, whole_folder
+from svitt_ops.training.engine.publishing import Publisher
+from svitt_ops.training.engine.recipes import Recipe
 
 log = logging.getLogger(__name__)
 NUMBERS = "validation.json"
@@ -32,8 +33,8 @@ class Validation:
     recipe: Recipe
     validate: Callable[[Any], Mapping[str, float]]
     """The numbers of a model, as `task.Validated.validate` has them."""
-    save: Callable[[Any, Path], None]
-    """Writes a model and its tokenizer into a folder."""
+    publisher: Publisher
+    """Writes a model into a folder."""
     batches_per_epoch: int
     steps: int
     """Of the whole run."""
@@ -63,8 +64,7 @@ class Validation:
             found = dict(self.validate(model))
         if self.best is None or found["score"] > self.best:
             with whole_folder(self.folder) as folder:
-                self.save(model, folder)
-                (folder / RECIPE).write_text(recipe_text(self.recipe), encoding="utf-8")
+                self.publisher.write(model, folder, numbers=found)
                 (folder / NUMBERS).write_text(json.dumps({"step": step, **found}, indent=2) + "\n")
             self.best = found["score"]
         return {**found, "best": self.best}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from svitt_ops.training.engine.checkpoints import checkpoints
 from svitt_ops.training.engine.loading import load_trained
+from svitt_ops.training.engine.publishing import Publisher
 from svitt_ops.training.engine.recipes import load_recipe
 from svitt_ops.training.engine.run import pretrain
 from svitt_ops.training.engine.settings import RunSettings, run_settings
@@ -81,7 +82,7 @@ def test_when_it_is_due(make: Any, tmp_path: Path, evaluate_steps: int | None) -
     every = Validation(
         recipe=recipe,
         validate=lambda model: {"score": 0.0},
-        save=lambda model, folder: None,
+        publisher=Publisher(recipe=recipe, tokenizer=None),
         batches_per_epoch=5,  # an epoch is two steps and a half
         steps=11,
     )
