@@ -66,6 +66,7 @@ class RecipeTrainer(SavingTrainer):
         self.validation: Validation | None = None
         self.loss_is_scaled_for_ga = False  # the losses are means over a batch
         self._sums: dict[str, Tensor] = {}
+        self._summed_at = 0  # the step that they begin after
         self._part = 0
         self._norm: Tensor | None = None
 
@@ -80,6 +81,7 @@ class RecipeTrainer(SavingTrainer):
         if self.is_world_process_zero():
             set_aside(broken)
         if last is not None:
+            self._summed_at = last[0]
             self.batches.start = last[0] * self.args.gradient_accumulation_steps
         self.train(resume_from_checkpoint=None if last is None else str(last[1]))
 
@@ -229,8 +231,8 @@ class RecipeTrainer(SavingTrainer):
         """Add the parts of the loss, the temperature and the true epoch."""
         if "loss" in logs and self._sums:
             sums = torch.stack([self._sums[name].float() for name in self._sums])
-            steps = self.state.global_step - getattr(self, "_last_parts", self._initial_global_step)
-            self._last_parts = self.state.global_step
+            steps = self.state.global_step - self._summed_at
+            self._summed_at = self.state.global_step
             if dist.is_initialized():
                 dist.all_reduce(sums)
             parts = sums / (self.args.world_size * steps * self.args.gradient_accumulation_steps)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from svitt_ops.training.engine import checkpoints as module
+from svitt_ops.training.engine import publishing
 from svitt_ops.training.engine.changes import report_changes
 from svitt_ops.training.engine.checkpoints import checkpoints, fault, newest_whole, write_whole
 from svitt_ops.training.engine.loading import load_trained
@@ -330,9 +331,7 @@ def test_a_full_disk_at_the_end(
     recipe = stored(output)
     recipe.optimizer.steps = 7
     with monkeypatch.context() as patch:
-        from svitt_ops.training.engine import run as engine
-
-        patch.setattr(engine, "save_tokenizer", full)
+        patch.setattr(publishing, "model_card", full)
         with pytest.raises(ValueError) as caught:
             pretrain(recipe)
     assert str(caught.value) == (f"{output / 'final'}: cannot be written: No space left on device")
