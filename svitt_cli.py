@@ -25,6 +25,8 @@ svitt-ops: sparse video-text transformers, from kernels to trained models.
   svitt pretrain --config small ...           train on your videos
   svitt finetune --config qa-msrvtt ...       go on for a task: retrieval, questions, choices
   svitt evaluate retrieval runs/small ...     find videos by text and texts by video
+  svitt embed runs/small --videos clips --output clips.safetensors
+  svitt search clips.safetensors "a dog jumps" --model runs/small
   svitt bench --quick                         how fast the kernels are on your machine
 """
 PRETRAIN = """\
@@ -86,6 +88,26 @@ like the whole:
 
 Of an SCL it is how the text's [CLS] attends over the picture, in every fusion layer. Another model,
 such as one that was trained without completion, is drawn beside it by `--beside MODEL`.
+"""
+EMBED = """\
+Embed videos, pictures or texts by a trained model, into a file of embeddings and names:
+
+  svitt embed runs/small --videos clips more/*.mp4 --output clips.safetensors
+  svitt embed runs/small --images pictures.json --root pictures --output pictures.safetensors
+  svitt embed runs/small --texts captions.txt "a dog jumps" --output texts.safetensors
+
+A folder stands for all videos and pictures below it, an annotation file for those that it names. A
+file that cannot be read is skipped, and listed in OUTPUT-skipped.tsv. The same command goes on with
+what was killed, and embeds what is new, or has changed, since it ended.
+"""
+SEARCH = """\
+Find what is most like a text, or like a video or picture, in a file of `svitt embed`:
+
+  svitt search clips.safetensors "a dog jumps" --model runs/small
+  svitt search clips.safetensors other/clip.mp4 --model runs/small --top 3
+
+Scores are cosine similarities. The search is exact, and reads the file in parts; FAISS is used for
+large ones where it is installed.
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
@@ -349,11 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_reading(found)
     found.add_argument("--bf16", action="store_true", help="compute in bf16")
-    found.add_argument("--cpu", action="store_true", help="leave the GPU alone")
-    found.add_argument("--batch-size", type=int, default=32, help="clips at a time (default: 32)")
-    found.add_argument(
-        "--workers", type=int, default=2, help="processes that decode; 0: none (default: 2)"
-    )
+    _add_work(found)
     found.add_argument("--json", metavar="FILE", help="also write the numbers here")
 
     visualize = commands.add_parser(
@@ -388,6 +406,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_reading(visualize)
 
+    embed = commands.add_parser(
+        "embed", help="embed videos, pictures or texts", description=EMBED, formatter_class=raw
+    )
+    embed.add_argument("model", help="folder of a run or of a model")
+    for kind, what in (
+        ("videos", "files, folders, patterns or annotation files"),
+        ("images", "the same, of pictures"),
+        ("texts", "texts, .txt files with one a line, or annotation files"),
+    ):
+        embed.add_argument(f"--{kind}", nargs="+", metavar="SOURCE", help=what)
+    embed.add_argument("--output", required=True, metavar="FILE", help="ends in .safetensors")
+    embed.add_argument("--root", help="folder of annotations' files (default: the annotations')")
+    _add_reading(embed)
+    _add_work(embed)
+
+    search = commands.add_parser(
+        "search",
+        help="find videos or pictures by text or by another",
+        description=SEARCH,
+        formatter_class=raw,
+    )
+    search.add_argument("embeddings", help="file of `svitt embed`")
+    search.add_argument("query", help="a text, or the path of a video or a picture")
+    search.add_argument("--model", required=True, help="that embedded: folder of a run or a model")
+    search.add_argument("--top", type=int, default=10, metavar="N", help="(default: 10)")
+    search.add_argument("--json", metavar="FILE", help="also write what was found here")
+    search.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    _add_reading(search)
+
     sparsity = commands.add_parser(
         "sparsity",
         help="edges and tokens of the full-size model, the paper's Table A1",
@@ -405,6 +452,14 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, what was built, what will run")
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--batch-size", type=int, default=32, help="clips at a time (default: 32)")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that decode; 0: none (default: 2)"
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:

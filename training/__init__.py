@@ -5,14 +5,19 @@ from typing import Any
 
 _PLACES = {
     "ClipSpec": "data.datasets",
+    "Embedder": "search.embed",
+    "Embeddings": "search.embeddings",
     "Entry": "data.annotations",
     "PairDataset": "data.datasets",
     "UnusableVideoError": "data.video",
+    "embed": "search.embed",
+    "list_media": "search.listing",
     "load_recipe": "engine.recipes",
     "pretrain": "engine.run",
     "read_annotations": "data.annotations",
     "read_frames": "data.video",
     "save_tokenizer": "data.text",
+    "search": "search.query",
     "train_tokenizer": "data.text",
 }
 __all__ = list(_PLACES)

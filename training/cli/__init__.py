@@ -30,8 +30,16 @@ def at_least(arguments: argparse.Namespace, **least: int) -> None:
 
 
 def check_model(path: str, *kinds: str, name: str = "model") -> None:
-    """Refuse a path, that of an argument by name, without a whole model of one of these kinds."""
+    """Refuse a path, that of an argument by name, without a whole model of one of these kinds.
+
+    Args:
+        path: of the folder.
+        kinds: values of `model_type`; none: those of all systems.
+        name: of the argument.
+    """
+    from svitt_ops.models.systems import load_system, system_names
     from svitt_ops.training.engine.checkpoints import model_folder
     from svitt_ops.training.engine.folders import check_folder
 
+    kinds = kinds or tuple(load_system(x).config.model_type for x in system_names())
     check_folder(name, model_folder(path, MODEL.replace("model", name, 1)), kinds)

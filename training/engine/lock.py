@@ -18,12 +18,16 @@ _held: set[int] = set()
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder, and keep other processes from training into it meanwhile.
+def own_folder(folder: Path, name: str = "recipe: output") -> Iterator[None]:
+    """Make a folder, and keep other processes from training, or writing, into it meanwhile.
 
     The lock is the kernel's (`flock`), so that a process that dies leaves none behind. On NFS
     Linux passes it to the server, unless the folder is mounted with `nolock`; where a file system
     has no locks at all, that is said, and the run goes on without.
+
+    Args:
+        folder: of a run.
+        name: of the setting that says where it is.
 
     Raises:
         ValueError: another process has the lock, or the folder cannot be made.
@@ -31,7 +35,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     there = folder.exists()
     handle = -1
     try:
-        output_folder(folder, "recipe: output")
+        output_folder(folder, name)
         handle = _locked(folder / LOCK)
     except BlockingIOError as error:
         who = _text(folder / LOCK)
@@ -41,7 +45,7 @@ def own_folder(folder: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"recipe: output must be a folder to write to, got {str(folder)!r} ({error.strerror})"
+            f"{name} must be a folder to write to, got {str(folder)!r} ({error.strerror})"
         ) from error
     try:
         yield

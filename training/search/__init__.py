@@ -1,0 +1,1 @@
+"""Embeddings of files and texts, and what is most like a query among them."""
