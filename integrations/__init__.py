@@ -1,1 +1,1 @@
-"""The ops in other people's models: `transformers` and `timm`, each imported by its name."""
+"""In other people's code: `transformers`, `timm`, `sentence_transformers`, each by its name."""

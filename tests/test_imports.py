@@ -36,7 +36,7 @@ RULES = {
     ),
     "training": Rule(packages=None, layers=frozenset({"svitt_ops", "kernels", "models"})),
     "integrations": Rule(
-        packages=frozenset({"torch", "transformers", "timm"}),
+        packages=frozenset({"torch", "transformers", "timm", "sentence_transformers"}),
         layers=frozenset({"svitt_ops", "models"}),
     ),
 }
