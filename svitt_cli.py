@@ -106,6 +106,11 @@ Find what is most like a text, or like a video or picture, in a file of `svitt e
   svitt search clips.safetensors "a dog jumps" --model runs/small
   svitt search clips.safetensors other/clip.mp4 --model runs/small --top 3
 
+With --serve, type sentences on a page of your browser, and see clips with the patches that survive
+in them: the extra `app` has what it needs.
+
+  svitt search clips.safetensors --serve --model runs/small
+
 Scores are cosine similarities. The search is exact, and reads the file in parts; FAISS is used for
 large ones where it is installed.
 """
@@ -224,6 +229,8 @@ def _parse(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
         arguments.rest = rest  # the benchmark has a parser of its own
     elif rest and hasattr(arguments, "overrides") and not any(x.startswith("-") for x in rest):
         arguments.overrides += rest  # after an option that follows others
+    elif getattr(arguments, "query", "") is None and len(rest) == 1 and rest[0][:1] != "-":
+        (arguments.query,) = rest  # the same
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
@@ -428,7 +435,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     search.add_argument("embeddings", help="file of `svitt embed`")
-    search.add_argument("query", help="a text, or the path of a video or a picture")
+    search.add_argument("query", nargs="?", help="a text, or the path of a video or a picture")
+    search.add_argument(
+        "--serve", action="store_true", help="show a page to search by, on this machine alone"
+    )
+    search.add_argument("--port", type=int, metavar="N", help="of the page (default: a free one)")
     search.add_argument("--model", required=True, help="that embedded: folder of a run or a model")
     search.add_argument("--top", type=int, default=10, metavar="N", help="(default: 10)")
     search.add_argument("--json", metavar="FILE", help="also write what was found here")

@@ -49,8 +49,8 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "engine": {"data"},
         "tasks": {"data", "engine"},
         "corpora": {"data"},
-        "search": {"data", "engine", "tasks"},
-        "cli": {"data", "engine", "tasks", "corpora", "search"},
+        "embeddings": {"data", "engine", "tasks"},
+        "cli": {"data", "engine", "tasks", "corpora", "embeddings"},
     },
 }
 """What the folders of a layer may import of it besides themselves; its own files, anything."""

@@ -5,19 +5,19 @@ from typing import Any
 
 _PLACES = {
     "ClipSpec": "data.datasets",
-    "Embedder": "search.embed",
-    "Embeddings": "search.embeddings",
+    "Embedder": "embeddings.embedding",
+    "Embeddings": "embeddings.store",
     "Entry": "data.annotations",
     "PairDataset": "data.datasets",
     "UnusableVideoError": "data.video",
-    "embed": "search.embed",
-    "list_media": "search.listing",
+    "embed": "embeddings.embedding",
+    "list_media": "embeddings.listing",
     "load_recipe": "engine.recipes",
     "pretrain": "engine.run",
     "read_annotations": "data.annotations",
     "read_frames": "data.video",
     "save_tokenizer": "data.text",
-    "search": "search.query",
+    "search": "embeddings.query",
     "train_tokenizer": "data.text",
 }
 __all__ = list(_PLACES)

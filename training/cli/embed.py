@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm.auto import tqdm
 
-    from svitt_ops.training.search.embed import Embedder, embed
-    from svitt_ops.training.search.listing import list_media, list_texts
+    from svitt_ops.training.embeddings.embedding import Embedder, embed
+    from svitt_ops.training.embeddings.listing import list_media, list_texts
 
     embedder = Embedder.load(
         arguments.model,

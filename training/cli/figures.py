@@ -27,6 +27,7 @@ PICTURE, GAP, CAPTION_LINE, MIN_WIDTH = 1.05, 0.1, 0.2, 3.0
 TITLE, LABEL = 11, 10
 MAX_LINES = 4  # of a caption
 DPI = 130
+SHOWN = 112  # pixels of a frame on a page, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +154,21 @@ def draw_survivors(samples: Sequence[Survivors], path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path
+
+
+def survivor_strip(sample: Survivors | Tensor) -> Any:
+    """The rows of a clip's figure as one picture without words, uint8 (height, width, 3).
+
+    Args:
+        sample: a clip with its survivors; or frames alone, uint8 (frames, 3, height, width).
+    """
+    if isinstance(sample, Tensor):
+        rows = [[_picture(frame) for frame in sample]]
+    else:
+        rows = [pictures for _, pictures in _rows(sample)]
+    strip = np.concatenate([_strip(pictures) for pictures in rows])
+    times = -(-SHOWN // rows[0][0].shape[0])  # a small model's frames are hard to see
+    return strip.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def text_width(line: str, size: float) -> float:

@@ -9,9 +9,9 @@ from torch import Tensor
 from svitt_ops.training.data.annotations import Kind
 from svitt_ops.training.data.datasets import SkipLog
 from svitt_ops.training.data.text import clean_caption
-from svitt_ops.training.search.embed import Embedder
-from svitt_ops.training.search.embeddings import Embeddings
-from svitt_ops.training.search.listing import MEDIA
+from svitt_ops.training.embeddings.embedding import Embedder
+from svitt_ops.training.embeddings.listing import MEDIA
+from svitt_ops.training.embeddings.store import Embeddings
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from svitt_ops.training.cli import main
 from svitt_ops.training.data.annotations import read_annotations
+from svitt_ops.training.embeddings import store as stored
+from svitt_ops.training.embeddings.embedding import Embedder, embed
+from svitt_ops.training.embeddings.listing import list_media, list_texts
+from svitt_ops.training.embeddings.store import Embeddings, write
 from svitt_ops.training.engine.run import pretrain
-from svitt_ops.training.search import embeddings as stored
-from svitt_ops.training.search.embed import Embedder, embed
-from svitt_ops.training.search.embeddings import Embeddings, write
-from svitt_ops.training.search.listing import list_media, list_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDENTITY = {"model": "M", "weights": "0" * 64, "settings": {"frames": 4}}
@@ -202,14 +202,14 @@ def test_pictures_and_texts(model: Path, embedder: Embedder, tmp_path: Path) -> 
 
 KILLED = """
 import os, signal, sys
-from svitt_ops.training.search import embed
-embed.PAUSE, write, left = 0.0, embed._write, [2]
+from svitt_ops.training.embeddings import embedding
+embedding.PAUSE, write, left = 0.0, embedding._write, [2]
 def dies(*given):
     write(*given)
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
-embed._write = dies
+embedding._write = dies
 from svitt_ops.training.cli import main
 main(sys.argv[1:])
 """

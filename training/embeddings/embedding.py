@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from svitt_ops.training.data.annotations import Kind
 from svitt_ops.training.data.datasets import SkipLog
+from svitt_ops.training.embeddings.store import Embeddings, write
 from svitt_ops.training.engine.checkpoints import PARTIAL
 from svitt_ops.training.engine.loading import load_for_use
 from svitt_ops.training.engine.lock import own_folder
 from svitt_ops.training.engine.provenance import hashes, weight_files
 from svitt_ops.training.engine.settings import RunSettings, run_values
-from svitt_ops.training.search.embeddings import Embeddings, write
 from svitt_ops.training.tasks.parts.checks import check_finite
 from svitt_ops.training.tasks.parts.encoding import (
     Progress,
