@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # The newest of these that the Python and the torch at hand accept.
 TRITON ?= triton>=3.6,<=3.9.0
 OLD_TRITON := 3.6.0
-# The library of Hugging Face's kernel hub, beside the environment, where transformers would call it.
+# The library of Hugging Face's kernel hub; not for .venv, since transformers uses it where it can.
 KERNELS := 0.17.2
 PYTEST_ARGS ?=
 # The tests over all cores, up to eight: each worker takes half a gigabyte. -n 0 for one process.
@@ -19,8 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check hub-check \
-  guides clean
+  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check hub-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed

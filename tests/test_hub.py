@@ -20,17 +20,17 @@ LIBRARY = next(REPOSITORY.glob("build/kernels-*/"), None)
 """Theirs, outside of the environment: transformers calls it wherever it can import it."""
 PARTS = ("entry", "generic")
 OPS = """
-import sys, warnings, torch
+import os, sys, warnings, torch
 warnings.simplefilter("error", RuntimeWarning)  # of ops without compiled kernels
 
 def assert_right(so, compiled=lambda function: function):
     generator = torch.Generator().manual_seed(0)
     layout = so.BlockLayout.local_random(100, block_size=16, num_random=2, generator=generator)
     inputs = [torch.randn(2, 3, 101, 32, generator=generator).requires_grad_() for _ in range(3)]
-    bad = [torch.randn(20, 16, generator=generator).requires_grad_() for _ in range(2)]
+    rows = [torch.randn(20, 16, generator=generator).requires_grad_() for _ in range(2)]
     attention = lambda so: so.block_sparse_attention(*inputs, layout).square().sum()
-    loss = lambda so: so.info_nce(*bad, 0.2, label_smoothing=0.1)
-    for function, leaves in ((attention, inputs), (loss, bad)):
+    loss = lambda so: so.info_nce(*rows, 0.2, label_smoothing=0.1)
+    for function, leaves in ((attention, inputs), (loss, rows)):
         found, expected = compiled(function)(so), function(so.reference)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(
@@ -52,6 +52,8 @@ def package() -> ModuleType:
 @pytest.fixture(scope="session")
 def project(package: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with one variant, for this machine."""
+    if LIBRARY is None:
+        pytest.skip("needs the library of the kernel hub: make hub-check")
     if "SVITT_HUB" in os.environ:
         return Path(os.environ["SVITT_HUB"])
     out = tmp_path_factory.mktemp("hub")
@@ -76,8 +78,6 @@ def project(package: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def run(code: str, folder: Path, **environment: str) -> str:
     """What a new process says that has the hub's library, and is outside of the repository."""
-    if LIBRARY is None:
-        pytest.skip("needs the library of the kernel hub: make hub-check")
     environment = {"PYTHONPATH": str(LIBRARY), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
         [sys.executable, "-c", OPS + code],
@@ -100,9 +100,14 @@ so = get_local_kernel(Path({str(project)!r}))
 assert_right(so)
 assert_right(so, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"))
 names = torch._C._dispatch_get_all_op_names()
-assert so.__name__ + "::info_nce" in names
+assert f"{{so.__name__}}::info_nce" in names
 assert not [name for name in names if name.startswith("svitt_ops::")]
 assert not set(so.__all__) - set(dir(so))
+if "SVITT_HUB" in os.environ:
+    from importlib import import_module
+    for name in import_module(f"{{so.__name__}}._library").implementations:
+        full = f"{{so.__name__}}::{{name}}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU"), full
 """,
         tmp_path,
     )
