@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # The newest of these that the Python and the torch at hand accept.
 TRITON ?= triton>=3.6,<=3.9.0
 OLD_TRITON := 3.6.0
+# The library of Hugging Face's kernel hub; not for .venv, since transformers uses it where it can.
+KERNELS := 0.17.2
 PYTEST_ARGS ?=
 # The tests over all cores, up to eight: each worker takes half a gigabyte. -n 0 for one process.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
@@ -17,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check guides clean
+  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check hub-check guides clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -115,6 +117,17 @@ wheel-check: .venv/installed
 	  "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
 	mkdir build/wheel/outside
 	cd build/wheel/outside && ../venv/bin/svitt info && ../venv/bin/python $(CURDIR)/tests/smoke.py
+
+# The package for the kernel hub, whole: loaded by their library, alone and beside ours.
+hub-check: .venv/installed build/kernels-$(KERNELS)
+	rm -rf build/hub
+	$(BIN)/python hub/package.py build/hub
+	SVITT_HUB=$(CURDIR)/build/hub $(BIN)/pytest -p no:cacheprovider tests/test_hub.py $(PYTEST_ARGS)
+
+build/kernels-$(KERNELS): | .venv/installed
+	rm -rf $@.part
+	$(PIP) install -q --no-deps --target $@.part kernels==$(KERNELS) kernel-abi-check==0.14.1
+	mv $@.part $@
 
 # Every documented command, in an environment that has the wheel and its extra `train` alone.
 guides: .venv/installed

@@ -2,7 +2,8 @@
 
 Metadata is in pyproject.toml. Both extensions use torch's stable ABI and Python's limited API, so
 one wheel serves every later torch and Python. `SVITT_SANITIZE=address` builds the CPU extension
-with AddressSanitizer; `python setup.py cuda_check` compiles the CUDA sources without a GPU,
+with AddressSanitizer, `SVITT_HUB_NAME` names the one extension of a package for the kernel hub
+(`hub/package.py`); `python setup.py cuda_check` compiles the CUDA sources without a GPU,
 `python setup.py header_check` each header alone.
 """
 
@@ -50,7 +51,7 @@ PACKAGES = [
 
 CPU_SOURCES = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
-CPU_HEADERS = sorted(glob("csrc/cpu/**/*.h", recursive=True))
+CPU_HEADERS = sorted([*glob("csrc/*.h"), *glob("csrc/cpu/**/*.h", recursive=True)])
 CUDA_HEADERS = sorted(glob("csrc/cuda/**/*.*h", recursive=True))
 TORCH_INCLUDE = str(Path(torch_file).parent / "include")
 
@@ -146,6 +147,21 @@ def cuda_extension() -> Extension:
     )
 
 
+def hub_extension(name: str) -> Extension:
+    """All kernels in one file, registered in the namespace of its name, as kernel-builder does."""
+    cuda = torch_version.cuda is not None
+    kind = CUDAExtension if cuda else CppExtension
+    macros = [("CUDA_KERNEL", None), ("USE_CUDA", None)] if cuda else [("CPU_KERNEL", None)]
+    return kind(
+        f"svitt_ops.{name}",
+        CPU_SOURCES + (CUDA_SOURCES if cuda else []),
+        depends=CPU_HEADERS + CUDA_HEADERS,
+        define_macros=[*MACROS, *macros],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list[Extension]:
     """What can be built here; each one left out is named on stderr with the reason."""
     compiler = find_compiler()
@@ -168,6 +184,10 @@ def extensions() -> list[Extension]:
         reason = f"torch is built for CUDA {torch_version.cuda}, nvcc is of CUDA {release}"
     else:
         reason = cuda_fault(str(nvcc), compiler)
+    if name := os.environ.get("SVITT_HUB_NAME"):
+        if reason and torch_version.cuda:
+            sys.exit(f"svitt_ops: no package for this torch: {reason}")
+        return [hub_extension(name)]
     if reason is None:
         return [*built, cuda_extension()]
     print(f"svitt_ops: no CUDA extension: {reason}", file=sys.stderr)

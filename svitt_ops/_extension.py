@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from svitt_ops._ops import ops
+
 _NOT_BUILT = {
     "_C_cpu": "not built: the install found no C++20 compiler",
     "_C_cuda": "not built: the install found no CUDA sources, or no nvcc of torch's CUDA release",
@@ -61,12 +63,14 @@ def status() -> Status:
 
 def cpu_capability() -> str | None:
     """The instruction set that the C++ kernels use on this machine; None where they are missing."""
-    return torch.ops.svitt_ops.cpu_capability() if load_cpu() else None
+    return ops.cpu_capability() if load_cpu() else None
 
 
 def _path(name: str) -> str | None:
-    path = Path(__file__).parent / f"{name}.abi3.so"
-    return str(path) if path.exists() else None
+    folder = Path(__file__).parent
+    # A package for the kernel hub has one file for both, named as its namespace.
+    paths = [folder / f"{stem}.abi3.so" for stem in (name, ops.name)]
+    return next((str(path) for path in paths if path.exists()), None)
 
 
 @cache

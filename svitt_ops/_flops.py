@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
+from svitt_ops._ops import ops
 
 _COUNTER = "torch.utils.flop_counter"
 _formulas: dict[str, Callable[..., int]] = {}
@@ -34,7 +34,7 @@ def _hand_over(counter: ModuleType) -> None:
         def count(*args: Any, formula: Any = formula, out_val: Any = None, **kwargs: Any) -> int:
             return formula(*args, **kwargs)
 
-        packet = getattr(torch.ops.svitt_ops, name)
+        packet = getattr(ops, name)
         counter.register_flop_formula(packet, get_raw=True)(count)
     _formulas.clear()
 

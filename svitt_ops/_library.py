@@ -17,8 +17,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from svitt_ops import _extension
+from svitt_ops._ops import add_op_namespace_prefix, ops
 
-NAMESPACE = "svitt_ops"
+NAMESPACE = ops.name
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("cpu_capability() -> str")
 _warned = False
@@ -52,7 +53,7 @@ def define(
     name = schema.partition("(")[0]
     implementations[name] = (cpu, cuda_module)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
     _register_vmap(name)
 
     def launch(*args: Any) -> Any:
@@ -71,7 +72,7 @@ def define(
     if cuda_kernel:
         cuda_kernels.add(name)
         _library.define(schema.replace("(", "_cuda(", 1), tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{name}_cuda", fake, lib=_library)
+        torch.library.register_fake(add_op_namespace_prefix(f"{name}_cuda"), fake, lib=_library)
 
 
 def define_random(schema: str, *, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -79,14 +80,14 @@ def define_random(schema: str, *, run: Callable[..., Any], fake: Callable[..., A
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
 
 
 def cuda_kernel(name: str) -> Callable[..., Any]:
     """The op ``<name>_cuda`` with the kernel of the CUDA extension, which it loads."""
     if not _extension.load_cuda():
         raise RuntimeError(f"{name}_cuda: no CUDA extension: {_extension.cuda_reason()}")
-    return getattr(torch.ops.svitt_ops, f"{name}_cuda")
+    return getattr(ops, f"{name}_cuda")
 
 
 def _warn_once() -> None:
@@ -146,7 +147,7 @@ def _register_autograd(
     setup_context: Callable[..., Any],
     prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]],
 ) -> None:
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(ops, name).default
 
     def run(keys: Any, args: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -200,7 +201,7 @@ def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 def _register_vmap(name: str) -> None:
     """One call of the op for each sample of `torch.vmap`, which puts the results together."""
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(ops, name).default
 
     def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         if not info.batch_size:
@@ -218,7 +219,7 @@ def _register_vmap(name: str) -> None:
             return torch.stack(found), 0
         return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", loop, lib=_library)
+    torch.library.register_vmap(add_op_namespace_prefix(name), loop, lib=_library)
 
 
 def empty_like_heads(x: Tensor) -> Tensor:

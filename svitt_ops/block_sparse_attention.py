@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops._library import empty_attention, empty_like_heads
+from svitt_ops._ops import ops
 from svitt_ops.layout import BlockLayout
 from svitt_ops.reference.block_sparse_attention import attend, attend_backward
 
@@ -118,7 +119,7 @@ def block_sparse_attention(
     return_saliency = _validation.check_flag(_OP, "return_saliency", return_saliency)
     if return_saliency and layout.num_global == 0:
         raise ValueError(f"{_OP}: return_saliency needs num_global of at least 1, got 0")
-    out, _, saliency = torch.ops.svitt_ops.block_sparse_attention(
+    out, _, saliency = ops.block_sparse_attention(
         query, key, value, *_lists_4d(layout), layout.block_size, layout.num_global,
         bias_table, position_codes, key_lengths, scale, return_saliency,
     )  # fmt: skip
@@ -276,7 +277,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, *lists, out, lse, table, codes, lengths = ctx.saved_tensors
     grad_out = _validation.unit_stride(grad_out)
-    *grads, grad_table = torch.ops.svitt_ops.block_sparse_attention_backward(
+    *grads, grad_table = ops.block_sparse_attention_backward(
         grad_out, query, key, value, out, lse, *lists, *ctx.sizes, table, codes, lengths, ctx.scale
     )
     return *grads, *(None,) * 6, None if table is None else grad_table

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
 from svitt_ops._library import empty_attention, empty_like_heads
+from svitt_ops._ops import ops
 from svitt_ops.reference.cross_attention import Saliency, attend, attend_backward
 
 _OP = "cross_attention"
@@ -94,7 +95,7 @@ def cross_attention(
     if not known or return_saliency not in _SALIENCIES:
         got = repr(return_saliency).partition("\n")[0]
         raise ValueError(f"{_OP}: return_saliency must be None, 'cls' or 'mean', got {got}")
-    out, _, saliency = torch.ops.svitt_ops.cross_attention(
+    out, _, saliency = ops.cross_attention(
         query, key, value, key_padding_mask, scale, _SALIENCIES.index(return_saliency)
     )
     return (out, saliency.detach()) if return_saliency else out
@@ -162,7 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor) -> Any:
     grad_out = _validation.unit_stride(grad_out)
-    return torch.ops.svitt_ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return ops.cross_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
 
 
 _library.differentiate(_OP, _backward, _setup_context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _ranks, _validation
+from svitt_ops._ops import ops
 from svitt_ops.reference.info_nce import gradients, statistics
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def info_nce(
             query, key, temperature, ids, weights, symmetric, label_smoothing, group
         )
         return found[0]
-    loss, _, _ = torch.ops.svitt_ops.info_nce(
+    loss, _, _ = ops.info_nce(
         query, key, temperature, ids, ids, weights, weights, 0, symmetric, label_smoothing
     )
     return loss
@@ -212,7 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor) -> Any:
     *inputs, rows, columns = ctx.saved_tensors
-    return torch.ops.svitt_ops.info_nce_backward(
+    return ops.info_nce_backward(
         grad_loss, *inputs, ctx.first_row, rows, columns, ctx.label_smoothing, False
     )
 
@@ -245,7 +246,7 @@ class _RankLoss(torch.autograd.Function):
         all_weights = None if weights is None else _ranks.gather(weights, group)
         total = len(keys)
         inputs = (query.detach(), keys, temperature, ids, all_ids, weights, all_weights, first)
-        _, rows, columns = torch.ops.svitt_ops.info_nce(*inputs, symmetric, label_smoothing)
+        _, rows, columns = ops.info_nce(*inputs, symmetric, label_smoothing)
         means = losses(rows, temperature, total, label_smoothing).sum() / total
         means = _ranks.gather(means.reshape(1), group).sum()
         if symmetric:
@@ -285,7 +286,7 @@ class _RankLoss(torch.autograd.Function):
         group = ctx.group()
         if group is None or not torch.distributed.is_initialized():
             raise RuntimeError(f"{_OP}: group must exist until the backward, and was destroyed")
-        grad_query, grad_keys, grad_temperature = torch.ops.svitt_ops.info_nce_backward(
+        grad_query, grad_keys, grad_temperature = ops.info_nce_backward(
             grad_loss, *inputs, rank * local, rows, columns, ctx.label_smoothing, True
         )
         torch.distributed.all_reduce(grad_keys, group=group)

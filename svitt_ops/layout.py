@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from svitt_ops import _library
+from svitt_ops._ops import ops
 from svitt_ops._patterns import Patterns
 from svitt_ops._validation import MAX_BLOCK_SIZE as MAX_BLOCK_SIZE
 from svitt_ops._validation import (
@@ -122,7 +123,7 @@ class BlockLayout(Patterns):
         else:
             place = device if generator is None or device is not None else generator.device
             noise = torch.zeros(blocks, blocks, device=place)
-        drawn = torch.ops.svitt_ops.draw_block_layout(noise, num_local, num_random)
+        drawn = ops.draw_block_layout(noise, num_local, num_random)
         return cls(*sizes, drawn[0], drawn[1], drawn[2], drawn[3], trusted=True)
 
     @classmethod
@@ -352,7 +353,7 @@ pytree.register_pytree_node(
     BlockLayout,
     _flatten,
     _unflatten,
-    serialized_type_name="svitt_ops.BlockLayout",
+    serialized_type_name=f"{_library.NAMESPACE}.BlockLayout",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
     flatten_with_keys_fn=_flatten_with_keys,

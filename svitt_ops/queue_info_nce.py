@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
+from svitt_ops._ops import ops
 from svitt_ops._validation import (
     check_embeddings,
     check_ids,
@@ -102,7 +103,7 @@ def queue_info_nce(
     query, key, queue = (unit_stride(x) for x in (query, key.detach(), queue.detach()))
     if teacher_query is not None:
         teacher_query = unit_stride(teacher_query.detach())
-    loss, _, _ = torch.ops.svitt_ops.queue_info_nce(
+    loss, _, _ = ops.queue_info_nce(
         query, key, queue, temperature, teacher_query, alpha, query_ids, key_ids, queue_ids, False
     )
     return loss
@@ -184,7 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.svitt_ops.queue_info_nce_backward(grad_loss, *ctx.saved_tensors)
+    grads = ops.queue_info_nce_backward(grad_loss, *ctx.saved_tensors)
     return grads[0], None, None, grads[1]
 
 

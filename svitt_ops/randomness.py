@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _library
+from svitt_ops._ops import ops
 
 
 class SeededGenerator:
@@ -21,7 +22,7 @@ class SeededGenerator:
     def rand(self, shape: tuple[int, ...]) -> Tensor:
         """The next fp32 numbers of `torch.rand`."""
         count = math.prod(shape)
-        numbers: Tensor = torch.ops.svitt_ops.seeded_rand(self.seed, self.drawn, count)
+        numbers: Tensor = ops.seeded_rand(self.seed, self.drawn, count)
         self.drawn += count
         return numbers.view(shape)
 

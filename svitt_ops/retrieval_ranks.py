@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
+from svitt_ops._ops import ops
 from svitt_ops.reference.retrieval_ranks import retrieval_ranks as _reference
 
 _OP = "retrieval_ranks"
@@ -61,7 +62,7 @@ def retrieval_ranks(
             f"got {key.shape[0]}"
         )
     query, key = (_validation.unit_stride(x.detach()) for x in (query, key))
-    ranks: Tensor = torch.ops.svitt_ops.retrieval_ranks(query, key, query_ids, key_ids)
+    ranks: Tensor = ops.retrieval_ranks(query, key, query_ids, key_ids)
     return ranks
 
 

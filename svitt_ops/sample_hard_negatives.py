@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
+from svitt_ops._ops import ops
 from svitt_ops.randomness import rand
 from svitt_ops.reference.info_nce import finite_logits, positives
 from svitt_ops.reference.sample_hard_negatives import choose
@@ -62,9 +63,7 @@ def sample_hard_negatives(
         raise ValueError(f"{_OP}: generator must be on {query.device}, got {generator.device}")
     uniform = rand(query.shape[:1], generator, query.device, torch.float64)
     query, key = (_validation.unit_stride(x.detach()) for x in (query, key))
-    found: Tensor = torch.ops.svitt_ops.sample_hard_negatives(
-        query, key, temperature, ids, ids, uniform
-    )
+    found: Tensor = ops.sample_hard_negatives(query, key, temperature, ids, ids, uniform)
     return found
 
 

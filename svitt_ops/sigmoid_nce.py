@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _ranks, _validation
+from svitt_ops._ops import ops
 from svitt_ops.reference.sigmoid_nce import sums as _sums
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def sigmoid_nce(
         ids = _validation.check_ids(_OP, "ids", ids, query.shape[0], query.device)
     inputs = (query, key, temperature, bias)
     if group is None:
-        return torch.ops.svitt_ops.sigmoid_nce(*inputs, ids, ids, 0, False)[0]
+        return ops.sigmoid_nce(*inputs, ids, ids, 0, False)[0]
     _ranks.check_group(_OP, group)
     # A Function's own forward is told neither of tangents nor of whether a gradient is wanted.
     _library.refuse_tangents(_OP, inputs)
@@ -143,7 +144,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> Any:
-    return torch.ops.svitt_ops.sigmoid_nce_backward(grad_loss, *ctx.saved_tensors)
+    return ops.sigmoid_nce_backward(grad_loss, *ctx.saved_tensors)
 
 
 def _with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -174,7 +175,7 @@ class _RankLoss(torch.autograd.Function):
         first, ranks = _ranks.first_row(_OP, query, group), dist.get_world_size(group)
         keys = _ranks.gather(key.detach(), group)
         all_ids = None if ids is None else _ranks.gather(ids, group)
-        loss, grad_query, grad_keys, *of_scalars = torch.ops.svitt_ops.sigmoid_nce(
+        loss, grad_query, grad_keys, *of_scalars = ops.sigmoid_nce(
             query.detach(), keys, temperature, bias, ids, all_ids, first, gradients
         )
         sums = torch.stack([loss, *of_scalars])

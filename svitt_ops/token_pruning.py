@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svitt_ops import _flops, _library, _validation
+from svitt_ops._ops import ops
 from svitt_ops.reference import token_pruning as reference
 from svitt_ops.reference.token_pruning import PrunedTokens
 
@@ -60,7 +61,7 @@ def select_tokens(scores: Tensor, keep: int) -> Tensor:
     """
     _check_scores(_SELECT, scores)
     keep = _check_keep(_SELECT, keep, scores.shape[1])
-    return torch.ops.svitt_ops.select_tokens(_validation.unit_stride(scores.detach()), keep)
+    return ops.select_tokens(_validation.unit_stride(scores.detach()), keep)
 
 
 def prune_tokens(
@@ -137,7 +138,7 @@ def prune_tokens(
         )
         rows = 1 if position_codes.dim() == 1 else position_codes.shape[0]
         position_codes = position_codes.reshape(rows, num_tokens).contiguous()
-    out, indices, _, codes = torch.ops.svitt_ops.prune_tokens(
+    out, indices, _, codes = ops.prune_tokens(
         tokens, _validation.unit_stride(scores.detach()), keep, num_global, position_codes
     )
     return PrunedTokens(out, indices, None if position_codes is None else codes)
@@ -227,7 +228,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor]:
     grad_out = _validation.unit_stride(grad_out)
-    back = torch.ops.svitt_ops.prune_tokens_backward
+    back = ops.prune_tokens_backward
     return (back(grad_out, *ctx.saved_tensors, ctx.num_global),)
 
 

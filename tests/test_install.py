@@ -103,6 +103,7 @@ def test_the_source_archive_holds_what_is_spoken_of(monkeypatch: pytest.MonkeyPa
         "csrc/cuda/token_pruning.cu",
         "docs/benchmarks.md",
         "examples/drop_in.py",
+        "hub/build.toml",
         "tests/conftest.py",
         "tests/training/cli/test_commands.py",
         "training/recipes/README.md",

@@ -24,7 +24,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,6 +35,8 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+
+#include "../library.h"
 
 namespace svitt {
 namespace {
@@ -376,7 +377,7 @@ Tensor backward_op(Tensor grad_out, Tensor inverse, int64_t num_global) {
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CUDA, m) {
   m.impl("select_tokens_cuda", TORCH_BOX(&svitt::select_op));
   m.impl("prune_tokens_cuda", TORCH_BOX(&svitt::prune_op));
   m.impl("prune_tokens_backward_cuda", TORCH_BOX(&svitt::backward_op));

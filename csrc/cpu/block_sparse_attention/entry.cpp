@@ -5,13 +5,12 @@
 
 #include "problem.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <memory>
 #include <tuple>
 #include <vector>
 
+#include "../../library.h"
 #include "../common/dispatch.h"
 #include "../common/tensors.h"
 
@@ -152,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("block_sparse_attention", TORCH_BOX(&svitt::forward_op));
   m.impl("block_sparse_attention_backward", TORCH_BOX(&svitt::backward_op));
 }

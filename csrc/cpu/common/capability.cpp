@@ -1,6 +1,5 @@
 // Which instruction set the CPU kernels use on this machine: `svitt_ops::cpu_capability`.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../../library.h"
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -77,6 +77,6 @@ std::string cpu_capability() { return kWords[static_cast<size_t>(isa())]; }
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&svitt::cpu_capability));
 }

@@ -4,13 +4,12 @@
 
 #include "problem.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <memory>
 #include <tuple>
 #include <vector>
 
+#include "../../library.h"
 #include "../common/dispatch.h"
 #include "../common/pages.h"
 #include "../common/tensors.h"
@@ -134,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_out, Tensor query, Te
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("cross_attention", TORCH_BOX(&svitt::forward_op));
   m.impl("cross_attention_backward", TORCH_BOX(&svitt::backward_op));
 }

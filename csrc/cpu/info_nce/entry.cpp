@@ -5,13 +5,12 @@
 // belongs to a query is put together from the tiles in theirs. Chunks and tiles depend on the
 // shapes alone, so results are the same for any number of threads.
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "../../library.h"
 #include "../common/contrast_host.h"
 #include "../common/dispatch.h"
 #include "problem.h"
@@ -169,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(Tensor grad_loss, Tensor query, T
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("info_nce", TORCH_BOX(&svitt::forward_op));
   m.impl("info_nce_backward", TORCH_BOX(&svitt::backward_op));
 }

@@ -1,9 +1,8 @@
 // InfoNCE against a batch and a queue on the CPU; the kernel is in sweep.h.
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "../../library.h"
 #include "../common/contrast_host.h"
 #include "../common/dispatch.h"
 #include "problem.h"
@@ -69,6 +68,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(Tensor query, Tensor key, Tensor q
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("queue_info_nce", TORCH_BOX(&svitt::forward_op));
 }

@@ -1,7 +1,6 @@
 // Retrieval ranks on the CPU; the kernel is in rank.h.
 
-#include <torch/csrc/stable/library.h>
-
+#include "../../library.h"
 #include "../common/contrast_host.h"
 
 namespace svitt {
@@ -15,6 +14,6 @@ Tensor retrieval_ranks(Tensor query, Tensor key, OptionalTensor query_ids, Optio
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("retrieval_ranks", TORCH_BOX(&svitt::retrieval_ranks));
 }

@@ -1,7 +1,6 @@
 // Hard negatives on the CPU; the kernel is in sample.h.
 
-#include <torch/csrc/stable/library.h>
-
+#include "../../library.h"
 #include "../common/contrast_host.h"
 
 namespace svitt {
@@ -18,6 +17,6 @@ Tensor sample_hard_negatives(Tensor query, Tensor key, Tensor temperature, Optio
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("sample_hard_negatives", TORCH_BOX(&svitt::sample_hard_negatives));
 }

@@ -4,12 +4,11 @@
 // queries in their order, what belongs to a query over the tiles in theirs, and results are the
 // same for any number of threads.
 
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "../../library.h"
 #include "../common/contrast_host.h"
 #include "../common/dispatch.h"
 #include "problem.h"
@@ -56,6 +55,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(Tensor query, Tens
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("sigmoid_nce", TORCH_BOX(&svitt::forward_op));
 }

@@ -16,7 +16,6 @@
 //
 // Shapes, strides and `keep` were checked in Python.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -26,6 +25,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../../library.h"
 #include "../common/pages.h"
 #include "../common/tensors.h"
 
@@ -216,7 +216,7 @@ Tensor backward_op(Tensor grad_out, Tensor inverse, int64_t num_global) {
 }  // namespace
 }  // namespace svitt
 
-STABLE_TORCH_LIBRARY_IMPL(svitt_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SVITT_NAMESPACE, CPU, m) {
   m.impl("select_tokens", TORCH_BOX(&svitt::select_op));
   m.impl("prune_tokens", TORCH_BOX(&svitt::prune_op));
   m.impl("prune_tokens_backward", TORCH_BOX(&svitt::backward_op));
