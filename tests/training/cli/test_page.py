@@ -133,6 +133,7 @@ def test_in_a_browser(found: Embeddings, embedder: Embedder, tmp_path: Path, bro
         ask("x.mp4")
         until(lambda: "which is not there" in select("#found").text)
         asked = requested(browser)
+        assert asked and all(x.startswith((address, "data:", "blob:")) for x in asked), asked
         assert shown.server_name == "127.0.0.1" and shown.share_url is None
     finally:
         shown.close()
