@@ -25,8 +25,8 @@ svitt-ops: sparse video-text transformers, from kernels to trained models.
   svitt pretrain --config small ...           train on your videos
   svitt finetune --config qa-msrvtt ...       go on for a task: retrieval, questions, choices
   svitt evaluate retrieval runs/small ...     find videos by text and texts by video
-  svitt embed runs/small --videos clips --output clips.safetensors
-  svitt search clips.safetensors "a dog jumps" --model runs/small
+  svitt embed runs/small --videos videos --output videos.safetensors
+  svitt search videos.safetensors "a dog jumps" --model runs/small
   svitt bench --quick                         how fast the kernels are on your machine
 """
 PRETRAIN = """\
@@ -92,24 +92,25 @@ such as one that was trained without completion, is drawn beside it by `--beside
 EMBED = """\
 Embed videos, pictures or texts by a trained model, into a file of embeddings and names:
 
-  svitt embed runs/small --videos clips more/*.mp4 --output clips.safetensors
+  svitt embed runs/small --videos videos --output videos.safetensors
   svitt embed runs/small --images pictures.json --root pictures --output pictures.safetensors
-  svitt embed runs/small --texts captions.txt "a dog jumps" --output texts.safetensors
+  svitt embed runs/small --texts "a dog jumps" "a red square" --output texts.safetensors
 
-A folder stands for all videos and pictures below it, an annotation file for those that it names. A
-file that cannot be read is skipped, and listed in OUTPUT-skipped.tsv. The same command goes on with
-what was killed, and embeds what is new, or has changed, since it ended.
+A folder stands for all videos and pictures below it, a pattern such as 'videos/*.mp4' for those
+that match, an annotation file for those that it names, a .txt file for its lines. A file that
+cannot be read is skipped, and listed in OUTPUT-skipped.tsv. The same command goes on with what was
+killed, and embeds what is new, or has changed, since it ended.
 """
 SEARCH = """\
 Find what is most like a text, or like a video or picture, in a file of `svitt embed`:
 
-  svitt search clips.safetensors "a dog jumps" --model runs/small
-  svitt search clips.safetensors other/clip.mp4 --model runs/small --top 3
+  svitt search videos.safetensors "a dog jumps" --model runs/small
+  svitt search videos.safetensors videos/clip.mp4 --model runs/small --top 3
 
 With --serve, type sentences on a page of your browser, and see clips with the patches that survive
 in them: the extra `app` has what it needs.
 
-  svitt search clips.safetensors --serve --model runs/small
+  svitt search videos.safetensors --serve --model runs/small
 
 Scores are cosine similarities. The search is exact, and reads the file in parts; FAISS is used for
 large ones where it is installed.

@@ -45,6 +45,8 @@ PICTURES = (
 )
 FOUND = "svitt evaluate retrieval runs/small --annotations my.json --root videos"
 SEEN = 'svitt visualize runs/small videos/clip.mp4 --caption "a dog jumps" --output survivors.png'
+EMBEDDED = "svitt embed runs/small --videos videos --output videos.safetensors"
+SEARCHED = "svitt search videos.safetensors"
 MAPS = "svitt visualize runs/demo/match"
 RANKS = "torchrun --nproc-per-node 8 -m svitt_ops.training pretrain --config my-recipe.yaml"
 TUNED = "svitt finetune --config retrieval-msrvtt init.checkpoint=runs/small"
@@ -71,6 +73,22 @@ PLAN = (
     Step(f"{FOUND} --probe", "--json probe.json", leaves="probe.json"),
     Step(FOUND, "--json found.json", leaves="found.json"),
     Step(SEEN, leaves="survivors.png"),
+    Step(EMBEDDED, leaves="videos.safetensors"),
+    Step(f'{SEARCHED} "a dog jumps" --model runs/small', "--json dogs.json", leaves="dogs.json"),
+    Step(
+        f"{SEARCHED} videos/clip.mp4 --model runs/small --top 3",
+        "--json like.json",
+        leaves="like.json",
+    ),
+    Step(
+        "svitt embed runs/small --images pictures.json --root pictures"
+        " --output pictures.safetensors",
+        leaves="pictures.safetensors",
+    ),
+    Step(
+        'svitt embed runs/small --texts "a dog jumps" "a red square" --output texts.safetensors',
+        leaves="texts.safetensors",
+    ),
     Step(
         f"{TUNED} {OWN}",
         f"{SHORT} optimizer.batch_size=8 evaluation.clips=1 {HELD_OUT}",
@@ -121,6 +139,7 @@ PLAN = (
     ),
 )
 ELSEWHERE = {
+    f"{SEARCHED} --serve --model runs/small": "ends when it is interrupted: test_page.py",
     "svitt bench --quick": "needs the checkout: `make bench`",
     "svitt pretrain --config small ...": "an abbreviation",
     "svitt evaluate retrieval runs/small ...": "an abbreviation",

@@ -17,7 +17,7 @@ HELP = (
     ("evaluate", "retrieval"),
     ("visualize",),
 )
-HELP += (("sparsity",), ("info",))
+HELP += (("embed",), ("search",), ("sparsity",), ("info",))
 
 
 def documented_commands(svitt: Path) -> dict[str, str]:
