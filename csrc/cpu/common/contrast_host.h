@@ -141,8 +141,7 @@ struct ContrastProblem {
     p.query_panels = query_panels, p.key_panels = key_panels;
     p.grad_dtype = svitt::dtype("gradient", grad_query);
     p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-    const int64_t width =
-        k.tiles != nullptr ? kRoundedStride / 2 * parts_of(p.dtype) : kGradStride;
+    const int64_t width = k.tiles != nullptr ? kRoundedStride / 2 * parts_of(p.dtype) : kGradStride;
     p.grads = take(p.tiles() * p.chunk_rows() * width);
     p.rounded = reinterpret_cast<uint16_t*>(p.grads);
     p.grad_keys = take(p.padded_keys() * p.padded_dim());

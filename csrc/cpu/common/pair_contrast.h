@@ -1,10 +1,10 @@
-// The contrastive ops on pairs of bf16: the same sweeps with all products on the matrix tiles, or on
-// vectors where there are none. On tiles fp32 comes too, in parts (amx_parts.h).
+// The contrastive ops on pairs of bf16: the same sweeps with all products on the matrix tiles, or
+// on vectors where there are none. On tiles fp32 comes too, in parts (amx_parts.h).
 //
 // Similarities of bf16 are sums of exact products in fp32, as elsewhere. The weights are rounded to
 // bf16 once, for the two products that sum rows; all else, the temperature's gradient too, takes
-// them as they are. On the tests' cases that leaves nine tenths of the error budget, so they are not
-// split into two bf16 each.
+// them as they are. On the tests' cases that leaves nine tenths of the error budget, so they are
+// not split into two bf16 each.
 //
 // Tried, without effect beyond noise: 32 or 128 queries at a time, chunks of 256 queries, sums of
 // 512 without storing between.
@@ -26,7 +26,7 @@ static_assert(kGradStride == kDotStride);  // weights take the place of similari
 
 /// How far a sum goes before its rows change, so that they and the keys stay in the L1 cache.
 template <class T>
-constexpr int kPairDepth = 256 / Operand<T>::kParts / kPairs * kPairs;
+constexpr int kPairDepth = Operand<T>::kParts == 1 ? 256 : 64;
 
 /// Calls `visit` with some value of the dtype, one that is multiplied in pairs.
 template <class Visit>
@@ -39,6 +39,15 @@ SVITT_INLINE void with_pairs([[maybe_unused]] Dtype dtype, const Visit& visit) {
 
 inline bool takes_pairs(const Contrast& p) {
   return p.dtype == Dtype::bf16 || (SVITT_TILES && p.dtype == Dtype::f32);
+}
+
+/// Where row i and place k of an operand A begin, both multiples of 32. Its rows are `stride`
+/// apart; parts stand in blocks of 32 x 32, so that those of one step are a few whole pages of the
+/// cache.
+template <class T, class U>
+SVITT_INLINE U* block_at(U* a, int64_t i, int64_t k, int64_t stride) {
+  return Operand<T>::kParts == 1 ? a + i * stride + k
+                                 : a + Operand<T>::kParts * (i * stride + kTileRows * k);
 }
 
 /// B of a product: its tiles, `step` apart along the sum and `next` along the columns.
@@ -55,12 +64,12 @@ SVITT_INLINE void add_product(bf16, TileSum& sum, int steps, const uint16_t* a, 
 SVITT_INLINE void add_product(float, TileSum&, int steps, const uint16_t* a, int64_t a_stride,
                               TiledB b) {
   for (int k = 0; k < steps; ++k)
-    multiply_parts<false>(1, a + k * kPairs, a_stride, kTileRows * a_stride, b.data + k * b.step);
+    multiply_parts<false>(1, block_at<float>(a, 0, k * kPairs, a_stride), kPairs, kBlock,
+                          b.data + k * b.step);
 }
 #endif
 
-/// C (rows x columns) = or += A B; all sizes are multiples of 32. Parts of A follow each other every
-/// 32 rows.
+/// C (rows x columns) = or += A B; all sizes are multiples of 32.
 template <class T>
 void multiply_pairs(int rows, int columns, int depth, const uint16_t* a, int64_t a_stride, TiledB b,
                     float* c, int64_t c_stride, bool add) {
@@ -71,12 +80,24 @@ void multiply_pairs(int rows, int columns, int depth, const uint16_t* a, int64_t
         const TiledB part{b.data + k / kPairs * b.step + j / kTile * b.next, b.step, b.next};
         for (int i = first; i < rows && i < first + kPairRows; i += kTileRows) {
           TileSum sum(c + i * c_stride + j, c_stride, add || k > 0);
-          add_product(T{}, sum, steps, a + Operand<T>::kParts * i * a_stride + k, a_stride, part);
+          add_product(T{}, sum, steps, block_at<T>(a, i, k, a_stride), a_stride, part);
           sum.store();
         }
       }
   }
 }
+
+/// 32 rows as A.
+SVITT_INLINE void copy_operand(const uint16_t* rows, int64_t step, int dims, uint16_t* to) {
+  copy_pairs([&](int r) { return rows + r * step; }, kTileRows, dims, to);
+}
+#if SVITT_TILES
+SVITT_INLINE void copy_operand(const float* rows, int64_t step, int dims, uint16_t* to) {
+  for (int d = 0; d < dims; d += kPairs)
+    Operand<float>::copy([&](int r) { return rows + r * step + d; }, kTileRows, kPairs,
+                         block_at<float>(to, 0, d, dims), kBlock);
+}
+#endif
 
 /// Groups of rows; `copy` (32, padded dim) is for those that cannot be read in place.
 template <class T>
@@ -97,8 +118,7 @@ void pack_operands(const TileOperands& to, int64_t begin, int64_t end,
       from = copy, step = dims;
     }
     const auto row = [&](int r) { return from + r * step; };
-    if (to.plain != nullptr)
-      Operand<T>::copy(row, kTileRows, dims, to.plain + at, kTileRows * dims);
+    if (to.plain != nullptr) copy_operand(from, step, dims, to.plain + at);
     if (to.columns != nullptr) Operand<T>::pack_keys(row, kTileRows, dims, to.columns + at);
     if (to.values != nullptr) Operand<T>::pack_values(row, kTileRows, dims, to.values + at);
   }
@@ -126,7 +146,21 @@ void compute_pairs(const DotTile& t, const TileOperands& queries, const TileOper
                  kParts == 1 ? kTileSize : 2 * kParts * kTileSize,
                  dims / kPairs * kParts * kTileSize};
   multiply_pairs<T>(round_up(t.rows, kPairs), round_up(t.keys, kPairs), dims,
-                    queries.plain + kParts * t.row * dims, dims, b, t.dots, kDotStride, false);
+                    block_at<T>(queries.plain, t.row, 0, dims), dims, b, t.dots, kDotStride, false);
+}
+
+/// Blocks of 32 queries, those that begin within [begin, end): calls `search(first, last,
+/// compute)`, where `compute` makes the similarities of a tile.
+template <class Search>
+SVITT_INLINE void search_pairs(const Contrast& p, int64_t begin, int64_t end,
+                               const Search& search) {
+  const TileRegisters registers;
+  const int64_t first = (begin + kTileRows - 1) / kTileRows * kTileRows,
+                limit = (end + kTileRows - 1) / kTileRows * kTileRows;
+  with_pairs(p.dtype, [&](auto x) {
+    search(first, limit < p.queries ? limit : p.queries,
+           [&](const DotTile& t) { compute_pairs<decltype(x)>(t, p.tiled_queries, p.tiled_keys); });
+  });
 }
 
 /// Rows of values from `first` on, as B.
@@ -162,8 +196,7 @@ SVITT_INLINE void keep_block(bf16, const float* weights, int rows, int keys, uin
     _mm512_storeu_si512(to + (row + 1) * to_step, second);
     evens[i] =
         (vf)_mm512_mask_blend_epi16(kOdd, first, _mm512_maskz_slli_epi32(0xffff, second, 16));
-    odds[i] =
-        (vf)_mm512_mask_blend_epi16(kOdd, _mm512_maskz_srli_epi32(0xffff, first, 16), second);
+    odds[i] = (vf)_mm512_mask_blend_epi16(kOdd, _mm512_maskz_srli_epi32(0xffff, first, 16), second);
   }
   if (transposed == nullptr) return;
   transpose(evens);
@@ -177,20 +210,19 @@ SVITT_INLINE void keep_block(bf16, const float* weights, int rows, int keys, uin
 
 #if SVITT_TILES
 /// The same in parts.
-SVITT_INLINE void keep_block(float, const float* weights, int rows, int keys, uint16_t* to,
-                             int64_t to_step, uint16_t* transposed) {
+SVITT_INLINE void keep_block(float, const float* weights, int rows, int keys, uint16_t* to, int64_t,
+                             uint16_t* transposed) {
   const auto some = [&](int r, int half) __attribute__((always_inline)) {
     const vf x = load(weights + r * kGradStride + half * W);
     return r < rows && keys >= (half + 1) * W ? x
-           : r < rows ? (lane_numbers() + half * W < keys ? x : vf{}) : vf{};
+           : r < rows                         ? (lane_numbers() + half * W < keys ? x : vf{})
+                                              : vf{};
   };
-  for (int r = 0; r < kTileRows; ++r)
-    split_pairs(some(r, 0), some(r, 1), to + r * to_step, kTileRows * to_step);
+  for (int r = 0; r < kTileRows; ++r) split_pairs(some(r, 0), some(r, 1), to + r * kPairs, kBlock);
   if (transposed == nullptr) return;
   for (int half = 0; half < 2; ++half)
     Operand<float>::pack_columns([&](int r) { return some(r, half); },
-                                 transposed + half * W * kSumStride, kSumStride,
-                                 kTileRows * kSumStride);
+                                 transposed + half * W * kPairs, kPairs, kBlock);
 }
 #endif
 
@@ -199,12 +231,11 @@ SVITT_INLINE void keep_block(float, const float* weights, int rows, int keys, ui
 template <class T>
 void keep_weights(const float* weights, int rows, int keys, uint16_t* to, int64_t to_step,
                   uint16_t* transposed) {
-  constexpr int kParts = Operand<T>::kParts;
   for (int r = 0; r < rows; r += kTileRows)
     for (int c = 0; c < keys; c += kPairs)
       keep_block(T{}, weights + r * kGradStride + c, rows - r, keys - c,
-                 to + kParts * r * to_step + c, to_step,
-                 transposed == nullptr ? nullptr : transposed + kParts * c * kSumStride + r);
+                 block_at<T>(to, r, c, to_step), to_step,
+                 transposed == nullptr ? nullptr : block_at<T>(transposed, c, r, kSumStride));
 }
 
 SVITT_KERNELS_END

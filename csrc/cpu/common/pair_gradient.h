@@ -9,7 +9,7 @@ SVITT_KERNELS_BEGIN
 
 template <class T>
 struct PairGradientProducts {
-  static constexpr int kStep = kPairRows, kParts = Operand<T>::kParts;
+  static constexpr int kStep = kPairRows;
   const TileRegisters registers;
   const ContrastGradient& p;
   int64_t start;         // of the chunk
@@ -18,13 +18,13 @@ struct PairGradientProducts {
   PairGradientProducts(const ContrastGradient& problem, int64_t chunk, Arena& arena)
       : p(problem),
         start(chunk * kQueryChunk),
-        transposed(arena.take<uint16_t>(kParts * kKeyTile * kSumStride)) {}
+        transposed(arena.take<uint16_t>(Operand<T>::kParts * kKeyTile * kSumStride)) {}
   void compute(DotTile& t) { compute_pairs<T>(t, p.tiled_queries, p.tiled_keys); }
   float* weights(const DotTile& t, int) { return t.dots; }
   void keep(const DotTile& t, int first) {
     keep_weights<T>(t.dots, t.rows, t.keys,
-                    p.rounded + kParts * (t.tile * p.chunk_rows() + first) * kRoundedStride,
-                    kRoundedStride, transposed + first);
+                    block_at<T>(p.rounded, t.tile * p.chunk_rows() + first, 0, kRoundedStride),
+                    kRoundedStride, block_at<T>(transposed, 0, first, kSumStride));
   }
   void sum_keys(const DotTile& t, int queries) {
     const int step = p.padded_dim();
@@ -37,9 +37,8 @@ struct PairGradientProducts {
 /// Tiles [begin, end) of keys with a chunk of queries, as `weigh_tiles`.
 template <template <class> class Products, class Weights, class P>
 SVITT_INLINE void weigh_pairs(const P& p, int64_t chunk, int64_t begin, int64_t end) {
-  with_pairs(p.dtype, [&](auto x) {
-    weigh_tiles<Products<decltype(x)>, Weights>(p, chunk, begin, end);
-  });
+  with_pairs(p.dtype,
+             [&](auto x) { weigh_tiles<Products<decltype(x)>, Weights>(p, chunk, begin, end); });
 }
 
 template <class T>
@@ -51,7 +50,7 @@ void sum_queries_of(const ContrastGradient& p, int64_t chunk, int first, int row
     const int64_t left = p.keys - tile * kKeyTile;
     const int keys = round_up(static_cast<int>(left < kKeyTile ? left : kKeyTile), kPairs);
     const int64_t row = tile * p.chunk_rows() + first;
-    multiply_pairs<T>(rows, step, keys, p.rounded + Operand<T>::kParts * row * kRoundedStride,
+    multiply_pairs<T>(rows, step, keys, block_at<T>(p.rounded, row, 0, kRoundedStride),
                       kRoundedStride, values_of<T>(p.tiled_keys, tile * kKeyTile), sums, step,
                       tile > 0);
   }
