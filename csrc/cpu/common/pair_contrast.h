@@ -7,16 +7,16 @@
 // not split into two bf16 each.
 //
 // Tried, without effect beyond noise: 32 or 128 queries at a time, chunks of 256 queries, sums of
-// 512 without storing between.
+// 512 without storing between; of parts, sums of 128 or 256.
 #pragma once
 
-#include "arena.h"
-#include "contrast.h"
-#include "contrast_tiles.h"
 #include "pair_operand.h"
 #if SVITT_TILES
 #include "amx_parts.h"
 #endif
+#include "arena.h"
+#include "contrast.h"
+#include "contrast_tiles.h"
 
 SVITT_KERNELS_BEGIN
 

@@ -1,9 +1,10 @@
 // The products of `contrast_gradient.h` on pairs of bf16.
 #pragma once
 
+#include "pair_contrast.h"
+
 #include "arena.h"
 #include "contrast_gradient.h"
-#include "pair_contrast.h"
 
 SVITT_KERNELS_BEGIN
 

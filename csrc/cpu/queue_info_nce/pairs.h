@@ -1,10 +1,11 @@
 // The table of a set that multiplies pairs of bf16.
 #pragma once
 
+#include "../common/pair_contrast.h"
+
 #include "../common/arena.h"
 #include "../common/contrast_tiles.h"
 #include "../common/dispatch.h"
-#include "../common/pair_contrast.h"
 #include "finish.h"
 #include "problem.h"
 #include "sweep.h"

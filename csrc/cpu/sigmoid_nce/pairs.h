@@ -1,8 +1,9 @@
 // The table of a set that multiplies pairs of bf16.
 #pragma once
 
-#include "../common/dispatch.h"
 #include "../common/pair_gradient.h"
+
+#include "../common/dispatch.h"
 #include "problem.h"
 #include "weigh.h"
 
