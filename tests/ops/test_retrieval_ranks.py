@@ -58,6 +58,21 @@ def test_duplicates_of_the_positive_tie(backend: str) -> None:
     assert so.retrieval_ranks(query, alike).eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positives_everywhere(dtype: torch.dtype, backend: str) -> None:
+    """More than similarities are kept of; small whole numbers, so that ranks are exact."""
+    if backend == "triton":
+        pytest.skip("takes long in the interpreter")
+    device = "cuda" if backend == "cuda" else "cpu"
+    generator = torch.Generator().manual_seed(5)
+    query, key = (
+        torch.randint(-8, 9, (n, 40), generator=generator).to(device, dtype) for n in (70, 3000)
+    )
+    ids = [torch.randint(60, (n,), generator=generator).to(device) for n in (70, 3000)]
+    found = so.retrieval_ranks(query, key, query_ids=ids[0], key_ids=ids[1])
+    assert torch.equal(found, exact(query, key, ids[0][:, None] == ids[1][None, :]))
+
+
 def test_a_query_without_a_positive_is_last(backend: str) -> None:
     device = "cuda" if backend == "cuda" else "cpu"
     query, key = draw(4, 7, 8, torch.float32, device)

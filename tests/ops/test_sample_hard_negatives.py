@@ -58,6 +58,28 @@ def test_inverts_the_distribution(
             assert reached[i, j] - weights[i, j] <= uniform[i] + slack
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_keys(dtype: torch.dtype, backend: str) -> None:
+    """More than similarities are kept of, so that some are computed twice."""
+    if backend == "triton":
+        pytest.skip("takes long in the interpreter")
+    device = "cuda" if backend == "cuda" else "cpu"
+    generator = torch.Generator().manual_seed(4)
+    query, key = (
+        F.normalize(torch.randn(n, 24, generator=generator), dim=1).to(device, dtype)
+        for n in (70, 6000)
+    )
+    temperature = torch.tensor(0.07, device=device)
+    uniform = torch.rand(70, generator=generator, dtype=torch.float64).to(device)
+    found = torch.ops.svitt_ops.sample_hard_negatives(query, key, temperature, None, None, uniform)
+    logits = query.double() @ key.double().T / 0.07
+    weights = logits.fill_diagonal_(-math.inf).softmax(1)
+    reached, chosen = weights.cumsum(1), found[:, None]
+    assert (reached.gather(1, chosen)[:, 0] >= uniform - 1e-5).all()
+    assert ((reached - weights).gather(1, chosen)[:, 0] <= uniform + 1e-5).all()
+    assert (found > 4500).any()
+
+
 def test_follows_the_softmax() -> None:
     """Chi-square over many draws of one query's distribution."""
     rows, draws = 12, 400

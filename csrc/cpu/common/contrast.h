@@ -22,9 +22,10 @@ struct Tally {
   int32_t count;
 };
 
-/// bf16 rows as operands of the matrix tiles, in groups of 32, padded with zeros to 32 rows and
-/// dims. What is not wanted is null.
+/// Rows as operands of products of bf16 pairs, in groups of 32, padded with zeros to 32 rows and
+/// dims; fp32 in three parts. What is not wanted is null.
 struct TileOperands {
+  Dtype dtype;
   const void* data;
   int64_t step, count;
   int dim;
@@ -35,6 +36,9 @@ struct TileOperands {
   int64_t groups() const { return (count + 31) / 32; }
   int padded_dim() const { return (dim + 31) / 32 * 32; }
 };
+
+/// How many bf16 such an operand has for each value.
+inline int parts_of(Dtype dtype) { return dtype == Dtype::f32 ? 3 : 1; }
 
 struct Contrast {
   Dtype dtype;
@@ -52,7 +56,7 @@ struct Contrast {
   // Packed to fp32. `rows`: queries as they are. `columns`: tiles of keys, transposed.
   float *rows, *columns;
   int64_t row_step;
-  // Instead of those where the processor has matrix tiles for the dtype.
+  // Instead of those where the dtype is multiplied in pairs of bf16.
   TileOperands tiled_queries, tiled_keys;
 
   int64_t tiles() const { return (keys + kKeyTile - 1) / kKeyTile; }
@@ -81,7 +85,7 @@ struct ContrastGradient : Contrast {
   // `query_panels`, `key_panels`: rows cut into panels of dims, B of products that sum over rows.
   float *query_panels, *key_panels;
   float* grads;                     // (tiles, chunk_rows, kGradStride) of the current chunk
-  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16
+  uint16_t* rounded;                // or (tiles, chunk_rows, kRoundedStride), in bf16 or parts
   float *grad_keys, *grad_queries;  // (padded keys, padded dim), (chunk_rows, padded dim)
   void *grad_query, *grad_key;      // contiguous
   Dtype grad_dtype;

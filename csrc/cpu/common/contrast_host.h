@@ -109,9 +109,9 @@ struct ContrastProblem {
   enum Form { kPlain = 1, kColumns = 2, kValues = 4 };
   TileOperands pack_tiles(const PackKernels& k, const void* data, int64_t step, int64_t count,
                           int forms) {
-    TileOperands to{data, step, count, p.dim, nullptr, nullptr, nullptr};
+    TileOperands to{p.dtype, data, step, count, p.dim, nullptr, nullptr, nullptr};
     const auto form = [&](Form one) {
-      const int64_t size = to.groups() * 32 * to.padded_dim() / 2;
+      const int64_t size = to.groups() * 16 * to.padded_dim() * parts_of(p.dtype);
       return forms & one ? reinterpret_cast<uint16_t*>(take(size)) : nullptr;
     };
     to.plain = form(kPlain), to.columns = form(kColumns), to.values = form(kValues);
@@ -141,7 +141,7 @@ struct ContrastProblem {
     p.query_panels = query_panels, p.key_panels = key_panels;
     p.grad_dtype = svitt::dtype("gradient", grad_query);
     p.grad_query = grad_query.mutable_data_ptr(), p.grad_key = grad_key.mutable_data_ptr();
-    const int64_t width = k.tiles != nullptr ? kRoundedStride / 2 : kGradStride;
+    const int64_t width = k.tiles != nullptr ? kRoundedStride / 2 * parts_of(p.dtype) : kGradStride;
     p.grads = take(p.tiles() * p.chunk_rows() * width);
     p.rounded = reinterpret_cast<uint16_t*>(p.grads);
     p.grad_keys = take(p.padded_keys() * p.padded_dim());

@@ -26,8 +26,10 @@ struct Candidates : Contrast {
     first_row = queued ? -p.queries - kKeyTile : -first;  // without ids a queue has no positives
   }
 
+  template <class Lane>
   TileOperands tiled(uint16_t* columns_to, uint16_t* values_to) const {
-    return {row_of<uint16_t>(data, step, first), step, keys, dim, nullptr, columns_to, values_to};
+    const Lane* from = row_of<Lane>(data, step, first);
+    return {dtype, from, step, keys, dim, nullptr, columns_to, values_to};
   }
 
   template <class T>

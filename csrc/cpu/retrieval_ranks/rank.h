@@ -27,21 +27,24 @@ SVITT_INLINE vi count_beaten(const float* dots, int keys, float best, vi beaten)
 
 constexpr int kKeptTiles = 8;  // with positives, half a megabyte; more are computed twice
 
-inline void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
-  constexpr int64_t kSize = kDotRows * kDotStride;
+/// Queries [begin, end), `kStep` at a time; `compute` makes the similarities of a tile.
+template <int kStep, class Compute>
+SVITT_INLINE void rank_queries(const ContrastSearch& p, int64_t begin, int64_t end,
+                               const Compute& compute) {
+  constexpr int64_t kSize = kStep * kDotStride;
   Arena arena;
   float *dots = arena.take<float>(kSize), *kept = arena.take<float>(kKeptTiles * kSize);
-  for (int64_t row = begin; row < end; row += kDotRows) {
-    const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
-    float best[kDotRows];
-    vi beaten[kDotRows];
+  for (int64_t row = begin; row < end; row += kStep) {
+    const int64_t rows = end - row < kStep ? end - row : kStep;
+    float best[kStep];
+    vi beaten[kStep];
     for (int64_t r = 0; r < rows; ++r) best[r] = -kInfinity, beaten[r] = vi{};
     int64_t tiles_kept[kKeptTiles];
     int count = 0;
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
       DotTile t = place_tile(p, row, rows, tile, count < kKeptTiles ? kept + count * kSize : dots);
       if (!holds_positives(p, t)) continue;
-      t.compute(p);
+      compute(t);
       t.for_positives(p, [&](int r, int, float dot) {
         if (dot > best[r] && dot < kInfinity) best[r] = dot;
       });
@@ -51,7 +54,7 @@ inline void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
       const bool known = next < count && tiles_kept[next] == tile;
       DotTile t = place_tile(p, row, rows, tile, known ? kept + next++ * kSize : dots);
-      if (!known) t.compute(p);
+      if (!known) compute(t);
       for (int64_t r = 0; r < rows; ++r)
         beaten[r] = count_beaten(t.dots + r * kDotStride, t.keys, best[r], beaten[r]);
     }
@@ -61,6 +64,10 @@ inline void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
       p.found[row + r] = rank;
     }
   }
+}
+
+inline void contrast_rank(const ContrastSearch& p, int64_t begin, int64_t end) {
+  rank_queries<kDotRows>(p, begin, end, [&](DotTile& t) { t.compute(p); });
 }
 
 SVITT_KERNELS_END

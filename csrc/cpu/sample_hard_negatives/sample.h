@@ -1,4 +1,6 @@
 // A sampled negative for each query.
+//
+// There are two looks at each row: the sums of all tiles, then the tile that the draw falls in.
 #pragma once
 
 #include "../common/arena.h"
@@ -6,13 +8,6 @@
 #include "../common/contrast_tiles.h"
 
 SVITT_KERNELS_BEGIN
-
-SVITT_INLINE DotTile some_tile(const Contrast& p, int64_t row, int64_t rows, int64_t tile,
-                               float* dots) {
-  DotTile t = place_tile(p, row, rows, tile, dots);
-  t.compute(p);
-  return t;
-}
 
 /// Makes what cannot be drawn -inf: positives, and similarities that are no logits.
 SVITT_INLINE void keep_choices(const Contrast& p, DotTile& t) {
@@ -43,15 +38,23 @@ SVITT_INLINE int64_t pass(const ContrastSearch& p, const DotTile& t, double most
   return last;
 }
 
-inline void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
+constexpr int64_t kKeptChoices = 16;  // tiles, a megabyte; of others some rows are computed twice
+
+/// Queries [begin, end), `kStep` at a time; `compute` makes the similarities of a tile, `kAgain`
+/// rows or all.
+template <int kStep, int kAgain, class Compute>
+SVITT_INLINE void sample_queries(const ContrastSearch& p, int64_t begin, int64_t end,
+                                 const Compute& compute) {
+  constexpr int64_t kSize = kStep * kDotStride;
   Arena arena;
-  float* dots = arena.take<float>(kDotRows * kDotStride);
-  Tally* parts = arena.take<Tally>(p.tiles() * kDotRows);
-  for (int64_t row = begin; row < end; row += kDotRows) {
-    const int64_t rows = end - row < kDotRows ? end - row : kDotRows;
+  float *kept = arena.take<float>(kKeptChoices * kSize), *dots = arena.take<float>(kSize);
+  Tally* parts = arena.take<Tally>(p.tiles() * kStep);
+  for (int64_t row = begin; row < end; row += kStep) {
+    const int64_t rows = end - row < kStep ? end - row : kStep;
     for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-      DotTile t = some_tile(p, row, rows, tile, dots);
-      Tally* of_rows = parts + tile * kDotRows;
+      DotTile t = place_tile(p, row, rows, tile, tile < kKeptChoices ? kept + tile * kSize : dots);
+      compute(t);
+      Tally* of_rows = parts + tile * kStep;
       for (int64_t r = 0; r < rows; ++r) clear(of_rows[r]);
       keep_choices(p, t);
       sum_apart(p, t, of_rows, nullptr);
@@ -59,9 +62,9 @@ inline void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end)
     for (int64_t r = 0; r < rows; ++r) {
       double most = -kInfinity, sum = 0.0;
       for (int64_t tile = 0; tile < p.tiles(); ++tile)
-        if (parts[tile * kDotRows + r].most > most) most = parts[tile * kDotRows + r].most;
+        if (parts[tile * kStep + r].most > most) most = parts[tile * kStep + r].most;
       const auto weight = [&](int64_t tile) {
-        const Tally& part = parts[tile * kDotRows + r];
+        const Tally& part = parts[tile * kStep + r];
         return part.sum == 0.0f ? 0.0 : part.sum * __builtin_exp(part.most - most);
       };
       for (int64_t tile = 0; tile < p.tiles(); ++tile) sum += weight(tile);
@@ -77,11 +80,22 @@ inline void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end)
       }
       p.found[row + r] = -1;
       if (chosen < 0) continue;
-      DotTile t = some_tile(p, row + r, 1, chosen, dots);
+      float* own = kept + chosen * kSize + r * kDotStride;
+      if (chosen >= kKeptChoices) {
+        const int64_t first = r / kAgain * kAgain, left = rows - first;
+        DotTile some = place_tile(p, row + first, left < kAgain ? left : kAgain, chosen, dots);
+        compute(some);
+        own = dots + (r - first) * kDotStride;
+      }
+      DotTile t = place_tile(p, row + r, 1, chosen, own);
       keep_choices(p, t);
       p.found[row + r] = pass(p, t, most, left);
     }
   }
+}
+
+inline void contrast_sample(const ContrastSearch& p, int64_t begin, int64_t end) {
+  sample_queries<kDotRows, 1>(p, begin, end, [&](DotTile& t) { t.compute(p); });
 }
 
 SVITT_KERNELS_END

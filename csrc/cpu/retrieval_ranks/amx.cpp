@@ -1,0 +1,5 @@
+// Retrieval ranks for AMX.
+#if defined(__x86_64__)
+#define SVITT_ISA amx
+#include "pairs.h"
+#endif
