@@ -10,7 +10,7 @@
 // parts, they would fill the L2 cache.
 #pragma once
 
-#include "../common/amx_attention.h"
+#include "../common/pair_attention.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
 #include "backward.h"
@@ -178,12 +178,12 @@ void write_gradients(const Backward& p, int64_t b, int64_t h, const TileBackward
   }
 }
 
-inline void backward_amx(const Backward& p, int64_t begin, int64_t end) {
+inline void backward_pairs(const Backward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  if (p.dtype == Dtype::bf16)
-    backward_items<TileBackwardScratch<bf16>>(p, begin, end);
-  else
-    backward_items<TileBackwardScratch<float>>(p, begin, end);
+#if SVITT_TILES
+  if (p.dtype == Dtype::f32) return backward_items<TileBackwardScratch<float>>(p, begin, end);
+#endif
+  backward_items<TileBackwardScratch<bf16>>(p, begin, end);
   _mm_sfence();  // streamed rows are seen by whoever sees that this is done
 }
 

@@ -7,7 +7,7 @@
 // accumulation stay in fp32.
 #pragma once
 
-#include "../common/amx_attention.h"
+#include "../common/pair_attention.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
 #include "forward.h"
@@ -99,7 +99,7 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
 }
 
 /// `attend` of forward.h.
-inline void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
+inline void attend_pairs(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
                        CrossTileScratch& s, const State& state) {
   const int lanes = round_up(rows, W), dims = s.dims;
   const int64_t tile = kTile * kPairs;
@@ -138,12 +138,12 @@ inline void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row
   }
 }
 
-inline void cross_forward_amx(const CrossForward& p, int64_t begin, int64_t end) {
+inline void cross_forward_pairs(const CrossForward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
   CrossTileScratch s(p);
   cross_forward_items<bf16>(p, begin, end, s.state,
                             [&](const KeyRange& range, int64_t row, int rows, const State& state) {
-                              attend_amx(p, range, row, rows, s, state);
+                              attend_pairs(p, range, row, rows, s, state);
                             });
 }
 

@@ -6,8 +6,7 @@
 // rounded by vectors; in fp32, huge pages for K and V in parts or for the result.
 #pragma once
 
-#include "../common/amx_parts.h"
-#include "../common/attention_rows.h"
+#include "../common/pair_attention.h"
 #include "forward.h"
 #include "problem.h"
 #include "tiles.h"
@@ -139,12 +138,12 @@ void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
   write_results<T>(p, block, s.tiling.length, s.out, dims, s);
 }
 
-inline void forward_amx(const Forward& p, int64_t begin, int64_t end) {
+inline void forward_pairs(const Forward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  if (p.dtype == Dtype::bf16)
-    forward_items<TileScratch<bf16>>(p, begin, end);
-  else
-    forward_items<TileScratch<float>>(p, begin, end);
+#if SVITT_TILES
+  if (p.dtype == Dtype::f32) return forward_items<TileScratch<float>>(p, begin, end);
+#endif
+  forward_items<TileScratch<bf16>>(p, begin, end);
 }
 
 SVITT_KERNELS_END

@@ -1,7 +1,10 @@
-// Products of attention on the matrix tiles, beyond those of pair_tiles.h.
+// Products of attention of bf16 pairs, beyond those of pair_tiles.h.
 #pragma once
 
+#include "pair_operand.h"
+#if SVITT_TILES
 #include "amx_parts.h"
+#endif
 #include "attention_rows.h"
 
 SVITT_KERNELS_BEGIN
