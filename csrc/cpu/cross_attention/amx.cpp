@@ -2,13 +2,13 @@
 #if defined(__x86_64__)
 #define SVITT_ISA amx
 #include "../common/dispatch.h"
-#include "pair_backward.h"
-#include "pair_forward.h"
+#include "amx_backward.h"
+#include "amx_forward.h"
 #include "problem.h"
 
 SVITT_ADD_KERNELS(CrossKernels, {[](const CrossAttention& p) {
                                    return p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
                                  },
-                                 partial_size, cross_forward_pairs, cross_forward_join,
-                                 cross_backward_pairs, cross_backward_join})
+                                 partial_size, cross_forward_amx, cross_forward_join,
+                                 cross_backward_amx, cross_backward_join})
 #endif

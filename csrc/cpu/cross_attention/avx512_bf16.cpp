@@ -2,8 +2,8 @@
 #if defined(__x86_64__)
 #define SVITT_ISA avx512_bf16
 #include "../common/dispatch.h"
-#include "pair_backward.h"
-#include "pair_forward.h"
+#include "avx512_bf16_backward.h"
+#include "avx512_bf16_forward.h"
 #include "problem.h"
 
 SVITT_ADD_KERNELS(CrossKernels, {[](const CrossAttention& p) {

@@ -33,25 +33,6 @@ struct CrossTileScratch {
   }
 };
 
-/// Attended keys [j, j + n) by number; null past them.
-struct TileKeys {
-  const uint16_t* data;
-  int64_t stride, first;
-  const int32_t* present;  // of the first key, or null
-  int n;
-
-  TileKeys(const CrossAttention& p, const Matrix& m, const KeyRange& range, int64_t j, int keys)
-      : data(base<uint16_t>(m, range.b, range.h)), stride(m.token), first(j), n(keys) {
-    const int32_t* numbers = p.present_of(range.b);
-    present = numbers == nullptr ? nullptr : numbers + j;
-  }
-  bool together() const { return present == nullptr || present[n - 1] - present[0] == n - 1; }
-  const uint16_t* operator()(int i) const {
-    if (i >= n) return nullptr;
-    return data + (present == nullptr ? first + i : present[i]) * stride;
-  }
-};
-
 /// Products of keys with `lanes` packed queries, rows of kQueryTile. The keys, padded to 32, serve
 /// where they lie if they are side by side, else from a copy.
 SVITT_INLINE void multiply_keys(const TileKeys& rows, int padded, const uint16_t* packed, int lanes,
@@ -99,7 +80,7 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch& s, const State& sta
 }
 
 /// `attend` of forward.h.
-inline void attend_pairs(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
+inline void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int rows,
                        CrossTileScratch& s, const State& state) {
   const int lanes = round_up(rows, W), dims = s.dims;
   const int64_t tile = kTile * kPairs;
@@ -138,12 +119,12 @@ inline void attend_pairs(const CrossForward& p, const KeyRange& range, int64_t r
   }
 }
 
-inline void cross_forward_pairs(const CrossForward& p, int64_t begin, int64_t end) {
+inline void cross_forward_amx(const CrossForward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
   CrossTileScratch s(p);
   cross_forward_items<bf16>(p, begin, end, s.state,
                             [&](const KeyRange& range, int64_t row, int rows, const State& state) {
-                              attend_pairs(p, range, row, rows, s, state);
+                              attend_amx(p, range, row, rows, s, state);
                             });
 }
 

@@ -18,7 +18,7 @@
 #include "../common/pair_attention.h"
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "pair_forward.h"
+#include "amx_forward.h"
 #include "backward.h"
 #include "problem.h"
 #include "tiles.h"
@@ -95,7 +95,7 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch& s, int64_t
 }
 
 /// `backward_tile` of backward.h.
-inline void backward_tile_pairs(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
+inline void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
                               CrossBackwardTileScratch& s) {
   const int dims = s.dims, padded = round_up(n, kPairs);
   const TileKeys keys(p, p.key, range, j, n), values(p, p.value, range, j, n);
@@ -113,7 +113,7 @@ inline void backward_tile_pairs(const CrossBackward& p, const KeyRange& range, i
     const int64_t at = row * dims;
     multiply_keys(keys, padded, s.query + at, lanes, dims, s.keys, s.logits);
     multiply_keys(values, padded, s.grad_out + at, lanes, dims, s.values, s.products);
-    differentiate_pairs(s, row, lanes, n, padded, p.scale, [&](int i) {
+    differentiate_pairs(s, row, lanes, n, padded, p.scale, [&](int i) __attribute__((always_inline)) {
       if (row > 0 || i >= count) return;
       prefetch_row<false>(ahead[0](i), dims);
       prefetch_row<false>(ahead[1](i), dims);
@@ -135,7 +135,7 @@ inline void backward_tile_pairs(const CrossBackward& p, const KeyRange& range, i
   });
 }
 
-inline void cross_backward_pairs(const CrossBackward& p, int64_t begin, int64_t end) {
+inline void cross_backward_amx(const CrossBackward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
   CrossBackwardTileScratch s(p);
   cross_backward_items<bf16>(
@@ -143,7 +143,7 @@ inline void cross_backward_pairs(const CrossBackward& p, int64_t begin, int64_t 
       [&](const KeyRange& range, int64_t row, int rows) {
         load_query_tiles(p, range, row, rows, s);
       },
-      [&](const KeyRange& range, int64_t j, int n) { backward_tile_pairs(p, range, j, n, s); });
+      [&](const KeyRange& range, int64_t j, int n) { backward_tile_amx(p, range, j, n, s); });
   _mm_sfence();  // streamed rows are seen by whoever sees that this is done
 }
 
