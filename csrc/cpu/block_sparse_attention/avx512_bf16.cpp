@@ -6,7 +6,8 @@
 #include "pair_forward.h"
 #include "problem.h"
 
-SVITT_ADD_KERNELS(BlockSparseKernels,
-                  {[](const Attention& p) { return p.dtype == Dtype::bf16 && p.head_dim % 32 == 0; },
-                   forward_pairs, backward_pairs})
+SVITT_ADD_KERNELS(BlockSparseKernels, {[](const Attention& p) {
+                                         return p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
+                                       },
+                                       forward_pairs, backward_pairs})
 #endif

@@ -55,14 +55,14 @@ void multiply_pair_tile(const PairProduct& p, int row, int vector, const Finish&
 
 template <class Finish, int C, int... R>
 struct PairTiles {
-  static constexpr void (*table[])(const PairProduct&, int, int, const Finish&) = {
-      multiply_pair_tile<Finish, C, R>...};
+  static constexpr void (*table[])(const PairProduct&, int, int,
+                                   const Finish&) = {multiply_pair_tile<Finish, C, R>...};
 };
 template <class Finish, int C>
 using AllPairTiles = PairTiles<Finish, C, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
 
-/// A B, up to kRows rows of one or two vectors at a time: `finish(row, vector, sums)`, with the sums
-/// an array of such rows.
+/// A B, up to kRows rows of one or two vectors at a time: `finish(row, vector, sums)`, with the
+/// sums an array of such rows.
 template <class Finish>
 SVITT_INLINE void multiply(const PairProduct& p, int rows, int vectors, const Finish& finish) {
   const int groups = (rows + kRows - 1) / kRows;
@@ -79,22 +79,22 @@ SVITT_INLINE void multiply(const PairProduct& p, int rows, int vectors, const Fi
 /// Sums as rows of fp32, `stride` apart; added to what is there, or not. Asking so for each vector
 /// would take a fifth of the time of a product over 64 dims.
 SVITT_INLINE auto store_sums(float* to, int64_t stride, bool add) {
-  return [=]<int R, int C>(int row, int vector, const vf (&sums)[R][C])
-      __attribute__((always_inline)) {
-    float* at = to + row * stride + vector * W;
-    if (add) {
+  return [=]<int R, int C>(int row, int vector, const vf(&sums)[R][C])
+             __attribute__((always_inline)) {
+               float* at = to + row * stride + vector * W;
+               if (add) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < C; ++v)
-          store(at + r * stride + v * W, load(at + r * stride + v * W) + sums[r][v]);
-    } else {
+                   for (int v = 0; v < C; ++v)
+                     store(at + r * stride + v * W, load(at + r * stride + v * W) + sums[r][v]);
+               } else {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < C; ++v) store(at + r * stride + v * W, sums[r][v]);
-    }
-  };
+                   for (int v = 0; v < C; ++v) store(at + r * stride + v * W, sums[r][v]);
+               }
+             };
 }
 
 /// Pairs of neighbouring rows, an odd last one with zeros, as B of a product that sums over rows.

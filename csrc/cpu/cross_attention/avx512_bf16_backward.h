@@ -67,7 +67,6 @@ template <class Fetch>
 SVITT_INLINE void differentiate_pairs(const CrossBackwardPairScratch& s, int64_t row, int lanes,
                                       int n, float scale, const Fetch& fetch) {
   const __m512i order = pair_order();
-  const vf factor = splat(scale * kLog2e);
   for (int c = 0; c < lanes; c += W) {
     const vf lse = load(s.lse + row + c), low = load(s.lse_low + row + c);
     const vf delta = load(s.delta + row + c);
@@ -85,9 +84,9 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardPairScratch& s, int64_t
       const __m512i slopes = round_pairs(slope[0], slope[1]);
       const auto store_rows = [&](__m512i pair, uint16_t* to) __attribute__((always_inline)) {
         to += j * lanes + c;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(pair));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + lanes),
-                            _mm512_extracti64x4_epi64(pair, 1));
+        std::memcpy(to, &pair, 32);
+        const __m256i upper = _mm512_maskz_extracti64x4_epi64(0xff, pair, 1);
+        std::memcpy(to + lanes, &upper, 32);
       };
       store_rows(weights, s.weights);
       store_rows(slopes, s.slopes);
@@ -123,19 +122,21 @@ inline void backward_tile_pairs(const CrossBackward& p, const KeyRange& range, i
       const PairProduct product = over_rows(from, lanes, 2, packed + at, rows, dims);
       if (row + rows < p.queries)
         return multiply(product, n, dims / W, store_sums(sum, dims, row > 0));
-      multiply(product, n, dims / W, [&]<int R, int C>(int i, int vector, vf (&sums)[R][C])
-                                         __attribute__((always_inline)) {
-        for (int r = 0; r < R && row > 0; ++r)
-          for (int v = 0; v < C; ++v) sums[r][v] += load(sum + (i + r) * dims + (vector + v) * W);
+      multiply(
+          product, n, dims / W,
+          [&]<int R, int C>(int i, int vector, vf(&sums)[R][C]) __attribute__((always_inline)) {
+            for (int r = 0; r < R && row > 0; ++r)
+              for (int v = 0; v < C; ++v)
+                sums[r][v] += load(sum + (i + r) * dims + (vector + v) * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < R && C > 1; ++r) {
-          const int64_t token = present == nullptr ? j + i + r : present[j + i + r];
-          _mm512_stream_si512(
-              reinterpret_cast<__m512i*>(
-                  result_row<uint16_t>(p, grad, p.keys, range.b, range.h, token) + vector * W),
-              round_pairs(sums[r][0], sums[r][C - 1]));
-        }
-      });
+            for (int r = 0; r < R && C > 1; ++r) {
+              const int64_t token = present == nullptr ? j + i + r : present[j + i + r];
+              _mm512_stream_si512(
+                  reinterpret_cast<__m512i*>(
+                      result_row<uint16_t>(p, grad, p.keys, range.b, range.h, token) + vector * W),
+                  round_pairs(sums[r][0], sums[r][C - 1]));
+            }
+          });
     };
     add_gradient(s.weights, s.grad_pairs, s.grad_value, p.grad_value);
     add_gradient(s.slopes, s.query_pairs, s.grad_key, p.grad_key);

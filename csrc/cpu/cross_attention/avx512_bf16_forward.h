@@ -81,11 +81,12 @@ inline void attend_pairs(const CrossForward& p, const KeyRange& range, int64_t r
     float* kept = p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes
                   : keep_row                   ? s.logits
                                                : nullptr;
-    exponentiate_lanes(s, state, n, 0, lanes, p.scale, kept, [&](int i) __attribute__((always_inline)) {
-      if (i >= count) return;
-      prefetch_row<false>(ahead[0](i), dims);
-      prefetch_row<false>(ahead[1](i), dims);
-    });
+    exponentiate_lanes(s, state, n, 0, lanes, p.scale, kept,
+                       [&](int i) __attribute__((always_inline)) {
+                         if (i >= count) return;
+                         prefetch_row<false>(ahead[0](i), dims);
+                         prefetch_row<false>(ahead[1](i), dims);
+                       });
     for (int c = W; c < lanes; c += W)
       exponentiate_lanes(s, state, n, c, lanes, p.scale, kept, [](int) {});
     if (p.saliency != Saliency::none)
