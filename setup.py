@@ -239,6 +239,8 @@ def other_sets(header: str) -> list[str]:
     """The sets that kernels compile for, beside generic; none if a header is for those it names."""
     text = Path("csrc/cpu/common/isa.h").read_text()
     _, *others = re.findall(r"^  SET\((\w+), ", text, re.MULTILINE)
+    if Path(header).stem.startswith("pair"):
+        return others[others.index("avx512_bf16") :]
     named = any(f"{Path(header).stem}_".startswith(f"{isa}_") for isa in others)
     return [] if named or "SVITT_" not in Path(header).read_text() else others
 

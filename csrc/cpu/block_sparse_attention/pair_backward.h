@@ -10,9 +10,10 @@
 // parts, they would fill the L2 cache.
 #pragma once
 
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/pair_attention.h"
 #include "backward.h"
 #include "bias.h"
 #include "problem.h"

@@ -15,9 +15,10 @@
 // end (1.05).
 #pragma once
 
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/pair_attention.h"
 #include "amx_forward.h"
 #include "backward.h"
 #include "problem.h"

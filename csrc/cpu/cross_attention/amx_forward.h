@@ -7,9 +7,10 @@
 // accumulation stay in fp32.
 #pragma once
 
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
-#include "../common/pair_attention.h"
 #include "forward.h"
 #include "problem.h"
 #include "tiles.h"
