@@ -1,5 +1,6 @@
-// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five
-// products on 16 x 16 tiles. The logits are summed as in the forward, whose log-sum-exp they meet.
+// Backward for bf16 and fp32 on the AMX matrix tiles, and for bf16 by VDPBF16PS: the sweep of
+// backward.h with its five products of pairs. The logits are summed as in the forward, whose
+// log-sum-exp they meet.
 //
 // The tokens of a block of keys lie side by side, so that K and V in bf16 serve as left operands in
 // place. Only weights and slopes are rounded to bf16; logits, their gradients, that of the bias

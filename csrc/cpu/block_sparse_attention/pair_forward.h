@@ -1,5 +1,5 @@
-// Forward for bf16 and fp32 on the AMX matrix tiles: the same sweep as forward.h with both products
-// on 16 x 16 tiles, 32 rows at a time.
+// Forward for bf16 and fp32 on the AMX matrix tiles, and for bf16 by VDPBF16PS: the same sweep as
+// forward.h with products of pairs, 32 rows at a time, or 28.
 //
 // Only the weights are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
 // Tried without gain: prefetching tiles to the L1 cache, Q in tile registers throughout, results
