@@ -15,7 +15,8 @@
 // end (1.05).
 #pragma once
 
-#include "../common/amx_attention.h"
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
 #include "amx_forward.h"
@@ -113,11 +114,12 @@ inline void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int
     const int64_t at = row * dims;
     multiply_keys(keys, padded, s.query + at, lanes, dims, s.keys, s.logits);
     multiply_keys(values, padded, s.grad_out + at, lanes, dims, s.values, s.products);
-    differentiate_pairs(s, row, lanes, n, padded, p.scale, [&](int i) {
-      if (row > 0 || i >= count) return;
-      prefetch_row<false>(ahead[0](i), dims);
-      prefetch_row<false>(ahead[1](i), dims);
-    });
+    differentiate_pairs(s, row, lanes, n, padded, p.scale,
+                        [&](int i) __attribute__((always_inline)) {
+                          if (row > 0 || i >= count) return;
+                          prefetch_row<false>(ahead[0](i), dims);
+                          prefetch_row<false>(ahead[1](i), dims);
+                        });
     const auto add_gradient = [&](const uint16_t* from, const uint16_t* packed, float* sum,
                                   void* grad) {
       for (int r = 0; r < padded; r += kTileRows) {

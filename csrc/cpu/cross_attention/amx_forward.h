@@ -7,7 +7,8 @@
 // accumulation stay in fp32.
 #pragma once
 
-#include "../common/amx_attention.h"
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
 #include "forward.h"
@@ -30,25 +31,6 @@ struct CrossTileScratch {
     state = arena.take<float>(State::size(p));
     // Rows past the last query go through the products, to nowhere.
     std::memset(weights, 0, sizeof(uint16_t) * kQueryTile * kKeyTile);
-  }
-};
-
-/// Attended keys [j, j + n) by number; null past them.
-struct TileKeys {
-  const uint16_t* data;
-  int64_t stride, first;
-  const int32_t* present;  // of the first key, or null
-  int n;
-
-  TileKeys(const CrossAttention& p, const Matrix& m, const KeyRange& range, int64_t j, int keys)
-      : data(base<uint16_t>(m, range.b, range.h)), stride(m.token), first(j), n(keys) {
-    const int32_t* numbers = p.present_of(range.b);
-    present = numbers == nullptr ? nullptr : numbers + j;
-  }
-  bool together() const { return present == nullptr || present[n - 1] - present[0] == n - 1; }
-  const uint16_t* operator()(int i) const {
-    if (i >= n) return nullptr;
-    return data + (present == nullptr ? first + i : present[i]) * stride;
   }
 };
 

@@ -1,24 +1,37 @@
-// Products of attention on the matrix tiles, beyond those of pair_tiles.h.
+// Products of attention of bf16 pairs, beyond those of pair_tiles.h.
 #pragma once
 
+#include "pair_operand.h"
+#if SVITT_TILES
 #include "amx_parts.h"
+#else
+#include "avx512_bf16_gemm.h"
+#endif
 #include "attention_rows.h"
 
 SVITT_KERNELS_BEGIN
 
+// What rows, and lanes, are rounded up to: tiles are whole, vectors have the rows that there are.
+constexpr int kRowUnit = SVITT_TILES ? kTileRows : 2, kLaneUnit = SVITT_TILES ? kTileRows : W;
 constexpr int kStride = 64;  // of a block of weights: keys by queries, at most 64 x 64
 
-/// Products over dims of the rows of A, a multiple of 32, with `lanes` packed ones.
+/// Products over dims of the rows of A, a multiple of kRowUnit, with `lanes` packed ones.
 template <class T = bf16>
 SVITT_INLINE void multiply_dims(const uint16_t* from, int64_t stride, int rows,
                                 const uint16_t* packed, int lanes, int dims, float* products,
                                 int64_t part = 0) {
+#if SVITT_TILES
   for (int r = 0; r < rows; r += kTileRows)
     for (int c = 0; c < lanes; c += kTileRows) {
       TileSum sum(products + r * kStride + c, kStride, false);
       Operand<T>::template add_dims<true>(sum, from + r * stride, stride, part, packed, c, dims);
       sum.store();
     }
+#else
+  (void)part;
+  multiply(over_dims(from, stride, packed, dims), rows, lanes / W,
+           store_sums(products, kStride, false));
+#endif
 }
 
 /// delta = rowsum(dO O), the diagonal of the tile product O dO^T.
@@ -62,16 +75,25 @@ SVITT_INLINE void turn_slopes(const uint16_t* slopes, int padded, int lanes, uin
     }
 }
 
-/// C (rows x dims) = or += A B over `depth`, a multiple of 32; B packed by pack_values.
+/// C (rows x dims) = or += A B over `depth`, a multiple of kRowUnit; B packed by pack_values.
 template <class T = bf16>
 SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows, int depth,
                                  int dims, float* c, bool add, int64_t part = 0) {
+#if SVITT_TILES
   for (int r = 0; r < rows; r += kTileRows)
     for (int d = 0; d < dims; d += kPairs) {
       TileSum sum(c + r * dims + d, dims, add);
       Operand<T>::add_rows(sum, a + r * kStride, kStride, part, b, d, depth, dims);
       sum.store();
     }
+#else
+  (void)part;
+  for (int k = 0; k < depth; k += kPairs) {
+    const int pairs = (depth - k < kPairs ? depth - k : kPairs) / 2;
+    multiply({a + k, kStride, 2, b + static_cast<int64_t>(k) * dims, kPairs, kTile * kPairs, pairs},
+             rows, dims / W, store_sums(c, dims, add || k > 0));
+  }
+#endif
 }
 
 /// A result is not read here again: written past the caches, its lines need not be fetched first.

@@ -1,5 +1,6 @@
-// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five
-// products on 16 x 16 tiles. The logits are summed as in the forward, whose log-sum-exp they meet.
+// Backward for bf16 and fp32 on the AMX matrix tiles, and for bf16 by VDPBF16PS: the sweep of
+// backward.h with its five products of pairs. The logits are summed as in the forward, whose
+// log-sum-exp they meet.
 //
 // The tokens of a block of keys lie side by side, so that K and V in bf16 serve as left operands in
 // place. Only weights and slopes are rounded to bf16; logits, their gradients, that of the bias
@@ -10,7 +11,8 @@
 // parts, they would fill the L2 cache.
 #pragma once
 
-#include "../common/amx_attention.h"
+#include "../common/pair_attention.h"
+
 #include "../common/arena.h"
 #include "../common/attention_rows.h"
 #include "backward.h"
@@ -120,8 +122,8 @@ SVITT_INLINE void turn(const TileBackwardScratch<T>& s, int padded, int lanes) {
 /// Add the product of a block of weights with packed rows to the rows of its keys.
 template <class T>
 SVITT_INLINE void add_product(const uint16_t* weights, const uint16_t* packed, int key, int keys,
-                              int n, int lanes, const TileBackwardScratch<T>& s, float* to) {
-  multiply_pairs<T>(weights, packed, round_up(n, kTileRows), lanes, s.width, s.sum, false, s.kPart);
+                              int n, int depth, const TileBackwardScratch<T>& s, float* to) {
+  multiply_pairs<T>(weights, packed, round_up(n, kRowUnit), depth, s.width, s.sum, false, s.kPart);
   const auto add = [&](float* rows, const float* from, int count) {
     for (int i = 0; i < count * s.width; i += W) store(rows + i, load(rows + i) + load(from + i));
   };
@@ -135,7 +137,8 @@ void backward_keys(const Backward& p, const RowTile& t, TileBackwardScratch<T>& 
                    int keys, int globals, bool first) {
   using Lane = typename Operand<T>::Lane;
   const int n = keys + globals, dims = s.width;
-  const int padded = round_up(n, kTileRows), lanes = round_up(t.rows, kTileRows);
+  const int padded = round_up(n, kRowUnit), lanes = round_up(t.rows, kLaneUnit);
+  const int depth = round_up(t.rows, kRowUnit);
   const int64_t part = static_cast<int64_t>(padded) * dims;
   const auto rows = [&](const Matrix& m) {
     const Lane* from = base<Lane>(m, t.b, t.h);
@@ -156,11 +159,11 @@ void backward_keys(const Backward& p, const RowTile& t, TileBackwardScratch<T>& 
   } else {
     differentiate_pairs<T, true>(p, t, s, key, keys, n, padded);
   }
-  add_product(s.weights, s.grad_pairs, key, keys, n, lanes, s, s.grad_value);
-  add_product(s.slopes, s.query_pairs, key, keys, n, lanes, s, s.grad_key);
+  add_product(s.weights, s.grad_pairs, key, keys, n, depth, s, s.grad_value);
+  add_product(s.slopes, s.query_pairs, key, keys, n, depth, s, s.grad_key);
   Operand<T>::pack_values(rows(p.key), padded, dims, s.key_pairs);
   turn(s, padded, lanes);
-  multiply_pairs<T>(s.turned, s.key_pairs, lanes, padded, dims, s.grad_query, !first, s.kPart);
+  multiply_pairs<T>(s.turned, s.key_pairs, depth, padded, dims, s.grad_query, !first, s.kPart);
 }
 
 template <class T>
@@ -178,12 +181,12 @@ void write_gradients(const Backward& p, int64_t b, int64_t h, const TileBackward
   }
 }
 
-inline void backward_amx(const Backward& p, int64_t begin, int64_t end) {
+inline void backward_pairs(const Backward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  if (p.dtype == Dtype::bf16)
-    backward_items<TileBackwardScratch<bf16>>(p, begin, end);
-  else
-    backward_items<TileBackwardScratch<float>>(p, begin, end);
+#if SVITT_TILES
+  if (p.dtype == Dtype::f32) return backward_items<TileBackwardScratch<float>>(p, begin, end);
+#endif
+  backward_items<TileBackwardScratch<bf16>>(p, begin, end);
   _mm_sfence();  // streamed rows are seen by whoever sees that this is done
 }
 

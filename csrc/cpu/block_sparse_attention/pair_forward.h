@@ -1,13 +1,12 @@
-// Forward for bf16 and fp32 on the AMX matrix tiles: the same sweep as forward.h with both products
-// on 16 x 16 tiles, 32 rows at a time.
+// Forward for bf16 and fp32 on the AMX matrix tiles, and for bf16 by VDPBF16PS: the same sweep as
+// forward.h with products of pairs, 32 rows at a time, or 28.
 //
 // Only the weights are rounded to bf16; logits, maximum, sum and accumulation stay in fp32.
 // Tried without gain: prefetching tiles to the L1 cache, Q in tile registers throughout, results
 // rounded by vectors; in fp32, huge pages for K and V in parts or for the result.
 #pragma once
 
-#include "../common/amx_parts.h"
-#include "../common/attention_rows.h"
+#include "../common/pair_attention.h"
 #include "forward.h"
 #include "problem.h"
 #include "tiles.h"
@@ -15,6 +14,7 @@
 SVITT_KERNELS_BEGIN
 
 constexpr int kTileColumns = kColumns + kPairs;
+constexpr int kGroup = SVITT_TILES ? kTileRows : 2 * kRows;  // rows at a time
 
 /// Rows of a tile: its tokens, its globals, then nothing.
 template <class Lane>
@@ -51,7 +51,7 @@ struct TileScratch : RowScratch {
     arena.take_all(tiling.tiles() * tile, keys, values);
     query = arena.take<uint16_t>(query_part * kParts);
     weights = arena.take<uint16_t>(weight_part * kParts);
-    logits = arena.take<float>(kTileRows * kTileColumns);
+    logits = arena.take<float>(kTileRows * kTileColumns);  // kGroup is at most kTileRows
     out = arena.take<float>(query_part);
   }
   void stage(const Forward& p, int64_t b, int64_t h) {
@@ -60,7 +60,11 @@ struct TileScratch : RowScratch {
     for (int i = 0; i < tiling.tiles(); ++i) {
       const Tile t = tiling.tile(i);
       Operand<T>::pack_keys(Rows(p.key, b, h, t), tiling.width, p.head_dim, keys + i * tile);
+#if SVITT_TILES
       Operand<T>::pack_values(Rows(p.value, b, h, t), tiling.width, p.head_dim, values + i * tile);
+#else
+      pack_row_pairs(Rows(p.value, b, h, t), tiling.width, p.head_dim, values + i * tile);
+#endif
     }
   }
 };
@@ -84,6 +88,48 @@ SVITT_INLINE float exponentiate_pairs(const float* s, int columns, float most, u
   return hsum(sum);
 }
 
+/// Products of rows [r0, r0 + rows) with a tile of keys.
+template <class T>
+SVITT_INLINE void multiply_keys(const TileScratch<T>& s, int r0, int rows, const Entry& e,
+                                int dims) {
+  const uint16_t *query = s.query + static_cast<int64_t>(r0) * dims,
+                 *keys = s.keys + e.tile * s.tile;
+  float* to = s.logits + e.column;
+#if SVITT_TILES
+  (void)rows;
+  for (int j = 0; j < s.tiling.width; j += kPairs) {
+    TileSum sum(to + j, kTileColumns, false);
+    Operand<T>::add_dims(sum, query, dims, s.query_part, keys, j, dims);
+    sum.store();
+  }
+#else
+  multiply(over_dims(query, dims, keys, dims), rows, s.tiling.width / W,
+           store_sums(to, kTileColumns, false));
+#endif
+}
+
+/// out = or += products of the weights with tiles of values.
+template <class T>
+SVITT_INLINE void multiply_values(const TileScratch<T>& s, int rows, const Entry* entry,
+                                  int entries, int dims, float* out, bool add) {
+  const int width = s.tiling.width;
+#if SVITT_TILES
+  (void)rows;
+  for (int d = 0; d < dims; d += kPairs) {
+    TileSum sum(out + d, dims, add);
+    for (int k = 0; k < entries; ++k)
+      Operand<T>::add_rows(sum, s.weights + k * width, s.weight_stride, s.weight_part,
+                           s.values + entry[k].tile * s.tile, d, width, dims);
+    sum.store();
+  }
+#else
+  for (int k = 0; k < entries; ++k)
+    multiply(over_rows(s.weights + k * width, s.weight_stride, 2, s.values + entry[k].tile * s.tile,
+                       entry[k].to, dims),
+             rows, dims / W, store_sums(out, dims, add || k > 0));
+#endif
+}
+
 template <class T>
 void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
   using Lane = typename Operand<T>::Lane;
@@ -97,18 +143,11 @@ void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
 
   for (bool first = true; block.rows > 0 && block.gather(s.tiling, chunk); first = false) {
     if (table != nullptr) s.bias->describe(chunk);
-    for (int r0 = 0; r0 < block.rows; r0 += kTileRows) {
-      const int rows = block.rows - r0 < kTileRows ? block.rows - r0 : kTileRows;
+    for (int r0 = 0; r0 < block.rows; r0 += kGroup) {
+      const int rows = block.rows - r0 < kGroup ? block.rows - r0 : kGroup;
       float* out = s.out + static_cast<int64_t>(r0) * dims;
-      for (int i = 0; i < chunk.entries; ++i)
-        for (int j = 0; j < s.tiling.width; j += kPairs) {
-          const Entry& e = chunk.entry[i];
-          TileSum sum(s.logits + e.column + j, kTileColumns, false);
-          Operand<T>::add_dims(sum, s.query + static_cast<int64_t>(r0) * dims, dims, s.query_part,
-                               s.keys + e.tile * s.tile, j, dims);
-          sum.store();
-        }
-      float most[kTileRows];
+      for (int i = 0; i < chunk.entries; ++i) multiply_keys(s, r0, rows, chunk.entry[i], dims);
+      float most[kGroup];
       for (int r = 0; r < rows; ++r) {
         prefetch_neighbours<T>(p, block, r0 + r);
         if constexpr (Operand<T>::kParts == 1) prefetch_head<T>(p, block, r0 + r);
@@ -125,26 +164,19 @@ void forward_block(const Forward& p, RowBlock& block, TileScratch<T>& s) {
           s.sum[r0 + r] +=
               exponentiate_pairs<T>(s.logits + r * kTileColumns + from, columns, s.most[r0 + r],
                                     s.weights + r * s.weight_stride, s.weight_part);
-        for (int d = 0; d < dims; d += kPairs) {
-          TileSum sum(out + d, dims, !first || i > 0);
-          for (int k = 0; k < entries; ++k)
-            Operand<T>::add_rows(sum, s.weights + k * s.tiling.width, s.weight_stride,
-                                 s.weight_part, s.values + chunk.entry[i + k].tile * s.tile, d,
-                                 s.tiling.width, dims);
-          sum.store();
-        }
+        multiply_values(s, rows, chunk.entry + i, entries, dims, out, !first || i > 0);
       }
     }
   }
   write_results<T>(p, block, s.tiling.length, s.out, dims, s);
 }
 
-inline void forward_amx(const Forward& p, int64_t begin, int64_t end) {
+inline void forward_pairs(const Forward& p, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  if (p.dtype == Dtype::bf16)
-    forward_items<TileScratch<bf16>>(p, begin, end);
-  else
-    forward_items<TileScratch<float>>(p, begin, end);
+#if SVITT_TILES
+  if (p.dtype == Dtype::f32) return forward_items<TileScratch<float>>(p, begin, end);
+#endif
+  forward_items<TileScratch<bf16>>(p, begin, end);
 }
 
 SVITT_KERNELS_END
