@@ -59,8 +59,9 @@ def render(facts: dict[str, Any]) -> str:
         rows.append(("devices", f"cuda:{gpu['index']}", text))
     if not facts["devices"]["cuda"]:
         rows.append(("devices", "cuda", "none"))
-    for name, table in facts["tiles"].items():
-        rows.append(("tiles", name, table))
+    for name, tiles in facts["tiles"].items():
+        tuned = f"{tiles['tuned']} tuned, {tiles['table']}" if tiles["tuned"] else tiles["table"]
+        rows.append(("tiles", name, tuned))
     for name, extension in facts["extensions"].items():
         rows.append(("extensions", name, extension["reason"] or extension["path"]))
     for op, choices in facts["ops"].items():
@@ -77,8 +78,8 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _tiles(architectures: list[int]) -> dict[str, str]:
-    """Which table of tiles the Triton kernels of each architecture take."""
+def _tiles(architectures: list[int]) -> dict[str, dict[str, Any]]:
+    """Which table of tiles the Triton kernels of each architecture take, and how many it has."""
     try:
         from svitt_ops.kernels import tile_table
     except ModuleNotFoundError:  # a part of an installation
@@ -88,9 +89,10 @@ def _tiles(architectures: list[int]) -> dict[str, str]:
         warnings.simplefilter("ignore")  # the words say it too
         for arch in architectures:
             try:
-                found[tile_table.architecture(arch)] = tile_table.in_use(arch)[0]
+                table, tiles = tile_table.in_use(arch)
             except ValueError as error:
-                found[tile_table.architecture(arch)] = f"none can run: {error}"
+                table, tiles = f"none can run: {error}", {}
+            found[tile_table.architecture(arch)] = {"table": table, "tuned": len(tiles)}
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.measure.harness import DTYPES, gate, results, runner
+from bench.measure.harness import DTYPES, explain, gate, results, runner
 from bench.measure.timing import Effort, interleave
 from bench.tune.plan import Candidate
 from svitt_ops.kernels import tile_table, tiles
@@ -51,7 +51,9 @@ class Bench:
 
     def __init__(self, toy: bool, budget_s: float) -> None:
         self.device = torch.device("cpu" if toy else "cuda")
-        self.effort = Effort(budget_s=budget_s, max_samples=5 if toy else 60)
+        self.effort = Effort(
+            budget_s=budget_s, min_samples=3 if toy else 7, max_samples=5 if toy else 60
+        )
         self.key: Any = None
         self.loaded: set[int] = set()
 
@@ -72,7 +74,6 @@ class Bench:
         self.case = replace(case, fields=fields)
         self.problem = module.problem(self.case)
         self.function = self.problem.provider("svitt_ops").build()
-        self.today_runs: dict[str, bool] = {}
         self.key = key
 
     def warm(self, candidate: Candidate) -> dict[str, Any]:
@@ -102,26 +103,20 @@ class Bench:
         if any(not torch.equal(first[x], second[x]) for x in first):
             return _refused("a second run gave other bits") | kernels
         calls = {"it": self.call(candidate, override)}
-        if candidate.tile and not alone and self.today(candidate):
-            calls["today"] = self.call(candidate, Override(replace(candidate, tile={})))
+        today_fails = ""
+        if candidate.tile and not alone:
+            try:
+                calls["today"] = self.call(candidate, Override(replace(candidate, tile={})))
+            except Exception as error:
+                today_fails = explain(error)
+                self.wait()
         found = {k: v.summary() for k, v in interleave(calls, self.device, self.effort).items()}
         with override:
             last = results(self.function, self.problem, candidate.direction)
         if objection := self.objection(candidate, last):
             return _refused(f"after timing: {objection}") | kernels
         row = {"status": "ok", **found["it"], "today": found.get("today"), "entry": entry}
-        return row | kernels
-
-    def today(self, candidate: Candidate) -> bool:
-        """Whether today's tile runs at all."""
-        name = candidate.group
-        if name not in self.today_runs:
-            try:
-                self.call(candidate, Override(replace(candidate, tile={})))
-                self.today_runs[name] = True
-            except Exception:
-                self.today_runs[name] = False
-        return self.today_runs[name]
+        return row | kernels | {"today_fails": today_fails}
 
     def call(self, candidate: Candidate, override: Override) -> Any:
         """What is timed; it has run once."""
@@ -174,7 +169,8 @@ def child(mode: str, work: Path, report: Path, toy: bool, budget_s: float) -> No
 
     Args:
         mode: "warm" runs each once, "time" checks and times them.
-        work: JSON list of {"id", "candidate", "alone"}; alone: today's tile is known not to run.
+        work: JSON list of {"id", "candidate", "alone"}; alone: today's tile crashed or hung,
+            and is not run beside it.
         report: JSON lines.
         toy: on the interpreter.
         budget_s: seconds to time a candidate in.
@@ -206,8 +202,7 @@ def child(mode: str, work: Path, report: Path, toy: bool, budget_s: float) -> No
                 alone = given["alone"]
                 row = bench.warm(candidate) if mode == "warm" else bench.timed(candidate, alone)
             except Exception as error:
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                row = {"status": "failed", "reason": text[:300]}
+                row = {"status": "failed", "reason": explain(error)}
                 bench.key = None
                 try:
                     bench.wait()

@@ -34,7 +34,7 @@ class Process:
     environment: dict[str, str] = field(default_factory=dict)
     starts: int = 0
     alone: set[str] = field(default_factory=set)
-    """Groups whose tile of today does not run."""
+    """Groups whose tile of today crashed or hung."""
     process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
@@ -77,11 +77,10 @@ class Process:
         if dead:
             self.process = None
             if self.current is not None:
-                found.append(self._done({"id": self.current, "status": "failed", "reason": reason}))
+                found.append(self._lost(self.current, reason))
             elif self.left and self.starts >= 3:
                 rest = [number for number, _ in self.left]
-                reason = f"not started, {reason}"
-                found += [self._done({"id": x, "status": "failed", "reason": reason}) for x in rest]
+                found += [self._lost(number, f"not started, {reason}") for number in rest]
             if self.starts < STARTS:
                 self.begin()
         return found
@@ -102,11 +101,14 @@ class Process:
                 found.append(self._done(said))
         return found
 
-    def _done(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A result; a tile of today that fails is not run beside others."""
-        candidate = dict(self.left)[row["id"]]
-        if row["status"] == "failed" and not candidate.tile:
+    def _lost(self, number: int, reason: str) -> dict[str, Any]:
+        """What its process did not live to say; a tile of today is then not run beside others."""
+        candidate = dict(self.left)[number]
+        if not candidate.tile:
             self.alone.add(candidate.group)
+        return self._done({"id": number, "status": "failed", "reason": reason})
+
+    def _done(self, row: dict[str, Any]) -> dict[str, Any]:
         self.left = [x for x in self.left if x[0] != row["id"]]
         return row
 
@@ -209,7 +211,7 @@ def run(
             able = [x for x in numbered if x[1].binary not in broken]
             # What is not compiled yet comes last.
             able.sort(key=lambda x: x[1].binary in late)
-            alone = {x.group for x in chosen if not x.tile and x.binary in broken}
+            alone = [x for worker in processes for x in worker.alone]
             timer = process("time", "time", able, alone)
             while timer.busy and left() > 0:
                 for row in timer.poll():

@@ -316,16 +316,16 @@ def toys() -> list[Candidate]:
         ("cross_attention", "n785-bf16", "forward_backward", "grad_key"),
     ):
         given: dict[str, Any] = {"op": op, "case": case, "direction": direction, "which": which}
-        given["fields"] = {"rows": 128}
+        given["fields"] = {"rows": 128, "dim": 32}
         tile = dict(large)
         if op in ("block_sparse_attention", "cross_attention"):
             del tile["programs"]
-            given["fields"] = {"queries": 100, "tokens": 201, "block_size": 100}
+            given["fields"] = {"queries": 100, "tokens": 101, "block_size": 100, "head_dim": 16}
         elif op == "queue_info_nce":
-            given["fields"] = {"rows": 64, "queue": 600}
+            given["fields"] = {"rows": 64, "queue": 300}
         found += [Candidate(**given), Candidate(**given, tile=tile)]
     ranks = {"op": "retrieval_ranks", "case": "n1000-d256-fp32", "direction": "forward"}
-    ranks |= {"which": "ranks", "fields": {"rows": 128}}
+    ranks |= {"which": "ranks", "fields": {"rows": 128, "dim": 32}}
     wrong = {"rows": 128, "columns": 256, "programs": 1}
     plants = [Candidate(**ranks, tile=wrong, plant=name) for name in ("wrong", "exit", "hang")]
     return found[:2] + plants + found[2:]

@@ -41,8 +41,8 @@ def entry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     A tile is in if it was faster than today's beyond noise in one case of the class, slower in
     none, and neither refused nor failed in any. Of these the one whose times have the least
-    geometric mean, each in units of today's, is the best. Where today's does not run, all that do
-    are faster.
+    geometric mean, each in units of today's, is the best. Where today's cannot run, as for want of
+    shared memory, what can is faster; of one that crashed or hung nothing is known.
     """
     tried: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -67,7 +67,9 @@ def entry(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _verdict(row: Mapping[str, Any]) -> str:
     today = row["today"]
-    if today is None or (row["p80"] < today["p20"] and row["ms"] < (1 - MARGIN) * today["ms"]):
+    if today is None:
+        return "faster" if row["today_fails"] else "alone"
+    if row["p80"] < today["p20"] and row["ms"] < (1 - MARGIN) * today["ms"]:
         return "faster"
     slower = row["p20"] > today["p80"] and row["ms"] > (1 + MARGIN) * today["ms"]
     return "slower" if slower else "same"

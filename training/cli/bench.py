@@ -10,7 +10,7 @@ from pathlib import Path
 import svitt_ops
 
 NO_BENCH = """\
-svitt {command}: runs from a checkout of svitt-ops; its bench/ folder is not part of an installation:
+svitt {command}: runs from a checkout of svitt-ops; bench/ is not part of an installation:
 
   cd svitt-ops      # a clone, or the unpacked source archive
   {make}
