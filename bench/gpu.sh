@@ -28,7 +28,7 @@ child=
 # What of a log is told in the summary: of info, tests, bench and tune.
 TELLING='^  (nvcc|triton|sm_[0-9]+) |^  cuda +not |^  cuda:|^=+ .*(passed|failed|error|skipped|deselected)'
 TELLING+='|^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:'
-TELLING+='|: today |beside .* faster |tiles in |no tile was faster'
+TELLING+='|: today |beside .* faster |tiles? in |no tile was faster'
 
 say() { echo "$@" | tee -a "$summary"; }
 

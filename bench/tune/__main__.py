@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ op's error budget, the same bits twice, and faster by more than noise.
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune") -> int:
-    """Run it; 0, 1 if nothing could be timed, or 2 after a mistake."""
+    """Run it; 0, 1 if nothing could be timed, 2 after a mistake, or 128 and a signal's number."""
     parser, arguments = _parse(argv, prog)
     if arguments.child:
         mode, work, report = arguments.child
@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune
         record = output_folder(arguments.record, "--record")
     except ValueError as error:
         parser.error(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is known is written on the way
     command = [sys.executable, "-m", "bench.tune", "--budget", str(arguments.budget)]
     command += [*(["--toy"] * arguments.toy), "--child"]
     limits = parent.Limits(
@@ -75,27 +74,39 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune
         quiet=arguments.quiet,
     )
     head = {**where, "argv": list(sys.argv[1:] if argv is None else argv)}
-    known = functools.partial(_known, head=head, where=where, arch=arch, record=record, out=out)
-    rows = parent.run(chosen, command, limits, record / "tune.log", known)
+    old = table.kept(out, arch, where)
+
+    def known(rows: list[dict[str, Any]]) -> None:
+        text = json.dumps({**head, "results": rows}, indent=1)
+        table.write_whole(record / "tune.json", text)
+        table.write_whole(record / "tune.txt", table.summary(rows) + "\n")
+        made = table.document(rows, arch, where, old)
+        if made["entries"] or out.exists():
+            table.write_whole(out, table.render(made))
+
+    with _signals() as ended:
+        rows = parent.run(chosen, command, limits, record / "tune.log", known, ended)
     print(table.summary(rows))
     print(_conclusion(out, arch, sum("status" not in x for x in rows)))
-    return int(not any(x.get("status") == "ok" for x in rows))
+    if ended:
+        return 128 + ended[0]
+    if any(x.get("status") == "ok" for x in rows):
+        return 0
+    print(f"nothing could be timed: {record / 'tune.log'} has what was said", file=sys.stderr)
+    return 1
 
 
-def _known(
-    rows: list[dict[str, Any]],
-    head: dict[str, Any],
-    where: dict[str, Any],
-    arch: int,
-    record: Path,
-    out: Path,
-) -> None:
-    """Write what is known by now."""
-    table.write_whole(record / "tune.json", json.dumps({**head, "results": rows}, indent=1))
-    table.write_whole(record / "tune.txt", table.summary(rows) + "\n")
-    made = table.document(rows, arch, where, out)
-    if made["entries"] or out.exists():
-        table.write_whole(out, table.render(made))
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Within, SIGTERM and Ctrl-C are kept in a list: what is known is still to be said."""
+    ended: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(x, lambda came, _: ended.append(came)) for x in numbers]
+    try:
+        yield ended
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _where(gpu: bool) -> tuple[int, int, dict[str, Any]]:
@@ -112,7 +123,8 @@ def _conclusion(out: Path, arch: int, missing: int) -> str:
     text = f"{missing} candidates were not reached: more --minutes; " if missing else ""
     if not out.exists():
         return f"{text}no tile was faster beyond noise: no table was written"
-    text += f"{len(tile_table.read(out, arch))} tiles in {out}"
+    count = len(tile_table.read(out, arch))
+    text += f"{count} tile{'s' * (count != 1)} in {out}"
     if "SVITT_TILES" in os.environ or out != tile_table.user_file(arch):
         return f"{text}; used where SVITT_TILES={out}"
     return f"{text}; used from now on"

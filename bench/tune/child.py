@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +20,8 @@ from bench.measure.harness import DTYPES, explain, gate, results, runner
 from bench.measure.timing import Effort, interleave
 from bench.tune.plan import Candidate
 from svitt_ops.kernels import tile_table, tiles
+
+PR_SET_PDEATHSIG = 1
 
 
 class Override:
@@ -150,8 +155,6 @@ def _refused(reason: str) -> dict[str, Any]:
 
 def used_resources(seen: set[int]) -> dict[str, list[Any]]:
     """Registers, spills and shared memory of the kernels that were loaded since the last call."""
-    import sys
-
     found = {}
     for name, module in list(sys.modules.items()):
         for kernel in vars(module).values() if name.startswith("svitt_ops.kernels.") else ():
@@ -175,7 +178,7 @@ def child(mode: str, work: Path, report: Path, toy: bool, budget_s: float) -> No
         toy: on the interpreter.
         budget_s: seconds to time a candidate in.
     """
-    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # what hangs has to be watched
     with report.open("a", buffering=1) as lines, ExitStack() as routes:
 
         def say(**what: Any) -> None:
@@ -188,8 +191,6 @@ def child(mode: str, work: Path, report: Path, toy: bool, budget_s: float) -> No
             routes.enter_context(route_to("triton"))
         bench = Bench(toy, budget_s)
         for given in json.loads(work.read_text()):
-            if os.getppid() != parent:
-                os._exit(5)  # nobody reads on
             number, candidate = given["id"], Candidate(**given["candidate"])
             say(event="start", id=number)
             begin = time.monotonic()

@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ def run(
     limits: Limits,
     log: Path,
     known: Callable[[list[dict[str, Any]]], None],
+    ended: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """Compile, check and time candidates.
 
@@ -152,6 +153,7 @@ def run(
         limits: what the run may take.
         log: where the ends of what children print go.
         known: is called with all rows after each result, and at the end.
+        ended: signals that have come: with the first, the run ends.
 
     Returns:
         A row for each candidate; one without a status was not reached.
@@ -161,7 +163,7 @@ def run(
     rows = [{"group": x.group, "label": x.label, **asdict(x)} for x in chosen]
 
     def left() -> float:
-        return limits.seconds - LEAST_S - (time.monotonic() - begin)
+        return 0 if ended else limits.seconds - LEAST_S - (time.monotonic() - begin)
 
     with tempfile.TemporaryDirectory(prefix="tune-") as temporary:
         folder, processes = Path(temporary), list[Process]()

@@ -264,9 +264,13 @@ def plan(processors: int = 132) -> list[Candidate]:
 
     sparse, cross = "block_sparse_attention", "cross_attention"
     three = ("forward", "grad_query", "grad_key")
+    # Beside each case those that take the same tile with more loads, which it must leave room for.
     attention(sparse, "n785-bf16", ATTENTION, *three)
+    attention(sparse, "n1569-bf16-saliency", ATTENTION, "forward")
     losses("info_nce", "b4096-d256-bf16", STATISTICS, GRADIENT)
+    add("info_nce", "b4096-d256-bf16-ids", "forward_backward", "backward", GRADIENT)
     attention(cross, "n1569-bf16", CROSS, "forward", "grad")
+    attention(cross, "n1569-bf16-masked", CROSS, "forward", "grad")
     attention(sparse, "n1569-bf16-bias", BIASED, *three)
     taught = ("queue_info_nce", "b32-q65536-bf16-teacher", "forward_backward", "taught_queue")
     add(*taught, QUEUE)

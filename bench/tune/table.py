@@ -79,28 +79,39 @@ def _key(found: Mapping[str, Any]) -> tile_table.Key:
     return tile_table.key(found["table"], found["pass"], found["dtype"], found["shape"])
 
 
+def kept(path: Path, arch: int, where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a file that there may be, if it is of the same architecture and `where`."""
+    try:
+        tile_table.read(path, arch)
+        old = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    same = all(old[name] == value for name, value in where.items())
+    return list(old["entries"]) if same else []
+
+
 def document(
-    rows: Sequence[Mapping[str, Any]], arch: int, where: Mapping[str, Any], path: Path
+    rows: Sequence[Mapping[str, Any]],
+    arch: int,
+    where: Mapping[str, Any],
+    old: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The table of what was timed, with what a file has of other classes, if it is of one kind.
+    """The table of what was timed.
 
     Args:
         rows: see `bench.tune.parent.run`.
         arch: the architecture.
         where: "device" and "versions".
-        path: the file that there may be.
+        old: entries that stay where their class was not tried, or not to the end without a better.
     """
-    decided = classes(rows)
-    entries = [x for x in map(entry, decided.values()) if x]
-    try:
-        tile_table.read(path, arch)
-        old = json.loads(path.read_text())
-    except (OSError, ValueError):
-        old = {}
-    if all(old.get(name) == value for name, value in where.items()):
-        entries += [x for x in old["entries"] if _key(x) not in decided]
+    entries = {_key(x): x for x in old}
+    for key, found in classes(rows).items():
+        if best := entry(found):
+            entries[key] = best
+        elif all("status" in x for x in found):
+            entries.pop(key, None)
     made = {"schema": tile_table.SCHEMA, "architecture": tile_table.architecture(arch)}
-    made |= {**where, "entries": entries}
+    made |= {**where, "entries": list(entries.values())}
     tile_table.check(made, arch)
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_the_limit_ends_what_hangs(tmp_path: Path) -> None:
     assert "2 not reached" in table.summary(rows)
 
 
+def test_a_signal_ends_a_run(tmp_path: Path) -> None:
+    ended: list[int] = []
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    chosen = [TILED, replace(TILED, plant="hang", case="n2")]
+    limits = parent.Limits(seconds=600, jobs=0, quiet=600)
+    command = [sys.executable, str(script)]
+    rows = parent.run(
+        chosen, command, limits, tmp_path / "log", lambda rows: ended.append(15), ended
+    )
+    assert rows[0]["status"] == "ok" and "status" not in rows[1]
+
+
 def row(
     ms: float, today: float | None = 1.0, rows: int = 64, case: str = "n1-bf16", **more: Any
 ) -> dict[str, Any]:
@@ -169,9 +183,9 @@ def row(
     ],
 )
 def test_only_what_is_right_and_faster_gets_in(
-    rows: list[dict[str, Any]], wanted: int | None, tmp_path: Path
+    rows: list[dict[str, Any]], wanted: int | None
 ) -> None:
-    made = table.document(rows, 90, {"device": "a GPU", "versions": {}}, tmp_path / "none.json")
+    made = table.document(rows, 90, {"device": "a GPU", "versions": {}}, [])
     assert [x["tile"]["rows"] for x in made["entries"]] == ([wanted] if wanted else [])
 
 
@@ -180,16 +194,23 @@ def test_a_second_run_keeps_what_it_did_not_try(tmp_path: Path) -> None:
     other = row(0.5)
     other["entry"] = other["entry"] | {"pass": "sample"}
     other |= {"which": "sample", "group": "another"}
-    table.write_whole(path, table.render(table.document([row(0.5), other], 90, where, path)))
+    first = table.document([row(0.5), other], 90, where, table.kept(path, 90, where))
+    table.write_whole(path, table.render(first))
     assert len(tile_table.read(path, 90)) == 2
-    again = table.document([row(1.5)], 90, where, path)
-    assert [x["pass"] for x in again["entries"]] == ["sample"]
-    assert len(table.document([row(0.9)], 90, where, path)["entries"]) == 2
-    elsewhere = table.document([row(1.5)], 90, where | {"device": "another"}, path)
-    assert elsewhere["entries"] == []
-    path.write_text("{")
-    assert len(table.document([row(0.9)], 90, where, path)["entries"]) == 1
     assert [x.name for x in tmp_path.iterdir()] == ["sm_90.json"]
+    old = table.kept(path, 90, where)
+
+    def passes(*rows: dict[str, Any]) -> list[str]:
+        return [x["pass"] for x in table.document(rows, 90, where, old)["entries"]]
+
+    assert passes(row(1.5)) == ["sample"]
+    assert passes(row(0.9)) == ["ranks", "sample"]
+    unreached = {k: v for k, v in row(1.5, rows=128).items() if k not in ("status", "entry")}
+    assert passes(row(1.5), unreached) == ["ranks", "sample"]
+    assert table.kept(path, 90, where | {"device": "another"}) == []
+    assert table.kept(path, 80, where) == []
+    path.write_text("{")
+    assert table.kept(path, 90, where) == []
 
 
 def test_the_interpreter_takes_what_was_tuned_on_it(
@@ -224,28 +245,47 @@ def test_the_interpreter_takes_what_was_tuned_on_it(
         tile_table.in_use.cache_clear()
 
 
-def test_an_end_leaves_no_process_behind(tmp_path: Path) -> None:
-    words = ["--toy", "--only", "hang", "--out", str(tmp_path / "x.json")]
-    words += ["--record", str(tmp_path)]
-    code = f"""
-import dataclasses, sys
-from bench.tune import __main__ as program, plan
-hang = next(x for x in plan.toys() if x.plant == "hang")
-plan.toys = lambda: [dataclasses.replace(hang, op="hang")]
-sys.exit(program.main({words!r}))
-"""
+def test_a_signal_ends_a_run_that_says_what_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(chosen: list[plan.Candidate], *given: Any) -> list[dict[str, Any]]:
+        known, ended = given[-2:]
+        rows = [row(0.5, case="n1"), *({"label": "", **vars(x), "group": ""} for x in chosen)]
+        known(rows)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+        return rows
+
+    monkeypatch.setattr(parent, "run", run)
+    before, out = signal.getsignal(signal.SIGTERM), tmp_path / "x.json"
+    words = ["--toy", "--only", "ranks", "--out", str(out), "--record", str(tmp_path)]
+    assert program.main(words) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "1 tile in" in capsys.readouterr().out and len(tile_table.read(out, 0)) == 1
+
+
+def test_a_process_does_not_outlive_who_watches_it(tmp_path: Path) -> None:
+    work, report = tmp_path / "work", tmp_path / "report"
+    hang = [{"id": 0, "candidate": vars(replace(TILED, plant="hang")), "alone": False}]
+    work.write_text(json.dumps(hang))
+    words = ["-m", "bench.tune", "--toy", "--child", "time", str(work), str(report)]
+    code = f"import subprocess, sys; subprocess.run([sys.executable, *{words}])"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while not (started := started_children(process.pid)):
+    while not (report.exists() and "start" in report.read_text()):
         assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert not any(Path(f"/proc/{x}").exists() for x in started)
-    assert "1 not reached" in (tmp_path / "tune.txt").read_text()
+        time.sleep(0.05)
+    (started,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    while lives(started):  # a test that hangs has failed
+        time.sleep(0.05)
 
 
-def started_children(pid: int) -> list[int]:
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_command_plans_and_refuses(
