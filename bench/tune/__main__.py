@@ -48,16 +48,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune
     if not chosen:
         parser.error(f"--only: no group has {arguments.only!r}; see --dry-run")
     if arguments.dry_run:
-        for candidate in chosen:
-            print(f"{candidate.group:60} {candidate.label}")
-        kernels, jobs = len({x.binary for x in chosen}), max(arguments.jobs, 1)
-        print(f"{len(chosen)} candidates, {kernels} to compile by {jobs} processes: about "
-              f"{plan.minutes(chosen, jobs):.0f} minutes, of which --minutes allows "
-              f"{arguments.minutes:g}")  # fmt: skip
+        _print(chosen, arguments)
         return 0
     if not gpu and not arguments.toy:
         parser.error("there is no GPU here; --toy rehearses, --dry-run plans")
-    out = arguments.out or tile_table.user_file(arch)
+    out = (arguments.out or tile_table.user_file(arch)).absolute()
     if out.suffix != ".json":
         out /= f"{tile_table.architecture(arch)}.json"
     try:
@@ -65,35 +60,53 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune
         record = output_folder(arguments.record, "--record")
     except ValueError as error:
         parser.error(str(error))
-    command = [sys.executable, "-m", "bench.tune", "--budget", str(arguments.budget)]
-    command += [*(["--toy"] * arguments.toy), "--child"]
-    limits = parent.Limits(
-        seconds=60 * arguments.minutes,
-        warm_share=arguments.warm_share,
-        jobs=0 if arguments.toy else arguments.jobs,
-        quiet=arguments.quiet,
-    )
     head = {**where, "argv": list(sys.argv[1:] if argv is None else argv)}
     old = table.kept(out, arch, where)
 
-    def known(rows: list[dict[str, Any]]) -> None:
+    def known(rows: list[dict[str, Any]]) -> int:
+        """Write what is known by now; the number of tiles."""
         text = json.dumps({**head, "results": rows}, indent=1)
         table.write_whole(record / "tune.json", text)
         table.write_whole(record / "tune.txt", table.summary(rows) + "\n")
         made = table.document(rows, arch, where, old)
-        if made["entries"] or out.exists():
+        if made["entries"] or old:
             table.write_whole(out, table.render(made))
+        return len(made["entries"])
 
     with _signals() as ended:
-        rows = parent.run(chosen, command, limits, record / "tune.log", known, ended)
+        log = record / "tune.log"
+        rows = parent.run(chosen, *_how(arguments), log=log, known=known, ended=ended)
     print(table.summary(rows))
-    print(_conclusion(out, arch, sum("status" not in x for x in rows)))
+    if missing := sum("status" not in x for x in rows):
+        print(f"{missing} candidates were not reached: more --minutes")
+    print(_conclusion(known(rows), out, arch))
     if ended:
         return 128 + ended[0]
     if any(x.get("status") == "ok" for x in rows):
         return 0
-    print(f"nothing could be timed: {record / 'tune.log'} has what was said", file=sys.stderr)
+    print(f"nothing could be timed: {log} has what was said", file=sys.stderr)
     return 1
+
+
+def _print(chosen: Sequence[plan.Candidate], arguments: argparse.Namespace) -> None:
+    for candidate in chosen:
+        print(f"{candidate.group:60} {candidate.label}")
+    kernels = len({x.binary for x in chosen})
+    print(f"{len(chosen)} candidates, {kernels} to compile by {arguments.jobs} processes: about "
+          f"{plan.minutes(chosen, arguments.jobs):.0f} minutes, of which --minutes allows "
+          f"{arguments.minutes:g}")  # fmt: skip
+
+
+def _how(arguments: argparse.Namespace) -> tuple[list[str], parent.Limits]:
+    """The command of a child, and what a run may take."""
+    command = [sys.executable, "-m", "bench.tune", "--budget", str(arguments.budget)]
+    command += [*(["--toy"] * arguments.toy), "--child"]
+    return command, parent.Limits(
+        seconds=60 * arguments.minutes,
+        warm_share=arguments.warm_share,
+        jobs=0 if arguments.toy else arguments.jobs,  # the interpreter compiles nothing
+        quiet=arguments.quiet,
+    )
 
 
 @contextmanager
@@ -119,13 +132,11 @@ def _where(gpu: bool) -> tuple[int, int, dict[str, Any]]:
     return found.multi_processor_count, arch, {"device": found.name, "versions": versions}
 
 
-def _conclusion(out: Path, arch: int, missing: int) -> str:
-    text = f"{missing} candidates were not reached: more --minutes; " if missing else ""
-    if not out.exists():
-        return f"{text}no tile was faster beyond noise: no table was written"
-    count = len(tile_table.read(out, arch))
-    text += f"{count} tile{'s' * (count != 1)} in {out}"
-    if "SVITT_TILES" in os.environ or out != tile_table.user_file(arch):
+def _conclusion(count: int, out: Path, arch: int) -> str:
+    if not count:
+        return "no tile was faster beyond noise"
+    text = f"{count} tile{'s' * (count != 1)} in {out}"
+    if "SVITT_TILES" in os.environ or out != tile_table.user_file(arch).absolute():
         return f"{text}; used where SVITT_TILES={out}"
     return f"{text}; used from now on"
 
@@ -144,8 +155,8 @@ def _parse(
         f" {tile_table.user_file(0).parent}/ARCHITECTURE.json)")  # fmt: skip
     add("--record", type=expand, default=parent.ROOT / "build" / "tune", metavar="FOLDER",
         help="all times, and what was printed (default: build/tune)")  # fmt: skip
-    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile"
-        " (default: one a core)")  # fmt: skip
+    add("--jobs", type=int, default=min(os.cpu_count() or 1, 16), metavar="N",
+        help="processes that compile (default: one a core, up to 16)")  # fmt: skip
     add("--warm-share", type=float, default=0.55, metavar="SHARE",
         help="of the time to compile in (default: %(default)g)")  # fmt: skip
     add("--budget", type=float, default=0.15, metavar="SECONDS",

@@ -142,7 +142,7 @@ def run(
     command: Sequence[str],
     limits: Limits,
     log: Path,
-    known: Callable[[list[dict[str, Any]]], None],
+    known: Callable[[list[dict[str, Any]]], object],
     ended: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """Compile, check and time candidates.
@@ -198,7 +198,8 @@ def run(
             while any(x.busy for x in processes) and left() > until:
                 for row in [x for worker in processes for x in worker.poll()]:
                     ran += row["status"] == "ran"
-                    if row["status"] == "failed":
+                    # Alone on the GPU there may be memory enough.
+                    if row["status"] == "failed" and "out of memory" not in row["reason"]:
                         broken[chosen[row["id"]].binary] = row["reason"]
                 time.sleep(0.1)
             late = {candidate.binary for worker in processes for _, candidate in worker.left}

@@ -96,6 +96,9 @@ with open(report, "a", buffering=1) as lines:
         if plant == "half":
             os.write(lines.fileno(), b'{"event": "done", "id"')
             os._exit(-9)
+        if plant == "memory" and mode == "warm":
+            say(event="done", id=given["id"], status="failed", reason="CUDA error: out of memory")
+            continue
         say(event="done", id=given["id"], status="ok", ms=1.0, alone=given["alone"])
 """
 
@@ -122,9 +125,10 @@ def test_failures_cost_no_more_than_themselves(tmp_path: Path) -> None:
 
 
 def test_what_fails_while_it_is_compiled_is_not_timed(tmp_path: Path) -> None:
-    chosen = [replace(CANDIDATE, plant="exit"), TILED, replace(TILED, plant="exit")]
+    chosen = [replace(CANDIDATE, plant="exit"), TILED]
+    chosen += [replace(TILED, plant="exit"), replace(TILED, plant="memory")]
     rows = drive(tmp_path, chosen, jobs=2)
-    assert [x["status"] for x in rows] == ["failed", "ok", "failed"]
+    assert [x["status"] for x in rows] == ["failed", "ok", "failed", "ok"]
     assert rows[1]["alone"] is True  # not beside today's tile
 
 
@@ -248,8 +252,8 @@ def test_the_interpreter_takes_what_was_tuned_on_it(
 def test_a_signal_ends_a_run_that_says_what_it_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(chosen: list[plan.Candidate], *given: Any) -> list[dict[str, Any]]:
-        known, ended = given[-2:]
+    def run(chosen: list[plan.Candidate], *_: Any, **given: Any) -> list[dict[str, Any]]:
+        known, ended = given["known"], given["ended"]
         rows = [row(0.5, case="n1"), *({"label": "", **vars(x), "group": ""} for x in chosen)]
         known(rows)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -259,6 +263,7 @@ def test_a_signal_ends_a_run_that_says_what_it_knows(
     monkeypatch.setattr(parent, "run", run)
     before, out = signal.getsignal(signal.SIGTERM), tmp_path / "x.json"
     words = ["--toy", "--only", "ranks", "--out", str(out), "--record", str(tmp_path)]
+    out.write_text("another's")
     assert program.main(words) == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert "1 tile in" in capsys.readouterr().out and len(tile_table.read(out, 0)) == 1
