@@ -197,4 +197,4 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def _line(path: str | Path, error: Exception) -> str:
-    return f"{path}: {getattr(error, 'strerror', None) or error}"
+    return " ".join(f"{path}: {getattr(error, 'strerror', None) or error}".split())[:400]

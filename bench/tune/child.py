@@ -204,7 +204,8 @@ def child(mode: str, work: Path, report: Path, toy: bool, budget_s: float) -> No
                 row = bench.warm(candidate) if mode == "warm" else bench.timed(candidate, alone)
             except Exception as error:
                 row = {"status": "failed", "reason": explain(error)}
-                bench.key = None
+                if "out of memory" in row["reason"]:
+                    bench.key = None  # what is there may be half of it
                 try:
                     bench.wait()
                 except Exception:

@@ -120,7 +120,7 @@ Change = Callable[[dict[str, Any]], None]
 REFUSED: dict[str, tuple[Change, str]] = {
     "schema": (lambda x: x.update(schema=2), "schema must be 1, got 2"),
     "architecture": (lambda x: x.update(architecture="sm_80"), "must be 'sm_90', got 'sm_80'"),
-    "unknown field": (lambda x: x.update(notes=1), "table must have schema, "),
+    "unknown field": (lambda x: x.update({"a\nnote": 1}), "table must have schema, "),
     "entries": (lambda x: x.update(entries={}), "entries must be a list"),
     "entry": (lambda x: x["entries"].append(1), "entries[3]: entry must have table, "),
     "twice": (lambda x: x["entries"].append(x["entries"][0]), "entries[3]: the same as"),
