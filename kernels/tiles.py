@@ -8,6 +8,7 @@ configuration without a GPU.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -222,12 +223,16 @@ class ContrastTile:
         return cdiv(steps, each), each
 
 
+ROW_CLASSES = (0, 128, 512, 2048, 8192)
+"""The fewest rows of each class of a table: tiles are tuned for one size of each."""
+
+
 def contrast_tile(
     which: ContrastPass, dim: int, rows: int, dtype: torch.dtype, arch: int
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side."""
     tile = _contrast_tile(which.removeprefix("sigmoid_"), dim, rows, dtype, arch)
-    least = max(x for x in (0, 128, 512, 2048, 8192) if x <= rows)
+    least = ROW_CLASSES[bisect_right(ROW_CLASSES, rows) - 1]
     return tuned(tile, "contrast", which, dtype, arch, dim=dim, rows=least)
 
 
