@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench.tune
     if out.suffix != ".json":
         out /= f"{tile_table.architecture(arch)}.json"
     try:
-        output_file(out, "--out")
         record = output_folder(arguments.record, "--record")
+        output_file(out, "--out")
     except ValueError as error:
         parser.error(str(error))
     head = {**where, "argv": list(sys.argv[1:] if argv is None else argv)}

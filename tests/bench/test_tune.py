@@ -299,6 +299,7 @@ def test_the_command_plans_and_refuses(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "bench.tune.__main__")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nobody's own
     assert cli.main(["tune", "--dry-run", "--only", "ranks n1000", "--jobs", "16"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 14 and last.startswith("14 candidates, 14 to compile by 16 processes: ")
