@@ -156,7 +156,7 @@ def explain(error: Exception, command: str | None = None) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").partition(".")[0] in ("svitt_ops", "svitt_cli", "torch"):
             return None
-        extra = "bench" if command == "bench" else "train"
+        extra = "bench" if command in ("bench", "tune") else "train"
         return f"needs {error.name}, of the extra `{extra}`: {INSTALL.format(extra=extra)}"
     if isinstance(error, ImportError) and error.name is None:
         return text  # said by a library that looked for another
@@ -226,8 +226,8 @@ def _abandon_stdout() -> None:
 def _parse(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
     parser = _parser()
     _, rest = parser.parse_known_args(argv, arguments)
-    if arguments.command == "bench":
-        arguments.rest = rest  # the benchmark has a parser of its own
+    if arguments.command in ("bench", "tune"):
+        arguments.rest = rest  # the benchmark's programs have parsers of their own
     elif rest and hasattr(arguments, "overrides") and not any(x.startswith("-") for x in rest):
         arguments.overrides += rest  # after an option that follows others
     elif getattr(arguments, "query", "") is None and len(rest) == 1 and rest[0][:1] != "-":
@@ -459,6 +459,10 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser(
         "bench", add_help=False, help="measure the kernels and the training step, against peers"
+    )
+
+    commands.add_parser(
+        "tune", add_help=False, help="find the GPU kernels' tiles that are fastest on your GPU"
     )
 
     info = commands.add_parser("info", help="versions, devices, what was built, what will run")

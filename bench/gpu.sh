@@ -2,8 +2,10 @@
 # Build, test and benchmark on a machine with a GPU and no network, with the torch that is installed.
 #   bench/gpu.sh [FOLDER]     results go to $OUT, else to FOLDER, else to build/gpu
 #   STEPS="build tests" LIMIT=600 bench/gpu.sh; STEPS=bench BENCH_OPS=info_nce bench/gpu.sh
-# Steps: build, info, tests, bench; LIMIT: seconds for all of them, to be less than the machine lends.
-# WORKERS of the tests, PYTHON, TEST_ARGS and BENCH_ARGS can be set.
+#   STEPS="build tune" LIMIT=1500 bench/gpu.sh     a table of tiles: results/tiles/ARCHITECTURE.json
+# Steps: build, info, tests, bench, and tune, which is also `bench/gpu.sh tune`; LIMIT: seconds for
+# all of them, to be less than the machine lends.
+# WORKERS of the tests, PYTHON, TEST_ARGS, BENCH_ARGS and TUNE_ARGS can be set.
 #
 # Some machines bring back few files, and end a command without notice: so there are three files,
 # written anew after each step, and each op is measured by a process of its own, since a fault on a
@@ -14,17 +16,19 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
+[[ ${1:-} == tune ]] && STEPS=${STEPS:-build info tune} && shift
 OUT=${OUT:-${1:-build/gpu}}
 STEPS=${STEPS:-build info tests bench}
 LIMIT=${LIMIT:-3600}
 WORKERS=${WORKERS:-$(($(nproc) * 3 / 4 + 1))}
-mkdir -p "$OUT"
-work=$(mktemp -d)
-mkdir "$work/logs" "$work/results"
 summary=$OUT/summary.txt
-: > "$summary"
+mkdir -p "$OUT" && : > "$summary" && work=$(mktemp -d) && mkdir "$work/logs" "$work/results" || exit 2
 failed=0
 child=
+# What of a log is told in the summary: of info, tests, bench and tune.
+TELLING='^  (nvcc|triton|sm_[0-9]+) |^  cuda +not |^  cuda:|^=+ .*(passed|failed|error|skipped|deselected)'
+TELLING+='|^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:'
+TELLING+='|: today |beside .* faster |tiles? in |no tile was faster'
 
 say() { echo "$@" | tee -a "$summary"; }
 
@@ -32,12 +36,12 @@ pack() { # what there is by now; a reader never meets half an archive
   local name
   for name in logs results; do
     tar -czf "$OUT/$name.part" -C "$work" --exclude='*.part' "$name" &&
-      mv "$OUT/$name.part" "$OUT/$name.tar.gz"
+      mv "$OUT/$name.part" "$OUT/$name.tar.gz" || rm -f "$OUT/$name.part"
   done
 }
 
 step() { # name, command...
-  local name=$1 begin=$SECONDS left=$((LIMIT - SECONDS)) status=124
+  local name=$1 begin=$SECONDS left=$((LIMIT - SECONDS)) status=124 took
   shift
   echo "== $name: $*"
   if ((left > 0)); then
@@ -48,14 +52,20 @@ step() { # name, command...
     child=
     tail -n 15 "$work/logs/$name.log"
   fi
+  took=$((SECONDS - begin))
   case $status in
-    0) say "== $name: passed in $((SECONDS - begin)) s" ;;
-    124 | 137) say "== $name: FAILED, over the limit after $((SECONDS - begin)) s" ;;
-    *) say "== $name: FAILED with status $status after $((SECONDS - begin)) s" ;;
+    0) say "== $name: passed in $took s" ;;
+    137) # of `timeout`, or from outside, as where memory is at its end
+      say "== $name: FAILED, $( ((took < left)) && echo 'killed, perhaps for want of memory,' || echo over the limit) after $took s"
+      ;;
+    124) say "== $name: FAILED, over the limit after $took s" ;;
+    *) say "== $name: FAILED with status $status after $took s" ;;
   esac
+  if [[ -e $work/logs/$name.log ]]; then
+    grep -hE "$TELLING" "$work/logs/$name.log" >> "$summary"
+    ((status)) && tail -n 4 "$work/logs/$name.log" | cut -c 1-300 | sed 's/^/   | /' >> "$summary"
+  fi
   ((status)) && failed=1
-  grep -hE '^=+ .*(passed|failed|error|skipped|deselected)|^[nbt][0-9]+.* svitt_ops |^(step|tower)-.* (hybrid|dense)|^FAILED|red:' \
-    "$work/logs/$name.log" >> "$summary"
   pack
 }
 
@@ -83,6 +93,12 @@ for name in $STEPS; do
         # shellcheck disable=SC2086
         step "bench-$op" "$PYTHON" -m bench --op "$op" --out "$work/results" ${BENCH_ARGS:-}
       done
+      ;;
+    tune)
+      minutes=$(((LIMIT - SECONDS - 30) / 60))
+      # shellcheck disable=SC2086
+      step tune "$PYTHON" -m bench.tune --minutes "$((minutes > 0 ? minutes : 1))" \
+        --out "$work/results/tiles" --record "$work/results/tune" ${TUNE_ARGS:-}
       ;;
     *) say "== $name: FAILED, no such step" && failed=1 ;;
   esac

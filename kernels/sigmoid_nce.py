@@ -190,9 +190,9 @@ def sigmoid_nce(
     grad_query = query.new_empty(queries if gradients else 0, dim, **new)
     grad_key = query.new_empty(keys if gradients else 0, dim, **new)
     loss, grad_temperature, grad_bias = (query.new_empty((), **new) for _ in range(3))
-    passes: tuple[ContrastPass, ContrastPass] = ("forward", "backward")
+    passes: tuple[ContrastPass, ContrastPass] = ("sigmoid_forward", "sigmoid_backward")
     if query_ids is not None:
-        passes = ("forward_ids", "backward_ids")
+        passes = ("sigmoid_forward_ids", "sigmoid_backward_ids")
     which = passes[gradients]
     tile = contrast_tile(which, dim, max(queries, keys), query.dtype, device_arch(query.device))
     sides, slices = (2, cdiv(dim, tile.slice)) if gradients else (1, 1)

@@ -1,20 +1,24 @@
 """Tile tables: how large a tile each kernel works on, and with how many warps and pipeline stages.
 
-The tables are explicit and depend on shapes, dtype and architecture alone. Nothing is tuned at run
-time: a result never depends on what ran before, the first call costs one compilation, and
-`compile_check` can visit every configuration without a GPU.
+The tables are explicit and depend on shapes, dtype and architecture alone; a file that `svitt tune`
+wrote stands before them (`tile_table`). Nothing is tuned at run time: a result never depends on
+what ran before, the first call costs one compilation, and `compile_check` can visit every
+configuration without a GPU.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
-Pass = Literal["forward", "grad_query", "grad_key"]
-CrossPass = Literal["forward", "saliency", "grad", "grad_key"]
+from . import tile_table
+from .tile_table import ContrastPass, CrossPass, Pass
+
+Tile = TypeVar("Tile", "AttentionTile", "ContrastTile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,13 @@ def device_arch(device: torch.device) -> int:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device current, since that is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def tuned(tile: Tile, table: str, which: str, dtype: torch.dtype, arch: int, **shape: int) -> Tile:
+    """The tile that the table in use has for a shape class; where it has none, the one given."""
+    _, found = tile_table.in_use(arch)
+    fields = found and found.get(tile_table.key(table, which, str(dtype)[6:], shape))
+    return replace(tile, **fields) if fields else tile
 
 
 def attention_tile(
@@ -129,9 +140,13 @@ def attention_tile(
         num_warps = 8 if rows == 64 or dim > 128 else 4
         # Indirect loads are pipelined from three stages on; here that would spill.
         num_stages = 2 if dim > 128 and biased else 3
-    return AttentionTile(
+    tile = AttentionTile(
         rows=rows, columns=columns, head_dim=dim, num_warps=num_warps, num_stages=num_stages,
         max_registers=max_registers,
+    )  # fmt: skip
+    return tuned(
+        tile, "attention", which, dtype, arch, head_dim=head_dim, block_size=block_size,
+        globals=min(num_global, 2), biased=biased,
     )  # fmt: skip
 
 
@@ -163,9 +178,13 @@ def cross_tile(
             # Rows that are not aligned to 16 bytes take several times the pointers.
             rows, columns = min(rows, 32 if dim <= 128 else 16), 16
             num_stages = 2 if dim <= 128 else 1
-    return AttentionTile(
+    tile = AttentionTile(
         rows=rows, columns=columns, head_dim=dim, num_warps=num_warps, num_stages=num_stages
     )
+    return tuned(
+        tile, "cross", which, dtype, arch, head_dim=head_dim,
+        queries=min(max(16, next_pow2(num_queries)), 128),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,23 +223,21 @@ class ContrastTile:
         return cdiv(steps, each), each
 
 
-ContrastPass = Literal[
-    "forward",
-    "forward_ids",
-    "backward",
-    "backward_ids",
-    "ranks",
-    "sample",
-    "queue",
-    "taught_queue",
-    "combine",
-]
+ROW_CLASSES = (0, 128, 512, 2048, 8192)
+"""The fewest rows of each class of a table: tiles are tuned for one size of each."""
 
 
 def contrast_tile(
     which: ContrastPass, dim: int, rows: int, dtype: torch.dtype, arch: int
 ) -> ContrastTile:
-    """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side.
+    """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side."""
+    tile = _contrast_tile(which.removeprefix("sigmoid_"), dim, rows, dtype, arch)
+    least = ROW_CLASSES[bisect_right(ROW_CLASSES, rows) - 1]
+    return tuned(tile, "contrast", which, dtype, arch, dim=dim, rows=least)
+
+
+def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: int) -> ContrastTile:
+    """The tile where no table has one.
 
     On sm_90 a program holds all dims of its rows: the other side's are read once, by a pipeline
     that does not drain between tiles. A warp owns whole rows of a tile of 16 rows a warp, so that

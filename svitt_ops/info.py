@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +19,7 @@ from svitt_ops import _extension, _library
 
 def collect() -> dict[str, Any]:
     """Everything that `svitt info` says, as plain data."""
-    status = _extension.status()
+    status, gpus = _extension.status(), _gpus()
     return {
         "versions": {
             "svitt_ops": svitt_ops.__version__,
@@ -34,8 +35,9 @@ def collect() -> dict[str, Any]:
                 "threads": torch.get_num_threads(),
                 "capability": _capability(),
             },
-            "cuda": _gpus(),
+            "cuda": gpus,
         },
+        "tiles": _tiles(sorted({int(gpu["sm"]) for gpu in gpus} or {0})),
         "extensions": {
             "cpu": {"path": status.cpu_path, "reason": status.cpu_reason},
             "cuda": {"path": status.cuda_path, "reason": status.cuda_reason},
@@ -57,6 +59,9 @@ def render(facts: dict[str, Any]) -> str:
         rows.append(("devices", f"cuda:{gpu['index']}", text))
     if not facts["devices"]["cuda"]:
         rows.append(("devices", "cuda", "none"))
+    for name, tiles in facts["tiles"].items():
+        tuned = f"{tiles['tuned']} tuned, {tiles['table']}" if tiles["tuned"] else tiles["table"]
+        rows.append(("tiles", name, tuned))
     for name, extension in facts["extensions"].items():
         rows.append(("extensions", name, extension["reason"] or extension["path"]))
     for op, choices in facts["ops"].items():
@@ -71,6 +76,24 @@ def render(facts: dict[str, Any]) -> str:
             heading = section
         lines.append(f"  {name:<10} {text}")
     return "\n".join(lines)
+
+
+def _tiles(architectures: list[int]) -> dict[str, dict[str, Any]]:
+    """Which table of tiles the Triton kernels of each architecture take, and how many it has."""
+    try:
+        from svitt_ops.kernels import tile_table
+    except ModuleNotFoundError:  # a part of an installation
+        return {}
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the words say it too
+        for arch in architectures:
+            try:
+                table, tiles = tile_table.in_use(arch)
+            except ValueError as error:
+                table, tiles = f"none can run: {error}", {}
+            found[tile_table.architecture(arch)] = {"table": table, "tuned": len(tiles)}
+    return found
 
 
 def _cpu_choice(op: str) -> dict[str, str | None]:

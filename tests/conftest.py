@@ -14,6 +14,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
+# Nobody's own table of tiles; one that is named is tested.
+os.environ.setdefault("SVITT_TILES", "")
 # Inductor's cache knows nothing of ATEN_CPU_CAPABILITY: it hands out code of another run's vectors.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 # Beside other workers of pytest-xdist, one thread each.

@@ -31,6 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": platform.system(),
         "versions": facts["versions"],
         "ops": facts["ops"],
+        "tuned_tiles": {name: x["tuned"] for name, x in facts["tiles"].items()},
         "extensions": extension_digests(),
         **_source(),
     }

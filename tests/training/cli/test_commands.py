@@ -22,7 +22,16 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("demo", "pretrain", "evaluate", "visualize", "sparsity", "bench", "info"):
+    for command in (
+        "demo",
+        "pretrain",
+        "evaluate",
+        "visualize",
+        "sparsity",
+        "bench",
+        "tune",
+        "info",
+    ):
         assert command in text
     for command in (["demo"], ["pretrain"], ["evaluate", "retrieval"], ["visualize"], ["sparsity"]):
         with pytest.raises(SystemExit):
@@ -75,6 +84,8 @@ def test_bench_without_a_checkout_says_so(
     monkeypatch.setattr("svitt_ops.__file__", str(tmp_path / "svitt_ops" / "__init__.py"))
     assert cli.main(["bench", "--quick"]) == 2
     assert "make bench BENCH_ARGS=--quick" in capsys.readouterr().err
+    assert cli.main(["tune", "--dry-run"]) == 2
+    assert "svitt tune: runs from a checkout" in capsys.readouterr().err
 
 
 def test_unknown_arguments_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
