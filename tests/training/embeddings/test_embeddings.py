@@ -56,7 +56,7 @@ def store(path: Path, rows: Tensor, names: list[str] | None = None) -> Embedding
 
 
 def test_a_file_comes_back(tmp_path: Path) -> None:
-    names = ["a\nb.mp4", "", "ä 猫.mp4", "caf\udce9.mp4"]
+    names = ["a\nb.mp4", "", "ä 猫.mp4", "clip\udce9.mp4"]
     rows = torch.randn(4, 3)
     found = store(tmp_path / "e.safetensors", rows, names)
     assert found.names == names and len(found) == 4 and found.identity == IDENTITY
