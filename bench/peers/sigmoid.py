@@ -23,8 +23,8 @@ def providers() -> list[Provider]:
 def _pairs(query: Tensor, key: Tensor, temperature: Tensor, bias: Tensor, first: int) -> Tensor:
     """Summed losses with keys of which the one at i belongs to query ``first + i``."""
     logits = query @ key.T / temperature.to(query.dtype) + bias.to(query.dtype)
-    labels = -torch.ones_like(logits)
-    labels[first : first + len(key)].fill_diagonal_(1)
+    queries, keys = (torch.arange(len(x), device=x.device) for x in (query, key))
+    labels = 2 * (queries[:, None] == first + keys).to(logits.dtype) - 1
     return -F.logsigmoid(labels * logits).sum()
 
 
