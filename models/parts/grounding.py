@@ -56,7 +56,11 @@ def keep_attention(module: CrossAttention | BlockSparseSelfAttention) -> Iterato
     maps: list[Tensor] = []
 
     def attend(tokens: Tensor, context: object = None, **options: object) -> Tensor:
-        source = context if isinstance(context, Tensor) else tokens
+        source, rows = (
+            context if isinstance(context, Tensor) else tokens,
+            options.get("context_rows"),
+        )
+        source = source[rows] if isinstance(rows, Tensor) else source
         query, key, value = (
             split_heads(project(x), module.num_heads)
             for project, x in (
