@@ -157,6 +157,7 @@ class BlockSparseSelfAttention(nn.Module):
             ``(batch, num_tokens)``.
         """
         _check_tokens("BlockSparseSelfAttention", "tokens", tokens, self.query.in_features)
+        (tokens,) = _validation.autocast(tokens)  # once for all projections
         query, key, value = (
             split_heads(project(tokens), self.num_heads)
             for project in (self.query, self.key, self.value)
@@ -262,7 +263,9 @@ class CrossAttention(nn.Module):
         """
         _check_tokens("CrossAttention", "tokens", tokens, self.query.in_features)
         _check_tokens("CrossAttention", "context", context, self.key.in_features)
-        key, value = self.key(context), self.value(context)
+        (source,) = _validation.autocast(context)  # once for all projections
+        tokens = source if tokens is context else tokens
+        key, value = self.key(source), self.value(source)
         if context_rows is not None:
             shape, device = (tokens.shape[0],), tokens.device
             _validation.check_exact(
