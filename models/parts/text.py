@@ -165,6 +165,8 @@ class FusionEncoder(nn.Module):
         """
         config, ignored = self.config, attention_mask == 0
         check_mask(attention_mask, states)
+        if clips is not None and indices is not None:
+            indices = indices.index_select(0, clips)
         generator = None if self.training else eval_generator(config)
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_multimodally and number in config.multimodal_prune_layers
@@ -174,9 +176,7 @@ class FusionEncoder(nn.Module):
             if not prunes:
                 continue
             if clips is not None:  # from here on, every text has its own patches
-                video = video.index_select(0, clips)
-                indices = None if indices is None else indices.index_select(0, clips)
-                clips = None
+                video, clips = video.index_select(0, clips), None
             if scores is None:
                 scores = random_scores(video, generator)
             kept = so.prune_tokens(video, scores[:, 1:], keep_rate=config.multimodal_keep_rate)

@@ -138,8 +138,8 @@ class SCLModel(FusedTowers):
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, frames (1 + n), text_hidden_size)`` of `encode_video`.
             video_indices: ``(batch, n)``, numbers of the patches, carried along.
-            clips: int64 ``(batch,)``, the row of ``video_states`` of each text, where texts share
-                clips; by default its own.
+            clips: int64 ``(batch,)``, the row of the video's arguments of each text, where texts
+                share clips; by default its own.
             frame_size: tokens of a frame in ``video_states``; by default [CLS] and all patches.
             video_type: what says that tokens are a clip's, ``(1, text_hidden_size)``.
         """
@@ -149,6 +149,7 @@ class SCLModel(FusedTowers):
         video = video_states + video_type
         if clips is not None:
             video = video.index_select(0, clips)
+            video_indices = None if video_indices is None else video_indices[clips]
         found: DualStreamOutput = self.fusion(text_states + of_text, attention_mask, video, size)
         found.video_indices = video_indices
         return found

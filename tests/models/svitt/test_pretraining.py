@@ -87,9 +87,8 @@ def test_texts_may_share_clips(
             found.states.square().sum(), list(model.parameters()), retain_graph=True,
             allow_unused=True,
         )  # fmt: skip
-        results.append((found.states, [x for x in grads if x is not None]))
-        if layers:
-            results[-1] += (found.video_indices,)
+        grads = [x for x in grads if x is not None]
+        results.append((found.states, found.video_indices, grads))
     torch.testing.assert_close(*results)
 
 
@@ -116,7 +115,12 @@ def test_masked_texts_have_the_shape_of_the_texts(
 
 def test_masked_loss_of_nothing_is_0(model: SViTTForPreTraining, batch: dict[str, Tensor]) -> None:
     batch["mlm_labels"].fill_(-100)
-    assert model(**batch).loss_mlm == 0
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            output = model(**batch)
+        assert output.loss_mlm == 0
+        output.loss.backward()
+        assert not model.token_head.bias.grad.any()
 
 
 @pytest.mark.parametrize("hard", [True, False])
