@@ -157,6 +157,7 @@ class BlockSparseSelfAttention(nn.Module):
             ``(batch, num_tokens)``.
         """
         _check_tokens("BlockSparseSelfAttention", "tokens", tokens, self.query.in_features)
+        (tokens,) = _validation.autocast(tokens)  # once for all projections
         query, key, value = (
             split_heads(project(tokens), self.num_heads)
             for project in (self.query, self.key, self.value)
@@ -224,18 +225,18 @@ class CrossAttention(nn.Module):
 
     @overload
     def forward(
-        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
-        return_saliency: None = ...,
+        self, tokens: Tensor, context: Tensor, *, context_rows: Tensor | None = ...,
+        key_padding_mask: Tensor | None = ..., return_saliency: None = ...,
     ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
-        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
-        return_saliency: Saliency,
+        self, tokens: Tensor, context: Tensor, *, context_rows: Tensor | None = ...,
+        key_padding_mask: Tensor | None = ..., return_saliency: Saliency,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def forward(
-        self, tokens: Tensor, context: Tensor, *, key_padding_mask: Tensor | None = ...,
-        return_saliency: Saliency | None,
+        self, tokens: Tensor, context: Tensor, *, context_rows: Tensor | None = ...,
+        key_padding_mask: Tensor | None = ..., return_saliency: Saliency | None,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward(
@@ -243,6 +244,7 @@ class CrossAttention(nn.Module):
         tokens: Tensor,
         context: Tensor,
         *,
+        context_rows: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         return_saliency: Saliency | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -250,7 +252,9 @@ class CrossAttention(nn.Module):
 
         Args:
             tokens: queries, ``(batch, queries, dim)``.
-            context: keys and values, ``(batch, keys, context_dim)``.
+            context: keys and values, ``(contexts, keys, context_dim)``.
+            context_rows: int64 ``(batch,)``, the context of each row, projected once for all that
+                share it; by default each has its own.
             key_padding_mask: bool ``(batch, keys)``, True = ignore.
             return_saliency: None, "cls" or "mean", see `svitt_ops.cross_attention`.
 
@@ -259,10 +263,22 @@ class CrossAttention(nn.Module):
         """
         _check_tokens("CrossAttention", "tokens", tokens, self.query.in_features)
         _check_tokens("CrossAttention", "context", context, self.key.in_features)
+        (source,) = _validation.autocast(context)  # once for all projections
+        tokens = source if tokens is context else tokens
+        key, value = self.key(source), self.value(source)
+        if context_rows is not None:
+            shape, device = (tokens.shape[0],), tokens.device
+            _validation.check_exact(
+                "CrossAttention", "context_rows", context_rows, (torch.int64,), (shape,), device
+            )
+            key, value = (x.index_select(0, context_rows) for x in (key, value))
+        query, key, value = (
+            split_heads(x, self.num_heads) for x in (self.query(tokens), key, value)
+        )
         found = cross_attention(
-            split_heads(self.query(tokens), self.num_heads),
-            split_heads(self.key(context), self.num_heads),
-            split_heads(self.value(context), self.num_heads),
+            query,
+            key,
+            value,
             key_padding_mask=key_padding_mask,
             return_saliency=return_saliency,
         )

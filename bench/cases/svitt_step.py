@@ -124,6 +124,17 @@ def _providers(trial: Clips) -> Iterator[Provider]:
             note=note,
             same=role == "ours",
         )
+    # Last: making them takes a step, and the weights that others are proved on must not have moved.
+    for name, change in (("hybrid", {}), ("dense", everything)) if trial.part == "step" else ():
+        yield Provider(
+            name=f"{name}_compiled",
+            role="variant",
+            build=lambda how=(change, "op"): Step(trial, how, compiled=True),  # type: ignore[misc]
+            note=f"{name}, its forward and its backward compiled",
+            compiled=True,
+            quick=False,
+            same=False,
+        )
 
 
 class Clips(Trial):

@@ -25,6 +25,8 @@ STATE_BYTES = 12
 """Bytes per weight: it, and AdamW's two moments."""
 PROOF_TOLERANCE = 1e-4
 """How far fp32 losses and embeddings may be from those of SDPA: rounding, amplified by 1 / 0.07."""
+COMPILED_TOLERANCE = 0.05
+"""How far losses of a compiled step may be from those of the step in bf16: it rounds less often."""
 PROOF_BATCH = 2
 PROOF = "proof"
 
@@ -124,15 +126,33 @@ class Trial:
 
 @dataclass
 class Step:
-    """One step of training as a provider has it; its FLOP are counted at the first call."""
+    """One step of training as a provider has it; its FLOP are counted at the first call.
+
+    A compiled one is compiled when it is made, as one graph, and must have the losses of the same
+    step without a compiler, which also counts its FLOP.
+    """
 
     trial: Trial
     how: Any
     flops: float = 0.0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
+        self.losses = self.trial.losses
         self.proof = self.trial.proof(self.how)
         self.trial.optimizer.zero_grad()  # makes it, before a step is measured
+        if self.compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        self.trial.peer_proof  # noqa: B018 (kept: of weights that have not moved yet)
+        self()
+        wanted = self._drawn()
+        self.losses = torch.compile(
+            self.trial.losses, fullgraph=True, dynamic=False, options={"fallback_random": True}
+        )
+        torch.testing.assert_close(self._drawn(), wanted, rtol=COMPILED_TOLERANCE, atol=0)
+        self()  # compiles the backward
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Train; the losses of this step, and what the proof found."""
@@ -145,15 +165,25 @@ class Step:
 
     def _step(self) -> Tensor:
         trial = self.trial
-        low = trial.dtype != "fp32"
         with trial.as_set(self.how):
             trial.model.before_step()
-            with torch.autocast(trial.device.type, torch.bfloat16, enabled=low):
-                losses, _ = trial.losses(trial.inputs)
+            losses = self._forward()
             losses[0].backward()
             trial.optimizer.step()
             trial.optimizer.zero_grad()
         return losses.detach()
+
+    def _forward(self) -> Tensor:
+        trial = self.trial
+        with torch.autocast(trial.device.type, torch.bfloat16, enabled=trial.dtype != "fp32"):
+            losses, _ = self.losses(trial.inputs)
+        return losses
+
+    def _drawn(self) -> Tensor:
+        """Losses of what a seed draws."""
+        torch.manual_seed(0)
+        with self.trial.as_set(self.how):
+            return self._forward().detach()
 
 
 def texts(

@@ -75,6 +75,7 @@ def _cross_attention(
     tokens: Tensor,
     context: Tensor,
     *,
+    context_rows: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
@@ -83,6 +84,8 @@ def _cross_attention(
         split_heads(project(x), module.num_heads)
         for project, x in ((module.query, tokens), (module.key, context), (module.value, context))
     )
+    if context_rows is not None:
+        key, value = (x.index_select(0, context_rows) for x in (key, value))
     mask = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     merged: Tensor = module.out(merge_heads(out))

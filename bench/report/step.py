@@ -12,6 +12,8 @@ DENSE = ("dense", "dense_sdpa")
 """Providers of the dense model; `dense_plain` has no position bias."""
 BASELINES = (*DENSE, "sdpa_eager")
 """Providers of all steps that others are compared with: the fastest of a case."""
+COMPILED = "_compiled"
+"""How the names of compiled steps end."""
 GIB = 2.0**30
 OPS = ("svitt_step", "momentum_step")
 NOTE = """\
@@ -30,17 +32,19 @@ def rates(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     Returns:
         Provider -> `clips_s`, `tokens_s`, `mfu` (its own FLOP/s over those of a large product of
-        the case's dtype in the same rounds), `time_ratio` (over the fastest of `BASELINES`) and
+        the case's dtype in the same rounds), `time_ratio` (over the fastest of `BASELINES`, of a
+        compiled step over the fastest compiled one) and
         `memory_bytes` (peak, with weights and optimizer state), where known.
     """
     facts, fields = result["facts"], result["fields"]
     products = result["ceilings"]["products"].items()
     product = max(rate for name, rate in products if f"_{result['dtype']}_" in name)
     rows = {row["provider"]: row for row in result["providers"] if row["status"] == "ok"}
-    baselines = [rows[name]["ms"] for name in BASELINES if name in rows]
     found = {}
     for name, row in rows.items():
         seconds = row["ms"] / 1e3
+        ending = COMPILED if name.endswith(COMPILED) else ""
+        baselines = [rows[x + ending]["ms"] for x in BASELINES if x + ending in rows]
         found[name] = {
             "clips_s": fields["batch"] / seconds,
             "tokens_s": facts["tokens"] / seconds,
@@ -80,21 +84,29 @@ def render_short(document: Document) -> str:
     columns += ["memory, GiB", "dense"]
     lines = head(columns)
     for result in document["results"]:
-        hybrid = results.timed(result, "hybrid")
-        if hybrid is None:
-            failed = "failed" if results.row_of(result, "hybrid") else ""
-            lines.append(line([result["case"], failed, *[""] * 7]))
-            continue
-        found = rates(result)
-        dense = min((x for x in DENSE if x in found), key=lambda x: _ms(result, x), default="")
-        mine = found["hybrid"]
-        cells = [result["case"], f"{hybrid['ms']:.0f}"]
-        cells += [f"{dense} {_ms(result, dense):.0f}" if dense else "-"]
-        cells += [f"{mine['time_ratio']:.1%}" if dense else "-"]
-        cells += [f"{result['facts']['mac_ratio']:.1%}", f"{mine['clips_s']:.2f}"]
-        cells += [f"{mine['mfu']:.0%}", _memory(result, "hybrid"), _memory(result, dense)]
-        lines.append(line(cells))
+        lines.append(_short_line(result, ""))
+        if results.timed(result, f"hybrid{COMPILED}"):
+            lines.append(_short_line(result, COMPILED))
     return "\n".join(lines)
+
+
+def _short_line(result: dict[str, Any], ending: str) -> str:
+    """The hybrid step beside the fastest dense one, both eager or both compiled."""
+    name, case = f"hybrid{ending}", result["case"] + ending.replace("_", ", ")
+    hybrid = results.timed(result, name)
+    if hybrid is None:
+        failed = "failed" if results.row_of(result, name) else ""
+        return line([case, failed, *[""] * 7])
+    found = rates(result)
+    rivals = (x + ending for x in DENSE if x + ending in found)
+    dense = min(rivals, key=lambda x: _ms(result, x), default="")
+    mine = found[name]
+    cells = [case, f"{hybrid['ms']:.0f}"]
+    cells += [f"{dense} {_ms(result, dense):.0f}" if dense else "-"]
+    cells += [f"{mine['time_ratio']:.1%}" if dense else "-"]
+    cells += [f"{result['facts']['mac_ratio']:.1%}", f"{mine['clips_s']:.2f}"]
+    cells += [f"{mine['mfu']:.0%}", _memory(result, name), _memory(result, dense)]
+    return line(cells)
 
 
 def _render_momentum(document: Document) -> str:

@@ -15,7 +15,7 @@ from svitt_ops.models.parts.answers import AnswersQuestions
 from svitt_ops.models.parts.losses import (
     distilled_cross_entropies,
     draw_negatives,
-    match_loss,
+    match_pairs,
     mean_of_labels,
 )
 from svitt_ops.models.parts.momentum import FeatureQueue, HasTeacher, other_rows
@@ -89,9 +89,8 @@ class DistilsPairs(HasTeacher, MatchesPairs):
                 hard=self.config.hard_negatives,
                 keys=keys,
             )
-            losses["vtm"] = match_loss(
-                self.match_logits, text.states, attention_mask, video.states, wrong
-            )
+            pairs = match_pairs(wrong)
+            losses["vtm"] = self._match_loss(text.states, attention_mask, video.states, pairs)
         if self.training:
             self.queue.push(*keys, pair_ids if self.config.queues_ids else None)
         return losses
@@ -177,7 +176,7 @@ class DistilsWords(DistilsPairs, LearnsFromPairs):
         taught = self.teach(pixel_values, input_ids, attention_mask)
         losses = self.taught_losses(video, text, attention_mask, pair_ids, taught, share)
         if self.config.weights["mlm"]:
-            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels)
+            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels, input_ids)
             losses["mlm"] = self.word_loss(
                 ids, labels, attention_mask, video.states, taught[0].states, share
             )

@@ -65,6 +65,8 @@ class FusedTowers(TwoTowers):
         attention_mask: Tensor,
         video_states: Tensor,
         video_indices: Tensor | None = None,
+        *,
+        clips: Tensor | None = None,
     ) -> FusionOutput:
         """Let texts attend over their clips, row by row.
 
@@ -73,8 +75,10 @@ class FusedTowers(TwoTowers):
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, 1 + n, hidden_size)`` of `encode_video`.
             video_indices: ``(batch, n)``, numbers of the patches, carried along.
+            clips: int64 ``(batch,)``, the row of the video's arguments of each text, where texts
+                share clips; by default its own.
         """
-        found = self.fusion(text_states, attention_mask, video_states, video_indices)
+        found = self.fusion(text_states, attention_mask, video_states, video_indices, clips)
         return FusionOutput(states=found[0], video_indices=found[1])
 
     def forward(

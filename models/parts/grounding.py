@@ -56,7 +56,9 @@ def keep_attention(module: CrossAttention | BlockSparseSelfAttention) -> Iterato
     maps: list[Tensor] = []
 
     def attend(tokens: Tensor, context: object = None, **options: object) -> Tensor:
-        source = context if isinstance(context, Tensor) else tokens
+        source, rows = tokens, options.get("context_rows")
+        if isinstance(context, Tensor):
+            source = context[rows] if isinstance(rows, Tensor) else context
         query, key, value = (
             split_heads(project(x), module.num_heads)
             for project, x in (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,31 +88,32 @@ def draw_negatives(
     return clip, so.sample_hard_negatives(queries[1], text_keys, temperature, ids=ids)
 
 
-def match_loss(
-    logits: Callable[[Tensor, Tensor, Tensor], Tensor],
-    text: Tensor,
-    attention_mask: Tensor,
-    video: Tensor,
-    negatives: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Loss of 3 B pairs: those that match, and one wrong clip and one wrong text for each.
+def match_pairs(negatives: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """3 B pairs: those that match, and one wrong clip and one wrong text for each.
 
     A row of the batch without a negative (all others have its id) is left out: its pair is made
     with row 0 to keep the shapes, and its label is ignored.
 
     Args:
-        logits: of pairs, from texts, their mask and clips: ``(pairs, 2)``, the second is "yes".
-        text: what ``logits`` takes, by row of the batch.
-        attention_mask: ``(batch, tokens)``, 0 at padding.
-        video: as ``text``.
         negatives: of `draw_negatives`.
+
+    Returns:
+        Rows of the texts and of the clips, and labels, int64 ``(3 B,)`` each.
     """
-    clip, other = (rows.clamp(min=0) for rows in negatives)
-    found = logits(
-        torch.cat([text, text, text[other]]),
-        torch.cat([attention_mask, attention_mask, attention_mask[other]]),
-        torch.cat([video, video[clip], video]),
-    )
-    wrong = torch.cat(negatives)
-    matching = torch.ones_like(negatives[0])
-    return cross_entropy(found, torch.cat([matching, torch.where(wrong < 0, IGNORED, 0)]))
+    clip, text = (rows.clamp(min=0) for rows in negatives)
+    own = torch.arange(len(clip), device=clip.device)
+    wrong = torch.where(torch.cat(negatives) < 0, IGNORED, 0)
+    labels = torch.cat([torch.ones_like(own), wrong])
+    return torch.cat([own, own, text]), torch.cat([own, clip, own]), labels
+
+
+def labelled(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``(..., dim)`` and labels ``(...)`` of the places that add to a loss, in one row.
+
+    All of them where shapes must not depend on values.
+    """
+    states, labels = states.flatten(0, -2), labels.flatten()
+    if torch.compiler.is_compiling() or labels.is_meta:
+        return states, labels
+    places = (labels != IGNORED).nonzero().squeeze(1)
+    return states.index_select(0, places), labels.index_select(0, places)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import svitt_ops as so
 from svitt_ops.models.parts.fused_towers import FusedTowers
 from svitt_ops.models.parts.layers import in_fp32
-from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, match_loss
+from svitt_ops.models.parts.losses import cross_entropy, draw_negatives, labelled, match_pairs
 from svitt_ops.models.parts.outputs import PreTrainingOutput, TextOutput, VideoOutput
+from svitt_ops.models.parts.text import check_mask
 from svitt_ops.models.parts.words import PredictsWords, check_masked
 
 
@@ -59,10 +60,15 @@ class MatchesPairs(FusedTowers):
         self.temperature.clamp_(self.config.temperature_min, self.config.temperature_max)
 
     def match_logits(
-        self, text_states: Tensor, attention_mask: Tensor, video_states: Tensor
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        video_states: Tensor,
+        *,
+        clips: Tensor | None = None,
     ) -> Tensor:
-        """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
-        fused = self.fuse(text_states, attention_mask, video_states)
+        """Whether texts and clips match: ``(batch, 2)``, the second is "yes"; see `fuse`."""
+        fused = self.fuse(text_states, attention_mask, video_states, clips=clips)
         return in_fp32(self.match_head, fused.states[:, 0])
 
     def match_scores(
@@ -104,19 +110,43 @@ class MatchesPairs(FusedTowers):
         self, video: VideoOutput, text: TextOutput, attention_mask: Tensor, pair_ids: Tensor | None
     ) -> dict[str, Tensor]:
         """The contrastive and the matching loss, those of weight 0 left out."""
-        weight = self.config.weights
-        losses: dict[str, Tensor] = {}
-        if weight["vtc"]:
-            losses["vtc"] = so.info_nce(
-                video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
-            )
-        if weight["vtm"]:
-            hard = self.config.hard_negatives
-            wrong = draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
-            losses["vtm"] = match_loss(
-                self.match_logits, text.states, attention_mask, video.states, wrong
-            )
+        losses = self._contrast(video, text, pair_ids)
+        if self.config.weights["vtm"]:
+            pairs = self._draw_pairs(video, text, pair_ids)
+            losses["vtm"] = self._match_loss(text.states, attention_mask, video.states, pairs)
         return losses
+
+    def _match_loss(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        video_states: Tensor,
+        pairs: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """Of pairs that `match_pairs` made."""
+        texts, clips, labels = pairs
+        states, mask = (x.index_select(0, texts) for x in (text_states, attention_mask))
+        return cross_entropy(self.match_logits(states, mask, video_states, clips=clips), labels)
+
+    def _contrast(
+        self, video: VideoOutput, text: TextOutput, pair_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The contrastive loss, unless its weight is 0."""
+        if not self.config.weights["vtc"]:
+            return {}
+        loss = so.info_nce(
+            video.embeds, text.embeds, self.temperature, ids=pair_ids, group=self.group()
+        )
+        return {"vtc": loss}
+
+    def _draw_pairs(
+        self, video: VideoOutput, text: TextOutput, pair_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of the matching loss, as `match_pairs` has them."""
+        hard = self.config.hard_negatives
+        return match_pairs(
+            draw_negatives(video.embeds, text.embeds, self.temperature, pair_ids, hard=hard)
+        )
 
     def _weighted(
         self, video: VideoOutput, text: TextOutput, losses: dict[str, Tensor]
@@ -160,11 +190,28 @@ class LearnsFromPairs(MatchesPairs, PredictsWords):
             mlm_input_ids: ``input_ids`` with masked tokens; needed unless MLM has weight 0.
             mlm_labels: ``(batch, tokens)``, what was masked, -100 elsewhere.
         """
+        weight = self.config.weights
+        if not weight["mlm"]:
+            return super().forward(pixel_values, input_ids, attention_mask, pair_ids)
+        masked_ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels, input_ids)
+        check_mask(attention_mask, input_ids)
+        # Texts and masked texts pass the layers together: weights are read once, clips once.
+        batch, mask = len(input_ids), torch.cat([attention_mask, attention_mask])
         video = self.encode_video(pixel_values)
-        text = self.encode_text(input_ids, attention_mask)
-        losses = self._pair_losses(video, text, attention_mask, pair_ids)
-        if self.config.weights["mlm"]:
-            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels)
-            logits = self.word_logits(ids, attention_mask, video.states)
-            losses["mlm"] = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        both = self.encode_text(torch.cat([input_ids, masked_ids]), mask)
+        text = TextOutput(embeds=both.embeds[:batch], states=both.states[:batch])
+        losses = self._contrast(video, text, pair_ids)
+        clips = torch.arange(batch, device=input_ids.device)
+        texts = batch + clips
+        if weight["vtm"]:
+            *pairs, matching = self._draw_pairs(video, text, pair_ids)
+            texts, clips = (torch.cat(x) for x in zip(pairs, (texts, clips), strict=True))
+        states, mask = (x.index_select(0, texts) for x in (both.states, mask))
+        fused = self.fuse(states, mask, video.states, clips=clips).states
+        if weight["vtm"]:
+            logits = in_fp32(self.match_head, fused[:-batch, 0])
+            losses["vtm"] = cross_entropy(logits, matching)
+        masked, labels = labelled(fused[-batch:], labels)
+        logits = self.token_head(masked, self.text.embeddings.word.weight)
+        losses["mlm"] = cross_entropy(logits, labels)
         return self._weighted(video, text, losses)

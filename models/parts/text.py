@@ -54,6 +54,7 @@ class TextLayer(GradientCheckpointingLayer):
         video: Tensor | None = None,
         saliency: Literal["cls", "mean"] | None = None,
         video_ignored: Tensor | None = None,
+        clips: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the states, and what `saliency` asks for, ``(batch, 1 + n)``.
 
@@ -64,13 +65,18 @@ class TextLayer(GradientCheckpointingLayer):
                 alone.
             saliency: which attention over the video to return.
             video_ignored: bool ``(batch, 1 + n)``, True where the video has padding.
+            clips: int64 ``(batch,)``, the row of ``video`` of each text; by default its own.
         """
         attended = self.attention(states, states, key_padding_mask=ignored)
         states = self.attention_norm(states + self.dropout(attended))
         scores = None
         if self.cross_attention is not None and video is not None:
             found = self.cross_attention(
-                states, video, key_padding_mask=video_ignored, return_saliency=saliency
+                states,
+                video,
+                context_rows=clips,
+                key_padding_mask=video_ignored,
+                return_saliency=saliency,
             )
             seen, scores = found if saliency else (found, None)
             states = self.cross_norm(states + self.dropout(seen))
@@ -146,8 +152,12 @@ class FusionEncoder(nn.Module):
         attention_mask: Tensor,
         video: Tensor,
         indices: Tensor | None = None,
+        clips: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Fuse texts ``(batch, tokens, dim)`` with clips ``(batch, 1 + n, hidden_size)``.
+
+        With ``clips``, int64 ``(batch,)``, texts share clips, each the row of ``video`` that it
+        says: what a layer makes of a clip it makes once.
 
         Returns:
             The states, and the numbers of the patches that are left: those of ``indices``, else
@@ -155,14 +165,18 @@ class FusionEncoder(nn.Module):
         """
         config, ignored = self.config, attention_mask == 0
         check_mask(attention_mask, states)
+        if clips is not None and indices is not None:
+            indices = indices.index_select(0, clips)
         generator = None if self.training else eval_generator(config)
         for number, layer in enumerate(self.layers):
             prunes = config.prunes_multimodally and number in config.multimodal_prune_layers
             by_saliency = prunes and config.multimodal_prune_by != "random"
             which = config.multimodal_prune_by if by_saliency else None
-            states, scores = layer(states, ignored, video, which)
+            states, scores = layer(states, ignored, video, which, None, clips)
             if not prunes:
                 continue
+            if clips is not None:  # from here on, every text has its own patches
+                video, clips = video.index_select(0, clips), None
             if scores is None:
                 scores = random_scores(video, generator)
             kept = so.prune_tokens(video, scores[:, 1:], keep_rate=config.multimodal_keep_rate)

@@ -174,8 +174,7 @@ class VideoTower(nn.Module):
         order, codes = self.order, self.codes
         if frames < config.tower_frames:  # the first frames of the table
             order, codes = (x.to(order.device) for x in self._positions(frames))
-        patches = self.patches(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2)
-        patches = patches.reshape(batch, order.shape[0], -1)
+        patches = self.project(pixel_values).reshape(batch, order.shape[0], -1)
         if masked is not None:
             patches = self._masked(patches, masked)
         cls: Tensor = self.cls_token
@@ -187,6 +186,13 @@ class VideoTower(nn.Module):
         # Under autocast the stream stays fp32; what is computed from it is not.
         tokens = torch.cat([cls.expand(batch, -1, -1), patches.to(cls.dtype)], 1)
         return tokens, order, codes
+
+    def project(self, pixel_values: Tensor) -> Tensor:
+        """The convolution of frames ``(..., 3, h, w)``, as one product: ``(frames, n, dim)``."""
+        size = self.config.patch_size
+        rows = pixel_values.flatten(0, -4).unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
+        rows = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (frames, n, 3 size size)
+        return F.linear(rows, self.patches.weight.flatten(1), self.patches.bias)
 
     def _masked(self, patches: Tensor, masked: Tensor) -> Tensor:
         """Patches ``(batch, n, dim)`` with the mask token in some places."""

@@ -32,11 +32,18 @@ class PredictsWords(FusedTowers):
         return cast(Tensor, self.token_head(fused, self.text.embeddings.word.weight))
 
 
-def check_masked(who: str, ids: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What masked language modelling needs."""
+def check_masked(
+    who: str, ids: Tensor | None, labels: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What masked language modelling needs, both of the shape of the texts."""
     if ids is None or labels is None:
         raise ValueError(
             f"{who}: mlm_input_ids and mlm_labels must be given unless loss_weights['mlm'] is 0, "
             "got None"
         )
+    for name, given in (("mlm_input_ids", ids), ("mlm_labels", labels)):
+        if given.shape != like.shape:
+            raise ValueError(
+                f"{who}: {name} must have shape {tuple(like.shape)}, got {tuple(given.shape)}"
+            )
     return ids, labels

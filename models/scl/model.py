@@ -127,6 +127,7 @@ class SCLModel(FusedTowers):
         video_states: Tensor,
         video_indices: Tensor | None = None,
         *,
+        clips: Tensor | None = None,
         frame_size: int | None = None,
         video_type: Tensor | None = None,
     ) -> DualStreamOutput:
@@ -137,6 +138,8 @@ class SCLModel(FusedTowers):
             attention_mask: ``(batch, tokens)``, 0 at padding.
             video_states: ``(batch, frames (1 + n), text_hidden_size)`` of `encode_video`.
             video_indices: ``(batch, n)``, numbers of the patches, carried along.
+            clips: int64 ``(batch,)``, the row of the video's arguments of each text, where texts
+                share clips; by default its own.
             frame_size: tokens of a frame in ``video_states``; by default [CLS] and all patches.
             video_type: what says that tokens are a clip's, ``(1, text_hidden_size)``.
         """
@@ -144,6 +147,9 @@ class SCLModel(FusedTowers):
         video_type = of_video if video_type is None else video_type
         size = self.frame_size if frame_size is None else frame_size
         video = video_states + video_type
+        if clips is not None:
+            video = video.index_select(0, clips)
+            video_indices = None if video_indices is None else video_indices[clips]
         found: DualStreamOutput = self.fusion(text_states + of_text, attention_mask, video, size)
         found.video_indices = video_indices
         return found
@@ -160,10 +166,15 @@ class SCLPairs(SCLModel, MatchesPairs):
             super().clamp_temperature()
 
     def match_logits(
-        self, text_states: Tensor, attention_mask: Tensor, video_states: Tensor
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor,
+        video_states: Tensor,
+        *,
+        clips: Tensor | None = None,
     ) -> Tensor:
-        """Whether texts and clips match, row by row: ``(batch, 2)``, the second is "yes"."""
-        pooled = self.fuse(text_states, attention_mask, video_states).pooled
+        """Whether texts and clips match: ``(batch, 2)``, the second is "yes"; see `fuse`."""
+        pooled = self.fuse(text_states, attention_mask, video_states, clips=clips).pooled
         return in_fp32(self.match_head, pooled)
 
     @torch.no_grad()
@@ -241,10 +252,10 @@ class SCLForPreTraining(SCLPairs):
             )
         if weight["vtm"]:
             rows, labels = draw_pairs(len(input_ids), pair_ids, input_ids.device)
-            logits = self.match_logits(text.states, attention_mask, video.states[rows])
+            logits = self.match_logits(text.states, attention_mask, video.states, clips=rows)
             losses["vtm"] = cross_entropy(logits, labels)
         if weight["mlm"]:
-            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels)
+            ids, labels = check_masked(type(self).__name__, mlm_input_ids, mlm_labels, input_ids)
             logits = self.word_logits(ids, attention_mask, video.states)
             losses["mlm"] = cross_entropy(logits.flatten(0, 1), labels.flatten())
         if weight["scl"]:

@@ -145,7 +145,7 @@ class SoftMaskForPreTraining(ALBEFForPreTraining):
             matching = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
             losses["soft"] = cross_entropy(logits, matching)
         if config.masks_words_too and config.weights["mlm"]:
-            ids, labels = check_masked(type(self).__name__, *words)
+            ids, labels = check_masked(type(self).__name__, *words, input_ids)
             losses["mlm"] = self.word_loss(
                 ids, labels, attention_mask, states, cast(Tensor, taught[0].states), alpha
             )

@@ -28,7 +28,17 @@ from bench.report import step
 from svitt_ops.reference.block_sparse_attention import _bias_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+_compile = torch.compile
 PROVIDERS = ("hybrid", "edge", "node", "dense", "dense_sdpa", "dense_plain")
+
+COMPILED = ("hybrid_compiled", "dense_compiled")
+
+
+def one_graph(function: Any, *, options: dict[str, Any], **given: Any) -> Any:
+    """`torch.compile` without its generator of code, which takes minutes."""
+    assert given["fullgraph"] and options["fallback_random"]
+    torch._dynamo.reset()
+    return _compile(function, backend="aot_eager", **given)
 
 
 def tiny(part: str = "step", dtype: str = "fp32") -> harness.Case:
@@ -39,12 +49,16 @@ def tiny(part: str = "step", dtype: str = "fp32") -> harness.Case:
 @pytest.mark.parametrize("part", ["step", "tower"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_variant_passes_its_gate_and_leaves_the_model_as_it_was(
-    part: str, dtype: str, verdicts: Callable[[harness.Problem], dict[str, dict[str, Any]]]
+    part: str,
+    dtype: str,
+    verdicts: Callable[[harness.Problem], dict[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problem = svitt_step.problem(tiny(part, dtype))
+    monkeypatch.setattr(torch, "compile", one_graph)
     with sdpa_kernel(SDPBackend.MATH):  # torch's fast one fails under some ATEN_CPU_CAPABILITY
         found = verdicts(problem)
-    assert tuple(found) == PROVIDERS
+    assert tuple(found) == PROVIDERS + (COMPILED if part == "step" else ())
     for name, verdict in found.items():
         assert verdict["passed"], (name, verdict["objection"])
     trial = problem.providers[0].build().trial  # type: ignore[attr-defined]
@@ -94,6 +108,9 @@ def test_a_quick_run_is_recorded(
     (result,) = document["results"]
     rates = step.rates(result)
     assert tuple(rates) == PROVIDERS
+    left_out = [x["provider"] for x in result["providers"] if x["status"] == "absent"]
+    assert tuple(left_out) == COMPILED
+    result["providers"] = [x for x in result["providers"] if x["status"] == "ok"]
     flops = {row["provider"]: row["flops"] for row in result["providers"]}
     assert flops["hybrid"] < min(flops["edge"], flops["node"]) < flops["dense"]
     for row in result["providers"]:
@@ -146,6 +163,42 @@ def check_tables(document: dict[str, Any]) -> None:
     assert "failed" in step.render_short(document)
     assert "failed" in step.render(document)
     json.dumps(document)
+
+
+def test_a_compiled_step_that_computes_something_else_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(function: Any, **given: Any) -> Any:
+        def double(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            losses, embeds = function(inputs)
+            return losses * 1.1, embeds
+
+        return double
+
+    monkeypatch.setattr(torch, "compile", broken)
+    problem = svitt_step.problem(tiny())
+    with pytest.raises(AssertionError, match="not close"):
+        problem.provider("hybrid_compiled").build()
+
+
+def test_compiled_steps_are_compared_with_compiled_ones() -> None:
+    ms = {"hybrid": 60.0, "dense": 100.0, "hybrid_compiled": 45.0, "dense_compiled": 90.0}
+    result = {
+        "case": "t4",
+        "dtype": "fp32",
+        "fields": {"batch": 2},
+        "facts": {"tokens": 10, "mac_ratio": 0.5, "state_bytes": 0},
+        "ceilings": {"products": {"gemm_fp32_large": 1000.0}},
+        "providers": [
+            {"provider": name, "status": "ok", "ms": x, "gflops": 10.0} for name, x in ms.items()
+        ],
+    }
+    rates = step.rates(result)
+    ratios = {name: rate["time_ratio"] for name, rate in rates.items()}
+    assert ratios == {"hybrid": 0.6, "dense": 1, "hybrid_compiled": 0.5, "dense_compiled": 1}
+    table = step.render_short({"op": "svitt_step", "results": [result]})
+    assert "| t4 | 60 | dense 100 | 60.0% |" in table
+    assert "| t4, compiled | 45 | dense_compiled 90 | 50.0% |" in table
 
 
 def test_multiplications_are_the_paper_s() -> None:

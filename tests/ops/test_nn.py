@@ -94,6 +94,27 @@ def test_cross_attention_is_attention() -> None:
     torch.testing.assert_close(module(tokens, context, key_padding_mask=ignored), wanted)
 
 
+def test_rows_that_share_a_context_attend_as_if_each_had_its_own() -> None:
+    torch.manual_seed(0)
+    module = CrossAttention(24, 3, context_dim=40)
+    rows = torch.tensor([1, 0, 1, 1])
+    tokens, context = torch.randn(4, 5, 24), torch.randn(2, 17, 40)
+    ignored = torch.arange(17) >= torch.tensor([17, 9, 4, 12])[:, None]
+    results = []
+    for shared in (True, False):
+        source = context.clone().requires_grad_()
+        keys = (source, {"context_rows": rows}) if shared else (source[rows], {})
+        found, saliency = module(
+            tokens, keys[0], key_padding_mask=ignored, return_saliency="cls", **keys[1]
+        )
+        grads = torch.autograd.grad(found.square().sum(), [source, *module.parameters()])
+        results.append((found, saliency, grads))
+    torch.testing.assert_close(*results)
+    for wrong in (rows.int(), rows[:3], rows[:, None]):
+        with pytest.raises((TypeError, ValueError), match="CrossAttention: context_rows must "):
+            module(tokens, context, context_rows=wrong)
+
+
 def test_noise_of_a_table_has_a_direction_along_each_axis() -> None:
     torch.manual_seed(0)
     bias = RelativePositionBias3D((8, 8, 8), 64, num_global=2, std=1.5)

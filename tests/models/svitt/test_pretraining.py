@@ -68,9 +68,59 @@ def test_contrastive_and_masked_losses(
     torch.testing.assert_close(output.loss_mlm, F.cross_entropy(logits, batch["input_ids"][:, 2]))
 
 
+@pytest.mark.parametrize("layers", [[], [0], [1]])
+def test_texts_may_share_clips(
+    make_config: MakeConfig, batch: dict[str, Tensor], layers: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = SViTTModel(make_config(multimodal_prune_layers=layers, initializer_range=0.2)).eval()
+    clips = torch.tensor([2, 0, 2])
+    video = model.encode_video(batch["pixel_values"])
+    text = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    results = []
+    for states, indices, given in (
+        (video.states, video.indices, {"clips": clips}),
+        (video.states[clips], video.indices[clips], {}),
+    ):
+        found = model.fuse(text.states, batch["attention_mask"], states, indices, **given)
+        grads = torch.autograd.grad(
+            found.states.square().sum(), list(model.parameters()), retain_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+        grads = [x for x in grads if x is not None]
+        results.append((found.states, found.video_indices, grads))
+    torch.testing.assert_close(*results)
+
+
+def test_a_step_projects_a_clip_once_and_predicts_masked_words_only(
+    model: SViTTForPreTraining, batch: dict[str, Tensor]
+) -> None:
+    seen: dict[str, list[int]] = {"key": [], "word": []}
+    layer = model.fusion.layers[0]
+    layer.cross_attention.key.register_forward_hook(lambda _, x, y: seen["key"].append(len(y)))
+    model.token_head.register_forward_hook(lambda _, x, y: seen["word"].append(y[..., 0].numel()))
+    model(**batch)
+    assert seen == {"key": [3], "word": [3]}  # of 12 rows, and of 18 places
+
+
+def test_masked_texts_have_the_shape_of_the_texts(
+    model: SViTTForPreTraining, batch: dict[str, Tensor]
+) -> None:
+    for name in ("mlm_input_ids", "mlm_labels"):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(3, 6\), got \(3, 5\)"):
+            model(**{**batch, name: batch[name][:, 1:]})
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 6\), got \(2, 6\)"):
+        model(**{**batch, "attention_mask": batch["attention_mask"][:2]})
+
+
 def test_masked_loss_of_nothing_is_0(model: SViTTForPreTraining, batch: dict[str, Tensor]) -> None:
     batch["mlm_labels"].fill_(-100)
-    assert model(**batch).loss_mlm == 0
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            output = model(**batch)
+        assert output.loss_mlm == 0
+        output.loss.backward()
+        assert not model.token_head.bias.grad.any()
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -72,16 +72,46 @@ def test_texts_and_fusion_are_one_graph_each(
     assert torch.equal(found.video_indices, wanted.video_indices)
 
 
-def test_a_step_is_one_graph(make_config: MakeConfig, batch: dict[str, Tensor]) -> None:
-    model = build(make_config(**SHALLOW, drop_path_rate=0.2)).train()
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dense", [False, True], ids=["hybrid", "dense"])
+def test_a_step_is_one_graph(
+    make_config: MakeConfig, batch: dict[str, Tensor], dense: bool, low: bool
+) -> None:
+    changes: dict[str, Any] = {"drop_path_rate": 0.2}
+    if dense:
+        changes |= {"edge_sparsity": False, "keep_rate": 1.0, "multimodal_keep_rate": 1.0}
+    model = build(make_config(**SHALLOW | changes)).train()
     results = []
     for forward in (compiled(model), model):
         torch.manual_seed(1)
-        loss = forward(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = forward(**batch).loss
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         results.append((loss, [x for x in found if x is not None]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    if not low:
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        return
+    (loss, grads), (wanted, others) = results
+    torch.testing.assert_close(loss, wanted, rtol=0.01, atol=0)
+    found, expected = (torch.cat([x.flatten() for x in all_of]) for all_of in (grads, others))
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_evaluation_is_one_graph(make_config: MakeConfig, batch: dict[str, Tensor]) -> None:
+    model = build(make_config(**SHALLOW))
+    with torch.no_grad():
+        for function in (model, model.match_scores):
+            given: dict[str, Tensor] = batch
+            if function is not model:
+                text = model.encode_text(batch["input_ids"], batch["attention_mask"])
+                video = model.encode_video(batch["pixel_values"])
+                given = {"text_states": text.states, "video_states": video.states}
+                given["attention_mask"] = batch["attention_mask"]
+            torch.manual_seed(1)
+            wanted = function(**given)
+            torch.manual_seed(1)
+            torch.testing.assert_close(compiled(function)(**given), wanted)
 
 
 def test_export_of_a_tower(make_config: MakeConfig, batch: dict[str, Tensor]) -> None:
