@@ -81,6 +81,26 @@ class VideoLayer(GradientCheckpointingLayer):
         return self.add_mlp(tokens, self.mlp(self.norm_after(tokens))), saliency
 
 
+class PatchProjection(nn.Conv2d):
+    """The convolution of patches, as one product, which CPUs have faster kernels for.
+
+    Args:
+        dim: of a patch's token.
+        size: of a patch, in pixels.
+        bias: whether there is one.
+    """
+
+    def __init__(self, dim: int, size: int, bias: bool) -> None:
+        super().__init__(3, dim, size, size, bias=bias)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """From frames ``(..., 3, h, w)`` to ``(frames, n, dim)``, patches in order of rows."""
+        size = self.kernel_size[0]
+        rows = frames.flatten(0, -4).unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
+        rows = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (frames, n, 3 size size)
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
 class VideoTower(nn.Module):
     """Patches of all frames in one sequence behind [CLS], through sparse layers.
 
@@ -102,7 +122,7 @@ class VideoTower(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        self.patches = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=self.patch_bias)
+        self.patches = PatchProjection(dim, config.patch_size, self.patch_bias)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token: nn.Parameter | None = None
         if config.masks_patches:
@@ -174,7 +194,7 @@ class VideoTower(nn.Module):
         order, codes = self.order, self.codes
         if frames < config.tower_frames:  # the first frames of the table
             order, codes = (x.to(order.device) for x in self._positions(frames))
-        patches = self.project(pixel_values).reshape(batch, order.shape[0], -1)
+        patches = self.patches(pixel_values).reshape(batch, order.shape[0], -1)
         if masked is not None:
             patches = self._masked(patches, masked)
         cls: Tensor = self.cls_token
@@ -186,13 +206,6 @@ class VideoTower(nn.Module):
         # Under autocast the stream stays fp32; what is computed from it is not.
         tokens = torch.cat([cls.expand(batch, -1, -1), patches.to(cls.dtype)], 1)
         return tokens, order, codes
-
-    def project(self, pixel_values: Tensor) -> Tensor:
-        """The convolution of frames ``(..., 3, h, w)``, as one product: ``(frames, n, dim)``."""
-        size = self.config.patch_size
-        rows = pixel_values.flatten(0, -4).unflatten(-2, (-1, size)).unflatten(-1, (-1, size))
-        rows = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (frames, n, 3 size size)
-        return F.linear(rows, self.patches.weight.flatten(1), self.patches.bias)
 
     def _masked(self, patches: Tensor, masked: Tensor) -> Tensor:
         """Patches ``(batch, n, dim)`` with the mask token in some places."""

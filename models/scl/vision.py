@@ -139,7 +139,7 @@ class FrameTower(VideoTower):
                 f"FrameTower: pixel_values must have 1 to {config.num_frames} frames, got {frames}"
             )
         assert self.patch_positions is not None and self.cls_position is not None
-        patches = self.project(pixel_values)
+        patches: Tensor = self.patches(pixel_values)
         patches = (patches + self.patch_positions).unflatten(0, (batch, frames))
         if kept is not None:
             if kept.dim() != 2 or len(kept) != batch or kept.dtype != torch.int64:
