@@ -25,7 +25,7 @@ from bench.report.markdown import head, line
 END = "<!-- /bench -->"
 TITLES = figures.TITLES | {"step": "Training step"}
 FIGURES = "bench/results/figures"
-DOCS_ONLY = ("frame_attention", "momentum_step", "plugins")
+DOCS_ONLY = ("frame_attention", "momentum_step", "plugins", "sigmoid_nce")
 """What README has no section of."""
 INTRODUCTION = """\
 # Benchmarks
