@@ -110,7 +110,7 @@ def problem(case: Case) -> Problem:
         bytes={"forward": float(weights), "forward_backward": 2.0 * weights},
         facts={
             "tokens": trial.tokens,
-            "edge_ratio": edges / dense_edges,
+            "edge_ratio": dense_edges / edges,
             "mac_ratio": (linear + sparse) / (linear + dense),
         },
     )  # fmt: skip

@@ -25,6 +25,9 @@ from bench.report.markdown import head, line
 END = "<!-- /bench -->"
 TITLES = figures.TITLES | {"step": "Training step"}
 FIGURES = "bench/results/figures"
+FACTS = {"mac_ratio": "of dense MACs", "edge_ratio": "edge ratio"}
+"""Of results, and their columns; only the first one that there is."""
+DIGITS = {"mac_ratio": 2, "edge_ratio": 1}
 DOCS_ONLY = ("frame_attention", "momentum_step", "plugins", "sigmoid_nce")
 """What README has no section of."""
 INTRODUCTION = """\
@@ -273,9 +276,9 @@ def _table(title: str, chosen: list[dict[str, Any]]) -> list[str]:
     ours, peers = _names(chosen, "ours"), _names(chosen, "peer")
     variants = _names(chosen, "variant")
     named = [*ours, *variants, *peers]
-    # Attention alone has edges to leave out.
-    edges = any("edge_ratio" in x["facts"] for x in chosen)
-    columns = [f"{title}, ms", *named, "x best peer", *["edge ratio"] * edges]
+    # Attention alone has edges to leave out, and of its models the products tell more.
+    facts = [x for x in FACTS if any(x in result["facts"] for result in chosen)][:1]
+    columns = [f"{title}, ms", *named, "x best peer", *map(FACTS.__getitem__, facts)]
     columns += ["of gemm", "of floor", "+MiB"]
     lines = head(columns)
     for result in chosen:
@@ -284,12 +287,11 @@ def _table(title: str, chosen: list[dict[str, Any]]) -> list[str]:
         cells += [_time(results.row_of(result, name)) for name in named]
         best = results.best_peer(result)
         if mine is None or mine["status"] != "ok":
-            cells += ["-"] * (4 + edges)
+            cells += ["-"] * (4 + len(facts))
         else:
             cells.append(f"{best['ms'] / mine['ms']:.1f}" if best else "-")
-            if edges:
-                ratio = result["facts"].get("edge_ratio")
-                cells.append("-" if ratio is None else f"{ratio:.1f}")
+            for ratio in map(result["facts"].get, facts):
+                cells.append("-" if ratio is None else f"{ratio:.{DIGITS[facts[0]]}f}")
             cells += [f"{mine['gemm_ratio']:.2f}", f"{1 / mine['floor_ratio']:.0%}"]
             extra = mine.get("extra_bytes")
             cells.append("-" if extra is None else f"{extra / 2**20:.1f}")
