@@ -106,14 +106,11 @@ Find what is most like a text, or like a video or picture, in a file of `svitt e
 
   svitt search videos.safetensors "a dog jumps" --model runs/small
   svitt search videos.safetensors videos/clip.mp4 --model runs/small --top 3
-
-With --serve, type sentences on a page of your browser, and see clips with the patches that survive
-in them: the extra `app` has what it needs.
-
   svitt search videos.safetensors --serve --model runs/small
 
-Scores are cosine similarities. The search is exact, and reads the file in parts; FAISS is used for
-large ones where it is installed.
+The last shows a page of your browser's, with the patches that survive in what is found; the extra
+`app` has what it needs. Scores are cosine similarities; the search is exact, by FAISS in large sets
+where it is installed.
 """
 INSTALL = "in a checkout of svitt-ops, pip install --no-build-isolation -e '.[{extra}]'"
 BROKEN_PIPE = 141  # as if by SIGPIPE, like every command whose reader has left
@@ -430,10 +427,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(embed)
 
     search = commands.add_parser(
-        "search",
-        help="find videos or pictures by text or by another",
-        description=SEARCH,
-        formatter_class=raw,
+        "search", help="find videos by text or by clip", description=SEARCH, formatter_class=raw
     )
     search.add_argument("embeddings", help="file of `svitt embed`")
     search.add_argument("query", nargs="?", help="a text, or the path of a video or a picture")
