@@ -64,7 +64,8 @@ STANDING = """\
 A row is a case in one direction. It counts where a peer that computes the same function was timed;
 within 3 % of the best peer it is level. The floor of a bf16 row takes the rate of a large bf16
 product, where there are matrix units theirs, for all of the work; that of an fp32 row the rate of
-fp32 multiply-adds, which `block_sparse_attention` on AMX makes up from bf16 products instead.
+fp32 multiply-adds, which `block_sparse_attention` and the contrastive ops make up from bf16
+products on AMX.
 """
 
 
