@@ -232,7 +232,8 @@ def embed(
                     known |= zip(part, embeds, strict=True)
                     _write(_next(parts), kind, part, embeds, identity)
             except ValueError:
-                if not known or not skipped.reasons:  # or what is new can't be read
+                # Where none of what is new can be read, what is known stays.
+                if not known or len(skipped.reasons) < len(todo):
                     raise
         kept = [row for row in rows if row in known]
         if not kept:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from svitt_ops.training.cli import main
 from svitt_ops.training.data.annotations import read_annotations
+from svitt_ops.training.embeddings import embedding as module
 from svitt_ops.training.embeddings import store as stored
 from svitt_ops.training.embeddings.embedding import Embedder, embed
 from svitt_ops.training.embeddings.listing import list_media, list_texts
@@ -232,7 +233,9 @@ def test_killed_and_gone_on(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_new_or_changed(embedder: Embedder, clips: Path, tmp_path: Path) -> None:
+def test_what_is_new_or_changed(
+    embedder: Embedder, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "clips.safetensors"
     assert embed(embedder, list_media([clips], "video"), "video", output).reused == 0
     first, second, *_ = sorted((clips / "more").iterdir())
@@ -246,6 +249,16 @@ def test_what_is_new_or_changed(embedder: Embedder, clips: Path, tmp_path: Path)
     (clips / "new.mp4").write_bytes(b"now broken")
     done = embed(embedder, list_media([clips], "video"), "video", output)
     assert len(done.embeddings) == 7 and len(done.skipped.reasons) == 1
+    shutil.copy(first, clips / "other.mp4")
+
+    def not_finite(*_: Any) -> None:
+        raise ValueError("embed: embeddings: not finite")
+
+    monkeypatch.setattr(
+        module, "check_finite", not_finite
+    )  # said beside a file that is skipped too
+    with pytest.raises(ValueError, match="not finite"):
+        embed(embedder, list_media([clips], "video"), "video", output)
 
 
 def test_refusals(
