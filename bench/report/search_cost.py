@@ -23,11 +23,7 @@ def render(folder: Path, drawn: str) -> str:
 
 
 def _one(document: dict[str, Any], drawn: str) -> str:
-    where = document["environment"]
-    source = (
-        f"**{where['hardware']}**, torch {where['versions']['torch']}, commit"
-        f" {(where['commit'] or 'unknown')[:10]}: `{document['command']}`"
-    )
+    source = figures.source(document)
     lines = head(["N", "two streams, s", "one stream, s", "ratio"])
     for row in document["results"]:
         two, one = (row[name]["seconds"] for name in ("two_stream", "one_stream"))
