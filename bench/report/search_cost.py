@@ -29,7 +29,7 @@ def _one(document: dict[str, Any], drawn: str) -> str:
         two, one = (row[name]["seconds"] for name in ("two_stream", "one_stream"))
         lines.append(line([f"{row['n']:,}", f"{two:.1f}", f"{one:,.0f}", f"{one / two:,.0f} x"]))
     words = "Time of searching N x N with two streams and with one, against N"
-    picture = figures.markdown(name(document), words, f"../{drawn}")
+    picture = figures.markdown(name(document), words, drawn)
     remark = [document["remark"]] if "remark" in document else []
     return "\n\n".join([source, picture, "\n".join(lines), *remark])
 
