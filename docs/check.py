@@ -19,12 +19,16 @@ def loaded(text: str) -> list[str]:
 
 
 def main(folder: Path) -> int:
-    """0, or 1 and what is wrong."""
-    files = [x for x in sorted(folder.rglob("*")) if x.suffix in (".html", ".css")]
+    """0; or 1, where something is wrong."""
     wrong = [f"{page}: missing" for page in PAGES if not (folder / page).is_file()]
+    files = [x for x in sorted(folder.rglob("*")) if x.suffix in (".html", ".css")]
     for file in files:
         text = file.read_text(encoding="utf-8")
-        wrong += [f"{file.relative_to(folder)}: loads {address}" for address in loaded(text)]
+        name = file.relative_to(folder)
+        wrong += [f"{name}: loads {address}" for address in loaded(text)]
+        shown = re.findall(r"<(?:img|source)\b[^>]*?\bsrc(?:set)?=\"([^\"]+)", text)
+        lost = (x for x in shown if not x.startswith("data:") and not (file.parent / x).is_file())
+        wrong += [f"{name}: shows {picture}, which is not there" for picture in lost]
     print("\n".join(wrong) or f"{len(files)} files load nothing from elsewhere")
     return int(bool(wrong))
 

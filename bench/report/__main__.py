@@ -3,8 +3,8 @@
 python -m bench.report            write docs/results.md, docs/benchmarks.md, and the figures
 python -m bench.report --check    exit 1 where the texts differ from the results
 
-docs/results.md keeps a short table of each op; docs/benchmarks.md has every row. Several files of one op on
-one machine, such as those of runs with `--case`, become one table.
+docs/results.md keeps a short table of each op; docs/benchmarks.md has every row. Several files of
+one op on one machine, such as those of runs with `--case`, become one table.
 """
 
 from __future__ import annotations

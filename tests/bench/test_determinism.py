@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 from bench import determinism
+from bench.measure import environment
 from bench.report import determinism as report
 
 FIRST = {"result": "a", "gradient of table": "b"}
@@ -58,14 +59,34 @@ def test_bits_that_change_are_seen_and_wrong_results_refused(
     steady, changing = determinism.measure([(inputs, (same, drifts))], 3)
     assert not report.changing(steady) and len(set(report.patterns(changing)["1"])) == 3
     wrong = determinism.Way(name="wrong", call=lambda x: x * 3)
-    with pytest.raises(ValueError, match="wrong: result differs by 5.0e-01"):
+    with pytest.raises(ValueError, match=r"wrong: result differs by 5\.0e-01"):
         determinism.measure([(inputs, (same, wrong))], 3)
 
 
 def test_ours_did_not_change_where_it_was_measured() -> None:
-    folder = Path(determinism.__file__).parent / "results" / "determinism"
-    documents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    assert documents
-    for document in documents:
+    paths = [*(environment.RESULTS / "determinism").glob("*.json")]
+    assert paths
+    for path in paths:
+        document = json.loads(path.read_text())
         ours = [x for x in document["results"] if x["name"].startswith("svitt_ops")]
         assert len(ours) == 2 and not any(map(report.changing, ours))
+
+
+def test_the_guide_says_what_was_measured() -> None:
+    page = (environment.REPOSITORY / "docs" / "deterministic.md").read_text()
+    shown = re.findall(r"determinism-[\w.-]+?(?=-light\.png)", page)
+    (path,) = (environment.RESULTS / "determinism").glob("*.json")
+    document = json.loads(path.read_text())
+    assert shown == [report.name(document)]
+    found = {row["name"]: row for row in document["results"]}
+    tables = [
+        run["gradient of table"]
+        for runs in found["torch: einsum, table[index], heads last"]["digests"].values()
+        for run in runs
+    ]
+    words = f"{len(set(tables))} different gradients of the table in {len(tables)} runs"
+    assert words in " ".join(page.split())
+    assert not report.changing(found["einsum, deterministic algorithms on"])
+    assert not report.changing(found["torch: cross_entropy of q @ k.T"])
+    sdpa = report.patterns(found["torch: SDPA, table[index]"])
+    assert all(len(set(runs)) == 1 for runs in sdpa.values()) and sdpa["1"] != sdpa["2"]
