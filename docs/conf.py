@@ -6,6 +6,7 @@ The repository is the source folder, so that a relative link is the same on GitH
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -31,6 +32,7 @@ myst_heading_anchors = 3
 highlight_language = "none"
 default_role = "literal"  # a docstring's `name`
 
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -62,6 +64,13 @@ def _images(_: Sphinx, __: str, text: list[str]) -> None:
     )
 
 
+def _signature(*given: Any) -> tuple[str, None] | None:
+    """None of a configuration, whose hundred keywords are its fields, and of transformers."""
+    _, what, name = given[:3]
+    return ("", None) if what == "class" and name.endswith("Config") else None
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _images)
+    app.connect("autodoc-process-signature", _signature)
