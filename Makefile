@@ -149,7 +149,7 @@ docs: .venv/installed build/docs-tools
 
 build/docs-tools: docs/requirements.txt | .venv/installed
 	rm -rf $@ $@.part
-	$(PIP) install -q -c constraints.txt --target $@.part -r docs/requirements.txt
+	$(PIP) install -q --target $@.part -r docs/requirements.txt
 	mv $@.part $@
 
 clean:

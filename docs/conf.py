@@ -32,7 +32,7 @@ myst_heading_anchors = 3
 highlight_language = "none"
 default_role = "literal"  # a docstring's `name`
 
-autodoc_default_options = {"members": True}
+autodoc_default_options = {"members": True, "exclude-members": "config_class"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -70,7 +70,14 @@ def _signature(*given: Any) -> tuple[str, None] | None:
     return ("", None) if what == "class" and name.endswith("Config") else None
 
 
+def _remark(*given: Any) -> None:
+    """Napoleon takes what stands before a colon in an attribute's first line for its type."""
+    if given[1] in ("attribute", "data", "property"):
+        given[-1].insert(0, "")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _images)
+    app.connect("autodoc-process-docstring", _remark, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _signature)
