@@ -140,7 +140,7 @@ guides: .venv/installed
 	  "$$(echo build/guides/*.whl)[train]"
 	build/guides/venv/bin/python tests/guides build/guides/venv/bin build/guides/reader
 
-# The site of README.md and docs/, in build/docs/html; a warning is an error, and nothing is fetched.
+# The site of README.md and docs/, in build/docs/html: without a warning, and loading nothing from elsewhere.
 docs: .venv/installed build/docs-tools
 	rm -rf build/docs
 	PYTHONPATH=$(CURDIR)/build/docs-tools $(BIN)/python -m sphinx -q -n -W --keep-going \
