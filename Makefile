@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null)
 
 .PHONY: setup demo test lint format bench compile-check compile-check-newest compile-check-oldest \
-  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check hub-check guides clean
+  cuda-check header-check asan isa-check interpreter-check fuzz wheel-check hub-check guides docs clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -139,6 +139,18 @@ guides: .venv/installed
 	build/guides/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 	  "$$(echo build/guides/*.whl)[train]"
 	build/guides/venv/bin/python tests/guides build/guides/venv/bin build/guides/reader
+
+# The site of README.md and docs/, in build/docs/html: without a warning, and loading nothing from elsewhere.
+docs: .venv/installed build/docs-tools
+	rm -rf build/docs
+	PYTHONPATH=$(CURDIR)/build/docs-tools $(BIN)/python -m sphinx -q -n -W --keep-going \
+	  -c docs -d build/docs/doctrees . build/docs/html
+	$(BIN)/python docs/check.py build/docs/html
+
+build/docs-tools: docs/requirements.txt | .venv/installed
+	rm -rf $@ $@.part
+	$(PIP) install -q --target $@.part -r docs/requirements.txt
+	mv $@.part $@
 
 clean:
 	rm -rf .venv build dist *.egg-info svitt_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

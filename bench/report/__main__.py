@@ -1,10 +1,10 @@
 """`python -m bench.report`: tables and figures, made from the committed results.
 
-python -m bench.report            write README's tables, docs/benchmarks.md, and the figures
+python -m bench.report            write docs/results.md, docs/benchmarks.md, and the figures
 python -m bench.report --check    exit 1 where the texts differ from the results
 
-README keeps a short table of each op; docs/benchmarks.md has every row. Several files of one op on
-one machine, such as those of runs with `--case`, become one table.
+docs/results.md keeps a short table of each op; docs/benchmarks.md has every row. Several files of
+one op on one machine, such as those of runs with `--case`, become one table.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 import svitt_ops
 from bench.measure import environment, results
 from bench.measure.results import Document
-from bench.report import demo, demo_pictures, figures, search_cost, standing, step
+from bench.report import demo, demo_pictures, determinism, figures, search_cost, standing, step
 from bench.report.markdown import head, line
 
 END = "<!-- /bench -->"
 TITLES = figures.TITLES | {"step": "Training step"}
-FIGURES = "bench/results/figures"
+FIGURES = "../bench/results/figures"
 FACTS = {"mac_ratio": "of dense MACs", "edge_ratio": "edge ratio"}
 """Of results, and their columns; only the first one that there is."""
 DIGITS = {"mac_ratio": 2, "edge_ratio": 1}
 DOCS_ONLY = ("frame_attention", "momentum_step", "plugins", "sigmoid_nce")
-"""What README has no section of."""
+"""What the short page has no section of."""
 INTRODUCTION = """\
 # Benchmarks
 
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write or check; 0, or 1 where a text does not hold what the results say."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    parser.add_argument("--readme", type=Path, default=environment.REPOSITORY / "README.md")
-    docs_file = environment.REPOSITORY / "docs" / "benchmarks.md"
-    parser.add_argument("--docs", type=Path, default=docs_file)
+    pages = environment.REPOSITORY / "docs"
+    parser.add_argument("--short", type=Path, default=pages / "results.md")
+    parser.add_argument("--docs", type=Path, default=pages / "benchmarks.md")
     parser.add_argument("--results", type=Path, default=environment.RESULTS)
     parser.add_argument("--no-figures", action="store_true")
     arguments = parser.parse_args(argv)
@@ -89,24 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.check or arguments.no_figures):
         for documents in by_machine(by_op).values():
             figures.draw(documents, arguments.results / "figures")
-    readme = arguments.readme.read_text()
+    short = arguments.short.read_text()
     try:
         for op in by_op:
             if op not in DOCS_ONLY:
-                readme = replace_section(readme, op, _section(op, by_op))
+                short = replace_section(short, op, _section(op, by_op))
         if by_op:
-            readme = replace_section(readme, "standing", _standing(by_op, standing.render_short))
+            short = replace_section(short, "standing", _standing(by_op, standing.render_short))
         if demos := demo.load(arguments.results / "demo"):
-            readme = replace_section(readme, "demo", demo.render(demos))
+            short = replace_section(short, "demo", demo.render(demos))
     except ValueError as error:
-        print(f"{arguments.readme.name}: {error}", file=sys.stderr)
+        print(f"{arguments.short.name}: {error}", file=sys.stderr)
         return 1
     more = {
         "The cost of searching": search_cost.render(arguments.results / "search_cost", FIGURES),
+        "Determinism": determinism.render(arguments.results / "determinism", FIGURES),
         "Demos on pictures": demo_pictures.render(demo.load_pictures(arguments.results / "demo")),
     }
     docs, stale = render_docs(by_op, more), []
-    for path, wanted in ((arguments.readme, readme), (arguments.docs, docs)):
+    for path, wanted in ((arguments.short, short), (arguments.docs, docs)):
         if path.exists() and path.read_text() == wanted:
             continue
         stale.append(path.name)
@@ -145,9 +146,9 @@ def by_machine(by_op: dict[str, list[Document]]) -> dict[str, list[Document]]:
 
 
 def _section(op: str, by_op: dict[str, list[Document]]) -> str:
-    """What README says of an op."""
+    """What the short page says of an op."""
     if op == "scaling":
-        return _pictures(by_op, FIGURES)
+        return _pictures(by_op)
     parts = []
     for document in by_op[op]:
         text = render_short(document)
@@ -159,19 +160,19 @@ def _section(op: str, by_op: dict[str, list[Document]]) -> str:
     return "\n\n".join(parts)
 
 
-def _pictures(by_op: dict[str, list[Document]], folder: str) -> str:
+def _pictures(by_op: dict[str, list[Document]]) -> str:
     """The figures of every machine whose scaling was measured."""
     parts = []
     for documents in by_machine(by_op).values():
         sources = [_source(x) for x in documents if x["op"] == "scaling"]
         if sources:
-            parts += [*sources, *_drawn(documents, folder, lambda x: not x.startswith("tokens"))]
+            parts += [*sources, *_drawn(documents, lambda x: not x.startswith("tokens"))]
     return "\n\n".join(parts)
 
 
-def _drawn(documents: list[Document], folder: str, wanted: Callable[[str], bool]) -> list[str]:
+def _drawn(documents: list[Document], wanted: Callable[[str], bool]) -> list[str]:
     found = figures.names(documents).items()
-    return [figures.markdown(name, words, folder) for name, words in found if wanted(name)]
+    return [figures.markdown(name, words, FIGURES) for name, words in found if wanted(name)]
 
 
 def _standing(by_op: dict[str, list[Document]], render: Callable[[Sequence[Document]], str]) -> str:
@@ -194,7 +195,7 @@ def render_docs(by_op: dict[str, list[Document]], more: dict[str, str]) -> str:
             table = step.render(document)
             parts.append(f"{_source(document)}\n\n{table}\n\n{_footnotes(document)}\n")
     if "scaling" in by_op:
-        parts.append(f"## Scaling\n\n{_pictures(by_op, f'../{FIGURES}')}\n")
+        parts.append(f"## Scaling\n\n{_pictures(by_op)}\n")
     parts += [_render_one(document) + "\n" for document in by_op.get("scaling", [])]
     parts += [f"## {title}\n\n{text}\n" for title, text in more.items() if text]
     missing = [f"`{op}`" for op in svitt_ops.OPS if op not in by_op]
@@ -207,7 +208,7 @@ def render(documents: Iterable[Document]) -> str:
     """Markdown of all results of one op: a part for each machine."""
     parts = []
     for document in documents:
-        parts += _drawn([document], f"../{FIGURES}", lambda x: x.startswith("tokens"))
+        parts += _drawn([document], lambda x: x.startswith("tokens"))
         parts.append(_render_one(document))
     return "\n\n".join(parts)
 

@@ -70,6 +70,15 @@ def markdown(name: str, words: str, folder: str) -> str:
     )
 
 
+def source(document: dict[str, Any]) -> str:
+    """Where the numbers of a document with a `command` of its own come from."""
+    where = document["environment"]
+    return (
+        f"**{where['hardware']}**, torch {where['versions']['torch']}, commit"
+        f" {(where['commit'] or 'unknown')[:10]}: `{document['command']}`"
+    )
+
+
 def names(documents: Sequence[Document]) -> dict[str, str]:
     """Figure -> what it shows, of those that `draw` writes."""
     words = {

@@ -23,17 +23,13 @@ def render(folder: Path, drawn: str) -> str:
 
 
 def _one(document: dict[str, Any], drawn: str) -> str:
-    where = document["environment"]
-    source = (
-        f"**{where['hardware']}**, torch {where['versions']['torch']}, commit"
-        f" {(where['commit'] or 'unknown')[:10]}: `{document['command']}`"
-    )
+    source = figures.source(document)
     lines = head(["N", "two streams, s", "one stream, s", "ratio"])
     for row in document["results"]:
         two, one = (row[name]["seconds"] for name in ("two_stream", "one_stream"))
         lines.append(line([f"{row['n']:,}", f"{two:.1f}", f"{one:,.0f}", f"{one / two:,.0f} x"]))
     words = "Time of searching N x N with two streams and with one, against N"
-    picture = figures.markdown(name(document), words, f"../{drawn}")
+    picture = figures.markdown(name(document), words, drawn)
     remark = [document["remark"]] if "remark" in document else []
     return "\n\n".join([source, picture, "\n".join(lines), *remark])
 

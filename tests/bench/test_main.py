@@ -240,14 +240,15 @@ def test_report(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
     run(folder=folder)
-    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    short, docs = (tmp_path / "docs" / x for x in ("results.md", "benchmarks.md"))
+    short.parent.mkdir()
     marked = "".join(f"<!-- bench:{name} -->\n{report.END}\n" for name in ("standing", OP))
-    readme.write_text(f"before\n{marked}after\n")
-    arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
+    short.write_text(f"before\n{marked}after\n")
+    arguments = ["--short", str(short), "--docs", str(docs), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
-    text, every = readme.read_text(), docs.read_text()
+    text, every = short.read_text(), docs.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     for found in (text, every):
         assert f"python -m bench --op {OP} --case small" in found and "gather_sdpa" in found
@@ -256,12 +257,12 @@ def test_report(run: Run, tmp_path: Path) -> None:
         assert f"| {row['ms']:.2f} |" in text
         assert f"| {row['ms']:.2f} ({row['p20']:.2f}-{row['p80']:.2f}) |" in every
     assert "retrieval_ranks" in every.rpartition("No results")[2]
-    for path, right in ((readme, text), (docs, every)):
+    for path, right in ((short, text), (docs, every)):
         path.write_text(right.replace(f"{ours[0]['ms']:.2f}", f"{ours[0]['ms'] + 1:.2f}"))
         assert report.main([*arguments, "--check"]) == 1
         path.write_text(right)
     assert report.main([*arguments, "--check"]) == 0
-    readme.write_text("no markers")
+    short.write_text("no markers")
     assert report.main(arguments) == 1
 
 

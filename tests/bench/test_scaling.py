@@ -135,21 +135,22 @@ def test_figures_are_drawn_for_light_and_dark_pages(tmp_path: Path) -> None:
     assert len(paths) == 6 and len(figures.names(documents)) == 3
     for path in paths:
         pixels = image.imread(path)
-        assert pixels.shape[1] == 1600  # twice the width in README
+        assert pixels.shape[1] == 1600  # twice the width in the pages
         assert (pixels[0, 0, :3].mean() > 0.9) == path.stem.endswith("light")
 
 
-def test_readme_shows_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_pages_show_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "bench" / "results"
     results.save(folder / "scaling.json", invented())
-    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    short, docs = (tmp_path / "docs" / x for x in ("results.md", "benchmarks.md"))
+    short.parent.mkdir()
     marks = ("scaling", "standing")
-    readme.write_text("".join(f"<!-- bench:{name} -->\n{report.END}\n" for name in marks))
-    arguments = ["--readme", str(readme), "--docs", str(docs), "--results", str(folder)]
+    short.write_text("".join(f"<!-- bench:{name} -->\n{report.END}\n" for name in marks))
+    arguments = ["--short", str(short), "--docs", str(docs), "--results", str(folder)]
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
-    for path in (readme, docs):
+    for path in (short, docs):
         text = path.read_text()
         assert text.count("<picture>") == 2
         for line in text.splitlines():

@@ -46,6 +46,6 @@ def test_their_clips_are_never_mirrored() -> None:
     assert 25 < sum(flips[1::2]) < 75
 
 
-def test_recipes_say_so() -> None:
-    recipes = Path(__file__).parents[3] / "training" / "recipes" / "README.md"
-    assert "never one whose caption speaks of left, right or clockwise" in recipes.read_text()
+def test_the_guide_says_so() -> None:
+    guide = Path(__file__).parents[3] / "docs" / "train.md"
+    assert "never one whose caption speaks of left, right or clockwise" in guide.read_text()
