@@ -15,6 +15,7 @@ import svitt_ops
 from svitt_ops.training.cli import MODEL, at_least, check_model
 from svitt_ops.training.data.annotations import CAPTIONED
 from svitt_ops.training.data.paths import input_file, input_folder, output_file, write_text
+from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.protocols import Protocol, load_protocol
 from svitt_ops.training.engine.provenance import commit, hashes, weight_files
@@ -97,7 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     systems = [load_system(system) for system in system_names()]
     kinds = [system.config.model_type for system in systems if task.HEAD in system.models]
     check_model(arguments.model, *kinds)
-    named = {path: input_file(path, "--annotations") for path in arguments.annotations}
+    named: dict[str, Path] = {}
+    for path in arguments.annotations:
+        source = find_source(path, "--annotations")
+        named |= {path if source.kind == "file" else str(file): file for file in source.files}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")
