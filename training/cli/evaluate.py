@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_model(arguments.model, *kinds)
     named: dict[str, Path] = {}
     for path in arguments.annotations:
-        source = find_source(path, "--annotations")
-        named |= {path if source.kind == "file" else str(file): file for file in source.files}
+        read = find_source(path, "--annotations")
+        named |= {path if read.kind == "file" else str(file): file for file in read.files}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")

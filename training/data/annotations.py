@@ -178,7 +178,7 @@ class Record:
     def whole(text: str, field: str) -> str:
         """A text that can be encoded: half a character, as of a text cut in UTF-16, cannot."""
         wrong = re.search(r"[\0\ud800-\udfff]", text)
-        if wrong:
+        if wrong and not isinstance(text, Place):
             what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
             raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
         return text

@@ -61,7 +61,7 @@ def read_shards(shards: Sequence[Path]) -> Iterator[Row]:
 def _members(shard: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
     """Names of the files in an archive, as webdataset has them, and where their bytes are."""
     try:
-        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  # closes nothing
+        archive: Any = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  # closes nothing
         while (member := archive.next()) is not None:
             archive.members = []  # or it keeps them all
             if member.isreg() and not META.match(member.name):
@@ -69,7 +69,7 @@ def _members(shard: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
                     raise tarfile.ReadError(f"{member.name} is sparse: pack it without holes")
                 span = (member.offset_data, member.size)
                 yield {"fname": member.name, "data": span, "__url__": str(shard)}
-        end = archive.offset  # type: ignore[attr-defined]
+        end = archive.offset
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(
             f"annotations {shard}: cannot be read as a tar archive: {error}"

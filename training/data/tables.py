@@ -182,7 +182,7 @@ def _delimiter(text: str, wanted: Sequence[str]) -> str | None:
     """What separates the fields of the first line, if a wanted one is among them."""
     first = re.split(r"\r\n|\n|\r", text.lstrip("\r\n "), maxsplit=1)[0]
     for delimiter in DELIMITERS:
-        if set(_header(next(csv.reader([first], delimiter=delimiter), []))) & set(wanted):
+        if set(_header(next(csv.reader([first], delimiter=delimiter), []))) & set(_header(wanted)):
             return delimiter
     return None
 
