@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -13,8 +13,8 @@ from svitt_ops.training.data.files import PICTURES, MediaFile, UnusableVideoErro
 from svitt_ops.training.data.pictures import open_pictures
 
 
-def list_frames(folder: str | Path) -> list[str]:
-    """The names of a folder's frames in the order of their numbers; none: it has no frames.
+def number_frames(names: Iterable[str]) -> list[str]:
+    """Of the names in a folder those of its frames, in the order of their numbers.
 
     A frame is a picture by its suffix, whose name ends in a number before that. Whatever else lies
     there, and what is hidden, is passed over.
@@ -24,7 +24,7 @@ def list_frames(folder: str | Path) -> list[str]:
     """
     frames: dict[int, str] = {}
     beginnings: dict[str, str] = {}
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         numbered = re.fullmatch(r"(.*?)(\d+)", stem, re.DOTALL | re.ASCII)
         if suffix.lower() not in PICTURES or not numbered or name.startswith("."):
@@ -44,7 +44,7 @@ class FrameFolder:
 
     def __init__(self, folder: str, fps: float | None = None) -> None:
         self._folder = folder
-        self._names = list_frames(folder)
+        self._names = number_frames(os.listdir(folder))
         if not self._names:
             raise UnusableVideoError("is a folder, not a file, and has no numbered frames")
         rate = math.nan if fps is None else fps
