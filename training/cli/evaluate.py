@@ -16,6 +16,7 @@ import svitt_ops
 from svitt_ops.training.cli import MODEL, at_least, check_model
 from svitt_ops.training.data.annotations import CAPTIONED
 from svitt_ops.training.data.paths import input_file, input_folder, output_file, write_text
+from svitt_ops.training.data.places import label
 from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.protocols import Protocol, load_protocol
@@ -152,6 +153,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not as {arguments.protocol}: {option} {chosen.values[option]}, there {value}")
     if numbers is None:
         return 0
+    for found in (facts, *facts.values()):
+        if isinstance(found, dict) and "skipped" in found:
+            found["skipped"] = {label(name): why for name, why in found["skipped"].items()}
     facts["left_out"] = left_out
     facts["settings"] = {
         "task": name,
