@@ -6,12 +6,14 @@ which no path holds, stands between the path and what is meant in there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any, Literal
 
 Form = Literal["file", "member", "row", "frames"]
 NUL = "\0"
+FACTS = {"member": (str, int, int), "row": (str, int, int), "frames": (float,)}
 
 
 class Place(str):
@@ -35,11 +37,10 @@ def parse(name: str) -> tuple[str, Form, list[Any]]:
     """Path, form and facts of a name; any that `place` has not made is a file's."""
     path, separator, rest = name.partition(NUL)
     if separator:
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             form, *facts = json.loads(rest)
-        except ValueError:
-            return name, "file", []
-        return path, form, facts
+            if FACTS[form] == tuple(map(type, facts)):
+                return path, form, facts
     return name, "file", []
 
 

@@ -60,7 +60,7 @@ def find_source(path: str | Path, name: str = "annotations") -> Source:
     if file.is_file():  # a pipe can be read once
         with file.open("rb") as stream:
             start = stream.read(512)
-    if file.suffix == SHARD or start[AT:].startswith(TAR):
+    if file.suffix == SHARD or (start[AT:].startswith(TAR) and b"\0" in start):
         return _shards(str(file), [file])
     if start.startswith(PARQUET) and holds_media(file):
         return _dataset(str(file), [file])

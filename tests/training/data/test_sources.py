@@ -357,6 +357,9 @@ def test_a_name_with_a_nul_stays_a_fault_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which can name no file"):
         read(tmp_path / "a.json")
     assert not isinstance(name, Place)
+    for odd in ("5", "[]", '["member"]', '["row", "a", 0]', '["x", 1]', '[["row"]]', "[" * 9999):
+        with pytest.raises(UnusableVideoError, match="null"):
+            read_frames(f"{tmp_path}/a.tar\0{odd}")
 
 
 def test_timelines_of_members_are_kept_apart(tmp_path: Path) -> None:
