@@ -15,6 +15,7 @@ from svitt_ops.training.data.files import FILMS, UnusableVideoError
 from svitt_ops.training.data.frame_folders import number_frames
 from svitt_ops.training.data.paths import expand, input_file, input_folder
 from svitt_ops.training.data.places import parse
+from svitt_ops.training.data.sources import SHARD
 from svitt_ops.training.data.text import clean_caption
 
 log = logging.getLogger(__name__)
@@ -57,13 +58,13 @@ def _media_of(source: str | Path, kind: Kind, root: str | Path | None) -> Iterab
         found = sorted(glob.glob(str(path), recursive=True))
         return [x for x in found if not os.path.isdir(x) or _is_video(os.listdir(x), kind)]
     path = input_file(path, option)
-    if path.suffix.lower() not in ANNOTATIONS:
+    if path.suffix.lower() not in (*ANNOTATIONS, SHARD):
         return [str(path)]
     read = read_annotations(path, root=root, kind=kind)
     for problem in read.problems:
         log.warning("left out: %s", problem)
     places = [parse(media) for entry in read.entries for media in entry.media]
-    if any(form == "row" for _, form, _ in places):
+    if any(form in ("member", "row") for _, form, _ in places):
         raise ValueError(f"{option}: must name files, got {path}, which holds {kind}s itself")
     return [file for file, _, _ in places]
 

@@ -35,6 +35,7 @@ from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.text import clean_caption, train_tokenizer
 from svitt_ops.training.data.timeline import timelines
 from svitt_ops.training.data.video import UnusableVideoError, read_frames
+from svitt_ops.training.embeddings.listing import list_media
 from svitt_ops.training.engine.recipes import load_recipe
 from svitt_ops.training.tasks.reasoning import FORM
 
@@ -250,6 +251,8 @@ def test_a_shard_that_changes_is_no_other_sample(tmp_path: Path) -> None:
     clip = film(tmp_path / "a.mp4", 4, size=(16, 16)).read_bytes()
     path = archive(tmp_path / "a.tar", [("0.mp4", clip), ("0.txt", b"Text.")])
     (entry,) = read(path).entries
+    with pytest.raises(ValueError, match=r"^--videos: must name files, got .*/a.tar, which holds"):
+        list_media([path], "video")
     os.truncate(path, len(clip))
     with pytest.raises(UnusableVideoError, match=r"a.tar/0.mp4: is cut off$"):
         read_frames(entry.media[0])
