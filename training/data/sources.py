@@ -97,13 +97,13 @@ def _of_pattern(pattern: str, name: str) -> Source:
 
 
 def _shards(name: str, files: Sequence[Path]) -> Source:
-    with needs("webdataset", f"{name}: is webdataset shards"):
+    with needs("webdataset", f"annotations {name}: is webdataset shards"):
         import webdataset  # noqa: F401
     return Source(name=name, kind="shards", files=tuple(files))
 
 
 def _dataset(name: str, files: Sequence[Path]) -> Source:
-    with needs("datasets", f"{name}: is a Hugging Face dataset"):
+    with needs("datasets", f"annotations {name}: is a Hugging Face dataset"):
         import datasets  # noqa: F401
     return Source(name=name, kind="dataset", files=tuple(files))
 
