@@ -36,7 +36,7 @@ setup: .venv/installed
 
 .venv/installed: .venv/torch pyproject.toml setup.py $(CSRC)
 	$(PIP) install -q -c constraints.txt --no-build-isolation \
-	  "$(TRITON); sys_platform == 'linux'" -e '.[dev,bench,train,app]'
+	  "$(TRITON); sys_platform == 'linux'" -e '.[dev,bench,train,data,app]'
 	touch $@
 
 demo: .venv/installed

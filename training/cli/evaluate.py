@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import svitt_ops
 from svitt_ops.training.cli import MODEL, at_least, check_model
 from svitt_ops.training.data.annotations import CAPTIONED
 from svitt_ops.training.data.paths import input_file, input_folder, output_file, write_text
+from svitt_ops.training.data.places import label
+from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.engine.checkpoints import model_folder
 from svitt_ops.training.engine.protocols import Protocol, load_protocol
 from svitt_ops.training.engine.provenance import commit, hashes, weight_files
@@ -97,7 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     systems = [load_system(system) for system in system_names()]
     kinds = [system.config.model_type for system in systems if task.HEAD in system.models]
     check_model(arguments.model, *kinds)
-    named = {path: input_file(path, "--annotations") for path in arguments.annotations}
+    named: dict[str, Path] = {}
+    for path in arguments.annotations:
+        read = find_source(path, "--annotations")
+        named |= {path if read.kind == "file" else str(file): file for file in read.files}
     if arguments.root is not None:
         input_folder(arguments.root, "--root")
     numbers = None if arguments.json is None else output_file(arguments.json, "--json")
@@ -147,6 +153,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"not as {arguments.protocol}: {option} {chosen.values[option]}, there {value}")
     if numbers is None:
         return 0
+    for found in (facts, *facts.values()):
+        if isinstance(found, dict) and "skipped" in found:
+            found["skipped"] = {label(name): why for name, why in found["skipped"].items()}
     facts["left_out"] = left_out
     facts["settings"] = {
         "task": name,

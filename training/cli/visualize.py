@@ -13,7 +13,9 @@ from svitt_ops.training.cli import MODEL, at_least, check_model
 from svitt_ops.training.data.annotations import Entry, Form, Record, read_annotations
 from svitt_ops.training.data.collate import count_cut
 from svitt_ops.training.data.paths import input_file, input_folder, output_folder, saving
+from svitt_ops.training.data.places import label
 from svitt_ops.training.data.sampling import sample_positions
+from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.text import clean_caption
 from svitt_ops.training.engine.settings import RunSettings
 
@@ -106,7 +108,7 @@ def _check_source(arguments: argparse.Namespace) -> None:
     elif arguments.video or arguments.caption:
         raise ValueError("--annotations: has the files and their texts, got others besides")
     else:
-        input_file(arguments.annotations, "--annotations")
+        find_source(arguments.annotations, "--annotations")
         if arguments.root is not None:
             input_folder(arguments.root, "--root")
 
@@ -230,6 +232,6 @@ def _draw_pictures(
             )
             for model, tokenizer, reading in readers
         )
-        file = target / f"{number:03}-{Path(entry.media[0]).stem[:STEM]}.png"
+        file = target / f"{number:03}-{Path(label(entry.media[0])).stem[:STEM]}.png"
         with saving(file):
             print(draw_maps(maps, file))

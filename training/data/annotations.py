@@ -1,4 +1,4 @@
-"""Annotation files: lists of {"video" or "image": path, "caption": text or texts}."""
+"""Annotations: lists of {"video" or "image": path, "caption": text or texts}, however kept."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+from svitt_ops.training.data.files import FILMS, PICTURES
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.data.tables import Row, fields_of, read_rows
+from svitt_ops.training.data.places import Place, place
+from svitt_ops.training.data.sources import find_source
+from svitt_ops.training.data.tables import Row, fields_of
 from svitt_ops.training.data.text import clean_caption
 
 Kind = Literal["video", "image"]
 Captions = Literal["each", "join"]
 CAPTION = ("caption", "sentence")
 """Fields of a text: ours, and that of MSR-VTT's tables."""
-SUFFIXES = (
-    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif"),
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-    ".npy",
-)
+SUFFIXES = (*FILMS, *PICTURES, ".npy")
 """Of the files that a video's or image's id is looked for as, the first before the others."""
 
 
@@ -76,6 +75,8 @@ class Record:
     """Lists of captions are paragraphs."""
     keep_together: str | None
     max_words: int | None
+    fps: float | None = None
+    """Of folders of frames, if it has none."""
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -85,7 +86,21 @@ class Record:
 
     def paths(self, names: Iterable[str], field: str) -> tuple[str, ...]:
         """The paths of files that a field names."""
-        return tuple(self.files.find(name, field) for name in names)
+        return tuple(self._timed(self.files.find(name, field)) for name in names)
+
+    def _timed(self, path: str) -> str:
+        """With the rate of a folder of frames, where one is given."""
+        given = self.content.get("fps", self.fps)
+        known = os.path.splitext(path)[1].lower() in SUFFIXES
+        if given is None or known or not os.path.isdir(path):
+            return path
+        try:
+            fps = float(given)
+        except (TypeError, ValueError):
+            fps = math.nan
+        if not 0 < fps < math.inf:
+            raise ValueError(f"field 'fps' must be a positive number, got {given!r:.80}")
+        return str(place(path, "frames", fps))
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -163,7 +178,7 @@ class Record:
     def whole(text: str, field: str) -> str:
         """A text that can be encoded: half a character, as of a text cut in UTF-16, cannot."""
         wrong = re.search(r"[\0\ud800-\udfff]", text)
-        if wrong:
+        if wrong and not isinstance(text, Place):
             what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
             raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
         return text
@@ -190,8 +205,10 @@ def read_annotations(
     keep_together: str | None = None,
     max_words: int | None = None,
     form: Form[Example] = CAPTIONED,  # type: ignore[assignment]  # where none is given
+    columns: Mapping[str, str] | None = None,
+    fps: float | None = None,
 ) -> Annotations[Example]:
-    """Read an annotation file.
+    """Read an annotation file, webdataset shards or a Hugging Face dataset.
 
     An entry that lacks a field, has one of a wrong type, or an empty caption is left out and
     described in `problems`; a file that cannot be read, or has no usable entry, raises.
@@ -201,23 +218,29 @@ def read_annotations(
             Its entries have `caption` (or `sentence`) and `video` or `image` (or `video_id`,
             `image_id`). Either kind's field is accepted for either kind, because published files do
             not agree. MSR-VTT's JSON of `videos` and `sentences` is read as a list of sentences.
+            Or what else `sources.find_source` finds.
         root: the folder that the media paths are relative to; default: the file's own. A name or
-            an id without a suffix is that of the file with a known one, if there is one.
+            an id without a suffix is that of the file with a known one, if there is one. A folder
+            is a video, of numbered frames.
         kind: what the files are.
         captions: "each" keeps a list of captions as several texts; "join" makes one paragraph of
             it (DiDeMo, ActivityNet Captions).
         keep_together: the field whose value says which entries share a batch.
         max_words: where captions are cut.
         form: what the entries hold besides, if it is not captions.
+        columns: names of fields, and what they are called there, such as {"video": "clip"}.
+        fps: frames a second of folders of frames; an entry's own `fps` goes before.
 
     Raises:
         ValueError: the file is missing, is not UTF-8, is of no such form, or has no usable entry.
     """
+    columns = columns or {}
     for name, value, known in (("kind", kind, Kind), ("captions", captions, Captions)):
         if value not in get_args(known):
             raise ValueError(f"{name}: must be one of {get_args(known)}, got {value!r}")
-    file = expand(path, "annotations")
-    files = _Files(file.parent if root is None else expand(root, "root"))
+    source = find_source(path)
+    file, own = source.name, source.files[0].parent if source.files else Path()
+    files = _Files(own if root is None else expand(root, "root"))
     entries: list[Example] = []
     problems: list[str] = []
 
@@ -227,17 +250,18 @@ def read_annotations(
         if not isinstance(row.content, dict):
             raise ValueError(f"must be an object, got {type(row.content).__name__}")
         record = Record(
-            content=row.content,
+            content=_renamed(row.content, columns),
             place=f"{file}: {row.place}",
             kind=kind,
             files=files,
             join=captions == "join",
             keep_together=keep_together,
             max_words=max_words,
+            fps=fps,
         )
         return form.parse(record)
 
-    for row in read_rows(file, form.media or _media_fields(kind), form.texts):
+    for row in source.rows(form.media or _media_fields(kind), form.texts, columns):
         try:
             entries.append(parse(row))
         except ValueError as error:
@@ -246,6 +270,17 @@ def read_annotations(
         detail = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"annotations {file}: no usable entry among {len(problems)}{detail}")
     return Annotations(entries=tuple(entries), problems=tuple(problems))
+
+
+def _renamed(content: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """With the fields that `columns` has, besides; those of a CSV are in small letters."""
+    found = dict(content)
+    for ours, theirs in columns.items():
+        name = theirs if theirs in content else theirs.lower()
+        if name not in content:
+            raise ValueError(f"has no field {theirs!r}; has {fields_of(content)}")
+        found[ours] = content[name]
+    return found
 
 
 def _media_fields(kind: Kind) -> tuple[str, ...]:
@@ -262,6 +297,8 @@ class _Files:
 
     def find(self, name: str, field: str) -> str:
         """The path of a name; without a suffix, that of the file with a known one."""
+        if isinstance(name, Place):
+            return str(name)
         try:
             path = self.root / expand(name, f"field {field!r}")
         except ValueError as error:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svitt_ops.training.data.annotations import Entry, Kind
+from svitt_ops.training.data.places import NUL
 
 
 class Strings(Sequence[str]):
@@ -116,6 +117,10 @@ class FileNames:
         self._folders: dict[str, str] = {}
 
     def __call__(self, path: str) -> str:
+        path, nul, inside = path.partition(NUL)
+        return f"{self._whole(path)}{nul}{inside}"
+
+    def _whole(self, path: str) -> str:
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
             return os.path.realpath(path)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svitt_ops.training.data.files import MediaFile, UnusableVideoError, blame
+from svitt_ops.training.data.files import UnusableVideoError, blame, open_media
 from svitt_ops.training.data.video import Choose
 
 HEADERS = {
@@ -32,7 +32,7 @@ def read_features(path: str | Path, choose: Choose, width: int) -> Tensor:
         UnusableVideoError: the file is missing, is no such array, or a chosen row is not finite.
     """
     with blame(path):
-        with MediaFile(path) as file:
+        with open_media(path) as file:
             content = file.read(0, file.size)
         rows = _array(content, width)
         found = torch.from_numpy(rows[list(choose(range(len(rows))))].astype(np.float32))

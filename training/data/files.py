@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from svitt_ops.training.data.places import label, parse
+
 MAX_PIXELS = 2**27
 """Larger pictures are refused: a few bytes of a header may ask for all memory there is."""
 MAX_FRAME_PIXELS = 2**26
 """The same for frames of videos, of which a decoder holds many."""
+FILMS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Suffixes by which files are looked for; they are read as what they hold, however called."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -39,28 +44,44 @@ def blame(path: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        line = printable(f"{os.fsdecode(path)}: {reason}")
+        line = printable(f"{label(os.fsdecode(path))}: {reason}")
         raise UnusableVideoError(line) from error
 
 
-class MediaFile:
-    """An open regular file. Names are never taken for addresses, patterns or protocols."""
+def open_media(name: str | Path) -> MediaFile:
+    """The bytes of a file, of a member of an archive, or of a row."""
+    path, form, facts = parse(os.fsdecode(name))
+    if form == "member":
+        return MediaFile(path, span=(facts[1], facts[2]))
+    if form == "row":
+        from svitt_ops.training.data.rows import read_cell
 
-    def __init__(self, path: str | Path) -> None:
+        return MediaBytes(*read_cell(path, *facts))
+    return MediaFile(path if form == "frames" else name)
+
+
+class MediaFile:
+    """An open regular file, or a span of one.
+
+    Names are never taken for addresses, patterns or protocols.
+    """
+
+    def __init__(self, path: str | Path, span: tuple[int, int] | None = None) -> None:
         # First: to open a FIFO waits, to open a device may act.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise UnusableVideoError(f"is {KINDS.get(stat.S_IFMT(mode), 'something')}, not a file")
         self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         facts = os.fstat(self._descriptor)
-        self.size = facts.st_size
-        if not self.size:
+        self._start, self.size = span or (0, facts.st_size)
+        if not self.size or self._start + self.size > facts.st_size:
             os.close(self._descriptor)
-            raise UnusableVideoError("is empty")
+            raise UnusableVideoError("is cut off" if self.size else "is empty")
         self.changed = facts.st_mtime
         # ctime, too: whoever copies times may put another film of the same size in its place.
         changes = facts.st_mtime_ns, facts.st_ctime_ns
-        self.identity = (facts.st_dev, facts.st_ino, facts.st_size, *changes)
+        file = (facts.st_dev, facts.st_ino, facts.st_size, *changes)
+        self.identity: tuple[int | str, ...] = (*file, self._start, self.size)
 
     def __enter__(self) -> MediaFile:
         return self
@@ -74,7 +95,27 @@ class MediaFile:
         os.close(self._descriptor)
 
     def read(self, offset: int, count: int) -> bytes:
-        return os.pread(self._descriptor, count, offset)
+        return os.pread(
+            self._descriptor, max(0, min(count, self.size - offset)), self._start + offset
+        )
+
+
+class MediaBytes(MediaFile):
+    """The same of bytes in memory, that never change under their identity."""
+
+    def __init__(self, content: bytes, *identity: int | str) -> None:
+        if not content:
+            raise UnusableVideoError("is empty")
+        self._content = content
+        self.size = len(content)
+        self.changed = 0.0
+        self.identity = identity
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, offset: int, count: int) -> bytes:
+        return self._content[offset : offset + count]
 
 
 class Reader:

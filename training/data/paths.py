@@ -8,6 +8,7 @@ says so: `${oc.env:HOME}`.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from collections.abc import Iterator
@@ -26,6 +27,29 @@ def expand(path: str | Path, name: str = "path") -> Path:
         raise ValueError(f"{name}: must be a path, got {text!r}") from None
     except RuntimeError as error:
         raise ValueError(f"{name}: must be a path, got {text!r}: there is no such user") from error
+
+
+def in_folder(folder: str | Path, suffix: str) -> list[str]:
+    """The files of a folder that have a suffix, in order."""
+    return [str(path) for path in sorted(Path(folder).glob(f"*{suffix}"))]
+
+
+def matching(pattern: str) -> list[str]:
+    """What a pattern such as ``{00..99}.tar`` or ``*.tar`` stands for, in order; a file, itself.
+
+    All that braces stand for, be it there or not.
+    """
+    if os.path.exists(pattern):
+        return [pattern]
+    patterns = [pattern]
+    if "{" in pattern:
+        from braceexpand import braceexpand  # of webdataset
+
+        patterns = list(braceexpand(pattern))
+    found = [
+        sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one] for one in patterns
+    ]
+    return [path for paths in found for path in paths]
 
 
 def input_file(path: str | Path, name: str) -> Path:

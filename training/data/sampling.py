@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -96,6 +97,8 @@ def _rate(mode: str) -> float:
 
 def _by_rate(times: Sequence[float], num_frames: int, rate: float) -> list[int]:
     begin, end = times[0], times[-1]
+    if math.isnan(begin):
+        raise ValueError(f"sampling: 'fps{rate:g}' needs the fps of a folder of frames, got none")
     moments = [begin + (k + 0.5) / rate for k in range(max(1, round((end - begin) * rate)))]
     nearest, position = [], 0
     for moment in moments:

@@ -11,7 +11,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def read_rows(path: Path, media: Sequence[str], texts: Sequence[str]) -> list[Ro
         f"annotations {path}: must be {FORMS}, where the first line of CSV and TSV names the fields"
         f" (one of {', '.join(wanted)}), but {said}"
     )
+
+
+@contextmanager
+def needs(package: str, what: str) -> Iterator[None]:
+    """Say of what cannot be imported which package that would be."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{what}, which needs {package}: pip install {package}") from error
 
 
 def fields_of(content: Any) -> str:
@@ -172,7 +182,7 @@ def _delimiter(text: str, wanted: Sequence[str]) -> str | None:
     """What separates the fields of the first line, if a wanted one is among them."""
     first = re.split(r"\r\n|\n|\r", text.lstrip("\r\n "), maxsplit=1)[0]
     for delimiter in DELIMITERS:
-        if set(_header(next(csv.reader([first], delimiter=delimiter), []))) & set(wanted):
+        if set(_header(next(csv.reader([first], delimiter=delimiter), []))) & set(_header(wanted)):
             return delimiter
     return None
 
@@ -216,13 +226,9 @@ def _separated(text: str, delimiter: str, **dialect: Any) -> list[Row]:
 
 
 def _parquet(path: Path, content: bytes) -> list[Row]:
-    try:
+    with needs("pyarrow", f"annotations {path}: is parquet"):
         import pyarrow
         import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"annotations {path}: is parquet, which needs pyarrow: pip install pyarrow"
-        ) from error
     try:
         items = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

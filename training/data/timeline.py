@@ -132,7 +132,10 @@ def find_timeline(file: MediaFile) -> Timeline:
     keys: list[tuple[int, int]] = []
     if pts is not None and not listing.stateful and context.pix_fmt != PALETTE:
         both = zip(listing.pts, listing.dts, listing.keys, strict=True)
-        keys = sorted((p, p if d is None else d) for p, d, key in both if key and p is not None)
+        by_dts = not name.startswith("mov")  # which seeks to the key frame before that of a dts
+        keys = sorted(
+            (p, d if by_dts and d is not None else p) for p, d, key in both if key and p is not None
+        )
     return Timeline(
         seconds=seconds,
         size=(first.width, first.height),

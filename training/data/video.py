@@ -14,6 +14,7 @@ import itertools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -24,8 +25,10 @@ from av.video.frame import VideoFrame
 from torch import Tensor
 
 from svitt_ops.training.data.decoding import Pass, fit, pixels
-from svitt_ops.training.data.files import MediaFile, UnusableVideoError, blame
-from svitt_ops.training.data.pictures import open_pictures
+from svitt_ops.training.data.files import MediaFile, UnusableVideoError, blame, open_media
+from svitt_ops.training.data.frame_folders import FrameFolder
+from svitt_ops.training.data.pictures import Pictures, open_pictures
+from svitt_ops.training.data.places import parse
 from svitt_ops.training.data.timeline import WHOLE, Shown, count_frames, timelines
 
 __all__ = ["Choose", "UnusableVideoError", "read_frames"]
@@ -46,16 +49,18 @@ def read_frames(
     decoded, and which files are refused, is in docs/videos.md.
 
     Args:
-        path: a regular file in any format that FFmpeg or Pillow reads, whatever it is called.
+        path: a regular file in any format that FFmpeg or Pillow reads, whatever it is called; a
+            folder of numbered frames; or what `places.place` names.
         choose: given the seconds of all frames, the positions wanted, in any order and with
-            repetitions; default: all. It is called once.
+            repetitions; default: all. It is called once. Of a folder, seconds are NaN where
+            nothing says how many frames make one.
         short_side: frames whose shorter side is longer than this are scaled down to it.
 
     Returns:
         uint8 (frames, 3, height, width), RGB; transparency is dropped.
 
     Raises:
-        UnusableVideoError: the file is missing, empty, corrupt or no regular file, has no video,
+        UnusableVideoError: the file is missing, empty, corrupt or of another kind, has no video,
             holds less than 95% of what it declares, or a frame that was wanted cannot be decoded.
         ValueError: `short_side` is not positive, or `choose` returned no positions or some
             outside of the video.
@@ -63,11 +68,7 @@ def read_frames(
     if short_side is not None and short_side < 1:
         raise ValueError(f"read_frames: short_side must be at least 1, got {short_side}")
     path = os.fspath(path)
-    with blame(path):
-        file = MediaFile(path)
-    with file:
-        with blame(path):
-            source = open_pictures(file) or Film(file)
+    with _opened(path) as source:
         seconds = source.seconds
         chosen = range(len(seconds)) if choose is None else choose(seconds)
         positions = [_check_position(position, len(seconds)) for position in chosen]
@@ -76,6 +77,22 @@ def read_frames(
         with blame(path):
             frames = source.read(set(positions), short_side)
             return torch.stack([frames[position] for position in positions])
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[Pictures | Film | FrameFolder]:
+    folder, form, facts = parse(os.fsdecode(name))
+    if form in ("file", "frames") and os.path.isdir(folder):
+        with blame(name):
+            frames = FrameFolder(folder, *facts)
+        yield frames
+        return
+    with blame(name):
+        file = open_media(name)
+    with file:
+        with blame(name):
+            source = open_pictures(file) or Film(file)
+        yield source
 
 
 def _check_position(position: int, count: int) -> int:

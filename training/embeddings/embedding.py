@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -268,10 +269,12 @@ def _words(identity: Mapping[str, Any]) -> str:
 
 def _stamp(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        found = [os.stat(path)]
+        if stat.S_ISDIR(found[0].st_mode):  # of frames, each of which may change
+            found += [entry.stat() for entry in os.scandir(path)]
     except OSError:
         return 0, 0  # which is said when it is read
-    return found.st_size, found.st_mtime_ns
+    return sum(x.st_size for x in found), max(x.st_mtime_ns for x in found)
 
 
 def _parts(found: Iterator[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], Tensor]]:

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from svitt_ops.training.data.annotations import SUFFIXES, Kind, read_annotations
 from svitt_ops.training.data.columns import FileNames
+from svitt_ops.training.data.files import FILMS, UnusableVideoError
+from svitt_ops.training.data.frame_folders import number_frames
 from svitt_ops.training.data.paths import expand, input_file, input_folder
+from svitt_ops.training.data.places import parse
+from svitt_ops.training.data.sources import SHARD
 from svitt_ops.training.data.text import clean_caption
 
 log = logging.getLogger(__name__)
@@ -27,7 +31,8 @@ def list_media(
 
     Args:
         sources: files; folders, of which all pictures and videos below are meant; patterns such as
-            ``clips/*.mp4``; or annotation files, of which the media are meant.
+            ``clips/*.mp4``; or annotation files, of which the media are meant. Where videos are
+            meant, a folder of two numbered frames or more, and of no film, is one.
         kind: what the files are.
         root: of annotation files, the folder that their paths are relative to.
 
@@ -48,23 +53,40 @@ def _media_of(source: str | Path, kind: Kind, root: str | Path | None) -> Iterab
     option = f"--{kind}s"
     path = expand(source, option)
     if path.is_dir():
-        return _below(input_folder(path, option))
+        return _below(input_folder(path, option), kind)
     if not path.exists() and glob.has_magic(str(path)):
-        return [x for x in sorted(glob.glob(str(path), recursive=True)) if not os.path.isdir(x)]
+        found = sorted(glob.glob(str(path), recursive=True))
+        return [x for x in found if not os.path.isdir(x) or _is_video(os.listdir(x), kind)]
     path = input_file(path, option)
-    if path.suffix.lower() not in ANNOTATIONS:
+    if path.suffix.lower() not in (*ANNOTATIONS, SHARD):
         return [str(path)]
-    found = read_annotations(path, root=root, kind=kind)
-    for problem in found.problems:
+    read = read_annotations(path, root=root, kind=kind)
+    for problem in read.problems:
         log.warning("left out: %s", problem)
-    return [media for entry in found.entries for media in entry.media]
+    places = [parse(media) for entry in read.entries for media in entry.media]
+    if any(form in ("member", "row") for _, form, _ in places):
+        raise ValueError(f"{option}: must name files, got {path}, which holds {kind}s itself")
+    return [file for file, _, _ in places]
 
 
-def _below(folder: Path) -> Iterable[str]:
+def _is_video(names: Sequence[str], kind: Kind) -> bool:
+    """Whether these lie in a folder that is a video by its frames."""
+    if kind == "image" or any(os.path.splitext(name)[1].lower() in FILMS for name in names):
+        return False
+    try:
+        return len(number_frames(names)) > 1
+    except UnusableVideoError:
+        return False
+
+
+def _below(folder: Path, kind: Kind) -> Iterable[str]:
     """The pictures and videos in a folder and its folders, in order of their names."""
     others: Counter[str] = Counter()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
+        if _is_video(names, kind):
+            yield place
+            continue
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in MEDIA:

@@ -57,6 +57,8 @@ def read_corpora(
             keep_together=data.keep_together if name == "train" else None,
             max_words=data.max_words,
             form=form,
+            columns=corpus.columns,
+            fps=corpus.fps,
         )
         root = f"recipe: data.{name}.{number}.root" if name in CORPORA else "--root"
         check_media(read.entries, root)

@@ -17,6 +17,9 @@ from omegaconf import OmegaConf
 from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.paths import expand, input_file, input_folder
+from svitt_ops.training.data.places import is_there, label
+from svitt_ops.training.data.rows import HUB
+from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.text import load_tokenizer
 from svitt_ops.training.engine.checkpoints import RECIPE, last_checkpoint, model_folder
 from svitt_ops.training.engine.folders import check_folder
@@ -65,9 +68,10 @@ def _check_output(recipe: Recipe, checkpoint: Path) -> None:
 def check_media(entries: Sequence[Entry], name: str) -> None:
     """Refuse a corpus none of whose files is there, as after a mistake in `root`."""
     paths = [path for entry in entries[:LOOKED_FOR] for path in entry.media]
-    if paths and not any(os.path.exists(path) for path in paths):
+    if paths and not any(map(is_there, paths)):
         those = "none of its files" if len(entries) <= LOOKED_FOR else "none of its first files"
-        raise ValueError(f"{name}: must be the folder of the files, {those} is there: {paths[0]!r}")
+        first = label(paths[0])
+        raise ValueError(f"{name}: must be the folder of the files, {those} is there: {first!r}")
 
 
 def check_batches(entries: Sequence[Entry], batch_size: int) -> None:
@@ -95,6 +99,8 @@ def check_batches(entries: Sequence[Entry], batch_size: int) -> None:
 
 def _whole(key: str, path: str) -> str:
     """A path that means the same from every working folder; names of downloads stay."""
+    if path.startswith(HUB) and key.endswith(".annotations"):
+        return path
     expanded = expand(path, f"recipe: {key}")
     if key.startswith(("init.", "tokenizer.")) and not expanded.exists():
         return path
@@ -115,7 +121,7 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_corpus(key: str, corpus: Corpus, listed: Sequence[Corpus]) -> None:
     try:
-        input_file(corpus.annotations, f"{key}.annotations")
+        find_source(corpus.annotations, f"{key}.annotations")
     except ValueError as error:
         if len(listed) == 1:
             raise

@@ -14,6 +14,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from svitt_ops.models.systems import load_system, system_names
 from svitt_ops.training.data import RESIZES, STRONGEST, TEST_SAMPLINGS
 from svitt_ops.training.data.paths import expand
+from svitt_ops.training.data.rows import HUB
 from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
 from svitt_ops.training.engine.task import Trainable, Validated, load_task
 
@@ -85,6 +86,11 @@ RULES: dict[str, Rule] = {
 OF_A_CORPUS: dict[str, Rule] = {
     "kind": _one_of("video", "image"),
     "captions": _one_of("each", "join"),
+    "columns": (
+        "a mapping of fields to what they are called there",
+        lambda x: all(name and theirs for name, theirs in x.items()),
+    ),
+    "fps": POSITIVE,
 }
 
 
@@ -217,6 +223,8 @@ def _named(load: Callable[..., Any], *name: Any) -> Any:
 
 
 def _path(key: str, path: str) -> str:
+    if path.startswith(HUB) and key.endswith(".annotations"):
+        return path
     expanded = str(expand(path, f"recipe: {key}"))
     if not expanded.isascii() and any("\ud800" <= letter <= "\udfff" for letter in expanded):
         raise ValueError(f"recipe: {key} must be UTF-8, as the recipe itself, got {path!r}")

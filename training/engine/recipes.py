@@ -28,16 +28,20 @@ CORPORA = ("train", "validation")
 
 @dataclass
 class Corpus:
-    """One annotation file and the media it speaks of."""
+    """What is learned from: media, and what is said of them."""
 
     annotations: str = field(default=MISSING, metadata=PATH)
-    """File of {video or image, caption}, see `annotations.read_annotations`."""
+    """File of {video or image, caption}, tar shards or a dataset: `sources.find_source`."""
     root: str | None = field(default=None, metadata=PATH)
     """Folder of the media; default: that of the annotations."""
     kind: str = "video"
     """"video" or "image"."""
     captions: str = "each"
     """What a list of captions means: "each" a text of its own, or "join" to a paragraph."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Fields, and what they are called there, such as {video: clip, caption: text}."""
+    fps: float | None = None
+    """Frames a second of folders of frames whose entries do not say it in a field `fps`."""
 
 
 @dataclass
@@ -218,8 +222,8 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     Args:
         source: a YAML file, the name of a shipped recipe, or None for the defaults.
         overrides: "key=value" texts, such as "optimizer.lr=1e-4"; elements of lists are numbered,
-            "data.train.0.root=videos". `data.annotations`, `data.root`, `data.kind` and
-            `data.captions` describe one corpus to train on, in place of all that the recipe lists.
+            "data.train.0.root=videos". `data.annotations` and the other keys of
+            `Corpus` describe one corpus to train on, in place of all that the recipe lists.
 
     Raises:
         ValueError: a key is unknown, a value has the wrong type or cannot be; the message names it.

@@ -79,7 +79,7 @@ def test_unreadable_files_name_the_place(tmp_path: Path, content: bytes, message
 
 
 def test_missing_file_and_wrong_kind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no\.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"no\.json', which cannot be read: No such file"):
         read_annotations(tmp_path / "no.json")
     wrong: Any = "audio"
     with pytest.raises(ValueError, match="kind: must be one of"):

@@ -101,7 +101,7 @@ def test_parquet_through_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     arrow, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
     vars(arrow).update(ArrowException=ArrowException, parquet=parquet)
-    vars(parquet).update(read_table=read_table)
+    vars(parquet).update(read_table=read_table, read_schema=lambda file: [])
     monkeypatch.setitem(sys.modules, "pyarrow", arrow)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     found = read_annotations(path)

@@ -191,6 +191,8 @@ def test_changes_are_reported_by_key(
         "data.crop_scale.0: 0.5 -> 0.25",
         f"data.train.1.annotations: nothing -> {corpus.annotations}",
         "data.train.1.captions: nothing -> each",
+        "data.train.1.columns: nothing -> {}",
+        "data.train.1.fps: nothing -> None",
         "data.train.1.kind: nothing -> video",
         "data.train.1.root: nothing -> None",
         "init.beit: None -> some/folder",

@@ -12,6 +12,7 @@ from typing import Any
 
 from svitt_ops.training.data.annotations import Entry, Form, Record
 from svitt_ops.training.data.paths import expand
+from svitt_ops.training.data.places import label
 from svitt_ops.training.tasks.parts.boxes import Box, check_inside, parse_box, to_number
 
 TEXTS = ("text", "caption", "sentence")
@@ -113,7 +114,7 @@ def with_detections(
 
 
 def _of_image(reference: Reference, boxes: Mapping[str, tuple[Box, ...]]) -> tuple[Box, ...]:
-    stem = Path(reference.media[0]).stem
+    stem = Path(label(reference.media[0])).stem
     digits = re.search(r"\d+$", stem)
     keys = [reference.image_id, stem, str(int(digits[0])) if digits else None]
     return next((boxes[key] for key in keys if key is not None and key in boxes), ())

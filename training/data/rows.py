@@ -1,0 +1,149 @@
+"""Hugging Face datasets: their rows, and the media that lie in them.
+
+They are opened map-style, from the disk: any row is read at any time, so that order, workers and
+a resumed run are those of files. The library decodes nothing: media are read as all others are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from svitt_ops.training.data.files import UnusableVideoError
+from svitt_ops.training.data.paths import in_folder, matching
+from svitt_ops.training.data.places import place
+from svitt_ops.training.data.tables import Row, needs
+
+HUB = "hf://"
+KEYWORDS = ("name", "split", "revision")
+"""Of `datasets.load_dataset`, as in hf://user/data?split=train."""
+TABLE = ".parquet"
+AT_ONCE = 1000  # rows
+SAVED, SEVERAL = "state.json", "dataset_dict.json"
+"""Files that `save_to_disk` writes into the folder of a dataset, and of several splits."""
+
+
+@lru_cache(maxsize=16)
+def open_dataset(name: str) -> Any:
+    """A `datasets.Dataset`.
+
+    Args:
+        name: ``hf://user/data?split=train``; a folder that `save_to_disk` has written; or a
+            folder or a pattern of parquet files.
+
+    Raises:
+        ValueError: there is none, or it has no rows.
+    """
+    with needs("datasets", f"annotations {name}: is a Hugging Face dataset"):
+        import datasets
+    try:
+        if name.startswith(HUB):
+            repository, _, query = name.removeprefix(HUB).partition("?")
+            given = dict(parse_qsl(query, keep_blank_values=True))
+            if unknown := sorted(given.keys() - set(KEYWORDS)):
+                raise ValueError(f"takes {', '.join(KEYWORDS)}, got {unknown[0]}")
+            found = datasets.load_dataset(repository, **{"split": "train", **given})
+        elif os.path.exists(os.path.join(name, SAVED)):
+            found = datasets.load_from_disk(name)
+        else:
+            files = in_folder(name, TABLE) if os.path.isdir(name) else matching(name)
+            found = datasets.load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:  # of many packages
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"annotations {name}: cannot be opened as a dataset: {reason}") from error
+    if not len(found):
+        raise ValueError(f"annotations {name}: has no rows")
+    return found
+
+
+def read_dataset(name: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """The rows of a dataset; media that lie in it are named, and not read.
+
+    Args:
+        name: as of `open_dataset`.
+        columns: our names of fields, and the columns that have them.
+
+    Raises:
+        ValueError: as of `open_dataset`, or there is no such column.
+    """
+    dataset = open_dataset(name)
+    for column in columns.values():
+        if column not in dataset.column_names:
+            known = ", ".join(map(repr, dataset.column_names))
+            raise ValueError(f"annotations {name}: has no column {column!r}; has {known}")
+    schema = dataset.with_format("arrow")[:1].schema
+    media = [field.name for field in schema if is_media(field.type)]
+    number = 0
+    for table in dataset.with_format("arrow").iter(AT_ONCE):
+        rows = table.drop_columns(media).to_pylist() if len(media) < len(schema) else None
+        rows = rows or [{} for _ in range(len(table))]
+        for column in media:
+            for offset, cell in enumerate(_cells(name, column, table[column], number)):
+                rows[offset][column] = cell
+        for row in rows:
+            yield Row(f"row {number}", row)
+            number += 1
+
+
+def read_cell(name: str, column: str, row: int, item: int) -> tuple[bytes, str, str, int, int]:
+    """The bytes of a place, and what identifies them.
+
+    Raises:
+        UnusableVideoError: there are none.
+    """
+    view = _column(name, column)
+    value = view[row][column][0].as_py()
+    value = value[item] if isinstance(value, list) else value
+    content = value["bytes"] if isinstance(value, dict) else value
+    if content is None:
+        raise UnusableVideoError("has no bytes")
+    return content, view._fingerprint, column, row, item
+
+
+@lru_cache(maxsize=64)
+def _column(name: str, column: str) -> Any:
+    return open_dataset(name).select_columns([column]).with_format("arrow")
+
+
+def is_media(kind: Any) -> bool:
+    """Whether a type of Arrow is that of files in a column: bytes, or bytes and path; or lists."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return is_media(kind.value_type)
+    if types.is_struct(kind):
+        return {field.name for field in kind} == {"bytes", "path"}
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def holds_media(file: Path) -> bool:
+    """Whether a parquet file has media in its columns, and not their names."""
+    with needs("pyarrow", f"annotations {file}: is parquet"):
+        import pyarrow
+        import pyarrow.parquet
+    try:
+        return any(is_media(field.type) for field in pyarrow.parquet.read_schema(file))
+    except (pyarrow.ArrowException, OSError):  # said where it is read
+        return False
+
+
+def _cells(name: str, column: str, values: Any, first: int) -> Iterator[Any]:
+    """Of each row the place of its bytes, of each of a list; or a path; or None."""
+    from pyarrow import compute, types
+
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        for row, length in enumerate(compute.list_value_length(values).to_pylist(), first):
+            yield length and [place(name, "row", column, row, item) for item in range(length)]
+        return
+    paths = [None] * len(values)
+    if types.is_struct(values.type):
+        paths = compute.struct_field(values, "path").to_pylist()
+        values = compute.struct_field(values, "bytes")
+    for row, (held, path) in enumerate(
+        zip(values.is_valid().to_pylist(), paths, strict=True), first
+    ):
+        yield place(name, "row", column, row, 0) if held else path
