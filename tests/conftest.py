@@ -39,12 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if not HAS_GPU and find_spec("triton"):
         _round_interpreted_products_once()
         _index_by_numbers()
-        if config.getoption("--watch-memory"):
-            from watched_memory import watched_memory
+    if config.getoption("--watch-memory"):
+        if HAS_GPU or not find_spec("triton"):
+            raise pytest.UsageError(
+                "--watch-memory is for interpreted Triton, on a machine without GPU"
+            )
+        from watched_memory import watched_memory
 
-            watching = watched_memory()
-            watching.__enter__()
-            config.add_cleanup(lambda: watching.__exit__(None, None, None))
+        watching = watched_memory()
+        watching.__enter__()
+        config.add_cleanup(lambda: watching.__exit__(None, None, None))
 
 
 def _round_interpreted_products_once() -> None:
