@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -349,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("compile_check: TRITON_INTERPRET is set; run in a process without it")
+    if (options.kept or options.keep) and not find_spec("cuxray"):
+        sys.exit("compile_check: --kept and --keep read machine code by cuxray: pip install cuxray")
     kept = json.loads(options.kept.read_text()) if options.kept else {"kernels": {}}
     print(f"triton {triton.__version__}")
     if options.kept and kept["triton"] != triton.__version__:
