@@ -293,7 +293,7 @@ class Checked:
 def check(
     arch: int, name: str, call: Callable[[], object], kept: dict[str, Any] | None = None
 ) -> list[Checked]:
-    """Compiles what one call launches; only the loops of those kept are read, without that all."""
+    """Compiles what one call launches; with `kept`, reads the loops of the kernels in it alone."""
     with recorded_launches(arch) as launches:
         call()
     found = []

@@ -3,8 +3,8 @@
 `Usage` has the resources that decide how many programs run side by side, and the innermost loops
 with a tensor-core instruction: how many instructions a warp issues for a pass through each, how
 many of them only compute addresses, masks and loop counts, how many cycles they keep their
-scheduler, and what their accesses to memory do. The last is `cuxray`'s reading of the first warp,
-which development alone needs.
+scheduler, and what their accesses to memory do. The last is `cuxray`'s reading of the first warp;
+only who develops kernels needs it.
 """
 
 from __future__ import annotations
