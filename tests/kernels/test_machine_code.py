@@ -125,3 +125,8 @@ def test_a_planted_spill_is_a_fault(faults: dict[str, list[str]]) -> None:
 def test_a_planted_bank_conflict_is_a_fault(faults: dict[str, list[str]]) -> None:
     assert faults["conflict"] == ["32 conflict ways in a loop, at most 2"]
     assert faults["no conflict"] == []
+
+
+def test_a_loop_slower_than_kept_is_a_fault(faults: dict[str, list[str]]) -> None:
+    (said,) = faults["slower"]
+    assert "cycles in a loop, kept are" in said
