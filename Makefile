@@ -101,10 +101,12 @@ isa-check: .venv/installed
 fuzz: .venv/installed
 	$(BIN)/python tests/training/data/fuzz.py --count 2000
 
-# The interpreted kernels where numpy, torch and the C++ ops round as on the oldest processors.
+# The interpreted kernels where numpy, torch and the C++ ops round as on the oldest processors, and
+# with every access to memory watched.
 interpreter-check: .venv/installed
 	OPENBLAS_CORETYPE=Nehalem ATEN_CPU_CAPABILITY=default SVITT_CPU_CAPABILITY=generic \
-	  $(BIN)/pytest $(PARALLEL) -p no:cacheprovider tests/ops tests/kernels -k triton $(PYTEST_ARGS)
+	  $(BIN)/pytest $(PARALLEL) -p no:cacheprovider --watch-memory tests/ops tests/kernels -k triton \
+	  $(PYTEST_ARGS)
 
 # sdist -> wheel -> an environment that has nothing but the wheel and, by a path file, torch.
 wheel-check: .venv/installed

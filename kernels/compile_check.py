@@ -5,11 +5,13 @@
 The launchers run on meta tensors, and what they would launch is compiled instead, with the
 arguments specialised as Triton's launcher would specialise them: the check covers exactly what a
 GPU would run. For each compiled kernel it reports registers, spilled bytes, shared memory, how many
-programs a multiprocessor holds, and the instructions of each innermost loop that multiplies
-matrices, with how many of them are integer, index or select. It fails if a kernel spills or needs
-more than the architecture has, or, with `--kept`, if it takes more instructions or leaves room for
-fewer programs than when the file was written, by `--keep`. Run it in a process of its own:
-TRITON_INTERPRET must not be set.
+programs a multiprocessor holds, and of each innermost loop that multiplies matrices the
+instructions, how many of them are integer, index or select, and the cycles. It fails if a kernel
+spills or needs more than the architecture has, or, with `--kept`, if it leaves room for fewer
+programs than when the file was written, by `--keep`, or if a loop takes more of anything in it:
+instructions, cycles, ways of a bank conflict, uncoalesced accesses, or untraced ones. `--keep`
+fails, too, where a bank conflict has more than two ways, which then have to be argued for. Run it
+in a process of its own: TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,6 +64,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+MOST_WAYS = 2  # of a bank conflict in a loop that is not kept
 
 
 def attention_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -287,9 +291,9 @@ class Checked:
 
 
 def check(
-    arch: int, name: str, call: Callable[[], object], disassembled: frozenset[str] | None = None
+    arch: int, name: str, call: Callable[[], object], kept: dict[str, Any] | None = None
 ) -> list[Checked]:
-    """Compiles what one call launches; the loops of those named are read, by default of all."""
+    """Compiles what one call launches; with `kept`, reads the loops of the kernels in it alone."""
     with recorded_launches(arch) as launches:
         call()
     found = []
@@ -297,7 +301,7 @@ def check(
         full = f"{arch} {kernel.strip('_')} {name}"
         if again := sum(x.name.partition(" #")[0] == full for x in found):
             full += f" #{again + 1}"
-        taken = measure(source, config, arch, disassembled is None or full in disassembled)
+        taken = measure(source, config, arch, kept is None or full in kept)
         warps, stages = config["num_warps"], config["num_stages"]
         faults = []
         if taken.spills > 0:
@@ -306,23 +310,32 @@ def check(
             faults.append(f"{taken.shared} bytes of shared memory")
         if taken.registers * warps * 32 > REGISTERS:
             faults.append(f"{taken.registers} registers by {warps} warps")
+        faults += worse((kept or {}).get(full), taken)
         line = f"{arch:4} {kernel.strip('_'):22} {warps:5} {stages:6} {taken.registers:4} "
         line += f"{taken.spills:5} {taken.shared:7} {taken.programs:5} "
-        line += f"{'+'.join(f'{x.instructions}({x.index})' for x in taken.loops) or '-':>12} {name}"
+        loops = "+".join(f"{x.instructions}({x.index}):{x.cycles}" for x in taken.loops)
+        line += f"{loops or '-':>20} {name}"
         found.append(Checked(name=full, line=line, usage=taken, faults=faults))
     return found
 
 
-def worse(kept: dict[str, Any], found: Usage) -> list[str]:
-    """What a kernel takes more of than what was kept of it; words for each."""
+def worse(kept: dict[str, Any] | None, found: Usage) -> list[str]:
+    """What a kernel takes more of than what was kept of it, or than any may; words for each."""
     loops = [asdict(loop) for loop in found.loops]
+    if kept is None:
+        ways = [loop["conflict_ways"] for loop in loops]
+        return [f"{n} conflict ways in a loop, at most {MOST_WAYS}" for n in ways if n > MOST_WAYS]
     if len(loops) != len(kept["loops"]):
         return [f"{len(loops)} loops, kept are {len(kept['loops'])}"]
     said = []
     if found.programs < kept["programs"]:
         said.append(f"{found.programs} programs side by side, kept are {kept['programs']}")
     for now, before in zip(loops, kept["loops"], strict=True):
-        said += [f"{now[k]} {k} in a loop, kept are {before[k]}" for k in now if now[k] > before[k]]
+        said += [
+            f"{now[k]} {k.replace('_', ' ')} in a loop, kept are {before[k]}"
+            for k in now
+            if now[k] > before[k]
+        ]
     return said
 
 
@@ -337,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("compile_check: TRITON_INTERPRET is set; run in a process without it")
+    if (options.kept or options.keep) and not find_spec("cuxray"):
+        sys.exit("compile_check: --kept and --keep read machine code by cuxray: pip install cuxray")
     kept = json.loads(options.kept.read_text()) if options.kept else {"kernels": {}}
     print(f"triton {triton.__version__}")
     if options.kept and kept["triton"] != triton.__version__:
@@ -344,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         kept["kernels"] = {}
     print(
         f"{'arch':4} {'kernel':22} {'warps':5} {'stages':6} {'regs':>4} {'spill':>5} {'shared':>7} "
-        f"{'at 1':>5} {'loops(index)':>12}"
+        f"{'at 1':>5} {'loops(index):cycles':>20}"
     )
     calls = [
         *layout_calls(options.quick),
@@ -354,26 +369,30 @@ def main(argv: list[str] | None = None) -> int:
         *contrast_calls(options.quick),
     ]
     # Disassembling takes longer than most kernels take to compile.
-    named = None if options.keep else frozenset(kept["kernels"])
-    work = [(arch, *call, named) for arch in options.arch or sorted(SHARED_LIMIT) for call in calls]
-    failures = compiled = compared = 0
+    before = None if options.keep else kept["kernels"]
+    arches = options.arch or sorted(SHARED_LIMIT)
+    work = [(arch, *call, before) for arch in arches for call in calls]
+    failures = compiled = 0
     taken = {}
+    missing = {name for name in before or {} if int(name.partition(" ")[0]) in arches}
+    known = len(missing)
     # Compilers live in processes of their own also because LLVM, after some hundred kernels, may
     # crash when Python shuts down.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         for found in pool.map(check, *zip(*work, strict=True)):
             for kernel in found:
-                faults = list(kernel.faults)
                 if kernel.usage.loops:
                     taken[kernel.name] = asdict(kernel.usage)
-                if kernel.name in kept["kernels"]:
-                    compared += 1
-                    faults += worse(kept["kernels"][kernel.name], kernel.usage)
-                print(kernel.line + f"  FAILED: {'; '.join(faults)}" * bool(faults), flush=True)
+                missing.discard(kernel.name)
+                said = f"  FAILED: {'; '.join(kernel.faults)}" if kernel.faults else ""
+                print(kernel.line + said, flush=True)
                 compiled += 1
-                failures += bool(faults)
-    print(f"{compiled} kernels compiled, {compared} compared, {failures} failed")
+                failures += bool(kernel.faults)
+    for name in sorted(missing):
+        print(f"FAILED: {name} is kept, but nothing launches it")
+    failures += len(missing)
+    print(f"{compiled} kernels compiled, {known - len(missing)} compared, {failures} failed")
     if options.keep:
         document = {"triton": triton.__version__, "kernels": taken}
         options.keep.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,8 +1,10 @@
 """What a compiled kernel costs, read off its machine code: no GPU is needed for that.
 
 `Usage` has the resources that decide how many programs run side by side, and the innermost loops
-with a tensor-core instruction: how many instructions a warp issues for a pass through each, and how
-many of them only compute addresses, masks and loop counts.
+with a tensor-core instruction: how many instructions a warp issues for a pass through each, how
+many of them only compute addresses, masks and loop counts, how many cycles they keep their
+scheduler, and what their accesses to memory do. The last is `cuxray`'s reading of the first warp;
+only who develops kernels needs it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ class Loop:
     """Of them integer, index and select."""
     products: int
     """Of them on the tensor cores."""
+    cycles: int
+    """From issue to issue, as the compiler scheduled them; what waits for memory comes on top."""
+    conflict_ways: int
+    """Times that the worst access to shared memory is served; 1 is without conflict."""
+    uncoalesced: int
+    """Accesses to global memory that touch more sectors of 32 bytes than their bytes fill."""
+    untraced: int
+    """Accesses of whose addresses neither is known: by unknown strides, or by what was loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +74,7 @@ def usage(compiled: Any, arch: int, num_warps: int, loops: bool = True) -> Usage
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         resources = _run("cuobjdump", "--dump-resource-usage", cubin)
-        listing = _run("nvdisasm", "-c", cubin) if loops else ""
+        listing = _run("nvdisasm", "-c", "-hex", cubin) if loops else ""
     # LOCAL and STACK both are per-thread memory that only spills make these kernels use.
     found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
     registers, shared = found["REG"], int(compiled.metadata.shared)
@@ -73,7 +83,7 @@ def usage(compiled: Any, arch: int, num_warps: int, loops: bool = True) -> Usage
         spills=found["STACK"] + found["LOCAL"],
         shared=shared,
         programs=programs_beside(registers, shared, num_warps, arch),
-        loops=matrix_loops(listing),
+        loops=matrix_loops(listing, num_warps) if loops else [],
     )
 
 
@@ -85,32 +95,80 @@ def programs_beside(registers: int, shared: int, num_warps: int, arch: int) -> i
     return min(by_registers, by_shared, MOST_WARPS // num_warps, MOST_PROGRAMS)
 
 
-def matrix_loops(listing: str) -> list[Loop]:
-    """Innermost loops with a tensor-core instruction in what `nvdisasm -c` prints, in order."""
-    names: list[str] = []
+def matrix_loops(listing: str, num_warps: int) -> list[Loop]:
+    """Innermost loops with a tensor-core instruction in `nvdisasm -c -hex`'s listing, in order."""
+    from cuxray import analyze_accesses
+    from cuxray.parse import ctrl, sass
+
+    (function,) = sass.parse_gi(listing).functions.values()
+    code = function.instructions
+    names = [x.opcode.partition(".")[0] for x in code]
+    words = re.findall(r"/\* 0x([0-9a-f]{16}) \*/", listing)
+    stalls = [ctrl.decode_word(int(word, 16)).stall for word in words[1::2]]
+    function.instructions = [y for x in code for y in _traceable(x)]
+    found = analyze_accesses(function, (32 * num_warps, 1, 1))
+    loops = []
+    for first, last in _innermost(code):
+        counts = Counter(names[first : last + 1])
+        products = sum(counts[name] for name in TENSOR_CORE)
+        if not products:
+            continue
+        start, end = code[first].addr, code[last].addr
+        known = [x for x in found["accesses"] if start <= x["addr"] <= end]
+        loops.append(
+            Loop(
+                instructions=last - first + 1,
+                index=sum(counts[name] for name in INDEX),
+                products=products,
+                cycles=sum(max(stall, 1) for stall in stalls[first : last + 1]),
+                conflict_ways=max((x.get("conflict_ways", 1) for x in known), default=1),
+                uncoalesced=sum(x["verdict"] == "uncoalesced" for x in known),
+                untraced=sum(start <= x["addr"] <= end for x in found["unanalyzed"]),
+            )
+        )
+    return loops
+
+
+def _innermost(code: list[Any]) -> list[tuple[int, int]]:
+    """First and last instruction of every loop without another one inside."""
     labels: dict[str, int] = {}
-    backwards: list[tuple[int, int]] = []
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
-            target = re.search(r"`\((\.L_x_\d+)\)", code[2])
-            if code[1].startswith("BRA") and target and target[1] in labels:
-                backwards.append((labels[target[1]], len(names)))
-            names.append(code[1].partition(".")[0])
-    innermost = [
+    backwards = []
+    for place, instruction in enumerate(code):
+        labels.setdefault(instruction.block, place)
+        target = re.search(r"`\((\.L_x_\d+)\)", instruction.operands)
+        if instruction.opcode.startswith("BRA") and target and target[1] in labels:
+            backwards.append((labels[target[1]], place))
+    return [
         (first, last)
         for first, last in backwards
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in backwards)
     ]
-    loops = []
-    for first, last in innermost:
-        counts = Counter(names[first : last + 1])
-        products = sum(counts[name] for name in TENSOR_CORE)
-        if products:
-            index = sum(counts[name] for name in INDEX)
-            loops.append(Loop(instructions=last - first + 1, index=index, products=products))
-    return loops
+
+
+def _traceable(instruction: Any) -> list[Any]:
+    """The same in instructions that cuxray follows, which knows no extension of a sign.
+
+    A clamp, by which indices stay inside a tensor, lets its first operand through as inside.
+    """
+    name, *kinds = instruction.opcode.split(".")
+    operands = [x.strip() for x in instruction.operands.split(",")]
+    zero = "URZ" if name.startswith("U") else "RZ"
+    if name in ("SGXT", "USGXT"):
+        # ((x & mask) ^ sign) - sign
+        to, value, bits = operands
+        mask = (1 << int(bits, 0)) - 1
+        sign = 0 if "U32" in kinds else (mask + 1) >> 1
+        written = [
+            ("LOP3.LUT", f"{to}, {value}, {mask:#x}, {sign:#x}, 0x6a, !PT"),
+            ("IADD3", f"{to}, {to}, -{sign:#x}, {zero}"),
+        ]
+    elif name == "VIMNMX":
+        written = [("MOV", f"{operands[0]}, {operands[1]}")]
+    elif name == "VIADDMNMX":
+        written = [("IADD3", f"{operands[0]}, {operands[1]}, {operands[2]}, {zero}")]
+    else:
+        return [instruction]
+    return [replace(instruction, opcode=opcode, operands=given) for opcode, given in written]
 
 
 def _run(tool: str, *arguments: str | Path) -> str:

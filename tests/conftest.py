@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent))
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is later
@@ -28,10 +30,25 @@ if find_spec("hypothesis"):  # a GPU machine without a network may lack it
     settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    said = "fail where an interpreted kernel touches memory that is not its own"
+    parser.addoption("--watch-memory", action="store_true", help=said)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     if not HAS_GPU and find_spec("triton"):
         _round_interpreted_products_once()
         _index_by_numbers()
+    if config.getoption("--watch-memory"):
+        if HAS_GPU or not find_spec("triton"):
+            raise pytest.UsageError(
+                "--watch-memory is for interpreted Triton, on a machine without GPU"
+            )
+        from watched_memory import watched_memory
+
+        watching = watched_memory()
+        watching.__enter__()
+        config.add_cleanup(lambda: watching.__exit__(None, None, None))
 
 
 def _round_interpreted_products_once() -> None:

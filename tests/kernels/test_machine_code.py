@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("cuxray")
 
 from svitt_ops.kernels import compile_check
 from svitt_ops.kernels.machine_code import Loop, Usage, matrix_loops, programs_beside
 
-LISTING = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
+CODE = """
+MOV R1, c[0x0][0x28]
+S2R R0, SR_TID.X
 .L_x_1:
-        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+SHF.L.U32 R2, R0, 0x2, RZ
+SGXT R3, R0, 0x1
+LOP3.LUT R3, R3, 0x84, RZ, 0xc0, !PT
+IADD3 R3, R3, R2, RZ
+VIMNMX R7, R2, c[0x0][0x210], PT
+SHF.L.U32 R8, R7, 0x3, RZ
 .L_x_2:
-        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*0030*/              @!P0 IMAD.MOV.U32 R5, RZ, RZ, R6 ;
-        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
-        /*0050*/              @!P1 BRA `(.L_x_2) ;
-        /*0060*/               @P2 BRA `(.L_x_1) ;
+LDS R4, [R3]
+LDG.E R5, desc[UR4][R2.64]
+LDG.E R5, desc[UR4][R8.64]
+@!P0 IMAD.MOV.U32 R5, RZ, RZ, R6
+LDG.E R6, desc[UR4][R5.64]
+HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT
+@!P1 BRA `(.L_x_2)
+@P2 BRA `(.L_x_1)
 .L_x_3:
-        /*0070*/                   FADD R2, R2, R3 ;
-        /*0080*/               @P0 BRA `(.L_x_3) ;
-        /*0090*/                   EXIT ;
+FADD R2, R2, R3
+@P0 BRA `(.L_x_3)
+EXIT
 """
+STALLS = 3
+LOOP = Loop(
+    instructions=7,
+    index=1,
+    products=1,
+    cycles=7 * STALLS,
+    conflict_ways=2,  # odd threads read 33 words further on
+    uncoalesced=1,  # 32 bytes apart; the bound is taken for outside
+    untraced=1,  # at an address that was loaded
+)
+
+
+def listing(code: str) -> str:
+    """As `nvdisasm -c -hex` prints it, each instruction issued STALLS cycles before the next."""
+    lines = ['\t.section\t.text._kernel,"ax",@progbits']
+    for instruction in code.strip().splitlines():
+        if instruction.endswith(":"):
+            lines.append(instruction)
+            continue
+        lines.append(f"\t/*{8 * len(lines):04x}*/ {instruction} ;  /* 0x{0:016x} */")
+        lines.append(f"\t  /* 0x{STALLS << 41:016x} */")
+    return "\n".join(lines)
 
 
 def test_loops_that_multiply_matrices_are_the_innermost() -> None:
-    assert matrix_loops(LISTING) == [Loop(instructions=4, index=1, products=1)]
+    assert matrix_loops(listing(CODE), num_warps=4) == [LOOP]
 
 
 @pytest.mark.parametrize(
@@ -43,46 +79,54 @@ def test_programs_side_by_side(registers: int, shared: int, warps: int, programs
     assert programs_beside(registers, shared, warps, 90) == programs
 
 
-def test_more_instructions_or_fewer_programs_are_seen() -> None:
-    kept: dict[str, Any] = {
-        "programs": 3,
-        "loops": [{"instructions": 400, "index": 90, "products": 8}],
-    }
+def test_what_takes_more_is_seen() -> None:
+    kept: dict[str, Any] = {"programs": 3, "loops": [asdict(LOOP)]}
 
     def found(programs: int, *loops: Loop) -> Usage:
         return Usage(registers=1, spills=0, shared=0, programs=programs, loops=list(loops))
 
-    loop = Loop(instructions=400, index=90, products=8)
-    assert compile_check.worse(kept, found(3, loop)) == []
-    assert compile_check.worse(kept, found(4, Loop(instructions=399, index=80, products=8))) == []
-    assert "2 programs" in compile_check.worse(kept, found(2, loop))[0]
-    (said,) = compile_check.worse(kept, found(3, Loop(instructions=401, index=90, products=8)))
-    assert said == "401 instructions in a loop, kept are 400"
+    assert compile_check.worse(kept, found(3, LOOP)) == []
+    assert compile_check.worse(kept, found(4, replace(LOOP, instructions=6, cycles=9))) == []
+    assert "2 programs" in compile_check.worse(kept, found(2, LOOP))[0]
+    for name, value in asdict(LOOP).items():
+        (said,) = compile_check.worse(kept, found(3, replace(LOOP, **{name: value + 1})))
+        assert said == f"{value + 1} {name.replace('_', ' ')} in a loop, kept are {value}"
     assert "0 loops" in compile_check.worse(kept, found(3))[0]
 
 
-PLANT = """
-from dataclasses import replace
-from functools import partial
+def test_a_bank_conflict_that_nobody_argued_for_is_a_fault() -> None:
+    def said(ways: int, kept: int | None) -> list[str]:
+        loops = [replace(LOOP, conflict_ways=ways)]
+        found = Usage(registers=1, spills=0, shared=0, programs=1, loops=loops)
+        before = [asdict(replace(LOOP, conflict_ways=kept))] if kept else []
+        return compile_check.worse({"programs": 1, "loops": before} if kept else None, found)
 
-import torch
-
-from svitt_ops.kernels import block_sparse_attention, compile_check
-
-today = block_sparse_attention.attention_tile
-block_sparse_attention.attention_tile = lambda *given: replace(today(*given), max_registers=96)
-backward = compile_check.block_sparse_attention_backward
-backward.block_sparse_attention_backward = lambda *given: None
-run = partial(compile_check.run_attention, 64, 56, 1, torch.bfloat16, False)
-for kernel in compile_check.check(90, "planted", run):
-    print(kernel.name, kernel.faults)
-"""
+    assert said(2, None) == []
+    assert said(4, None) == ["4 conflict ways in a loop, at most 2"]
+    assert said(4, 4) == []
+    assert said(8, 4) == ["8 conflict ways in a loop, kept are 4"]
 
 
-def test_a_planted_spill_is_a_fault() -> None:
-    """In a process of its own: other tests here interpret."""
-    command = [sys.executable, "-c", f"import os; os.environ.pop('TRITON_INTERPRET', 0)\n{PLANT}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    forward, combine = done.stdout.splitlines()
-    assert forward.startswith("90 forward_kernel planted ['spills")
-    assert combine.endswith("[]")
+@pytest.fixture(scope="module")
+def faults() -> dict[str, list[str]]:
+    """What the compile check finds in each kernel of `planted.py`."""
+    environment = {x: y for x, y in os.environ.items() if x != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "planted.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+def test_a_planted_spill_is_a_fault(faults: dict[str, list[str]]) -> None:
+    (said,) = faults["spill"]
+    assert said.startswith("spills")
+
+
+def test_a_planted_bank_conflict_is_a_fault(faults: dict[str, list[str]]) -> None:
+    assert faults["conflict"] == ["32 conflict ways in a loop, at most 2"]
+    assert faults["no conflict"] == []
+
+
+def test_a_loop_slower_than_kept_is_a_fault(faults: dict[str, list[str]]) -> None:
+    (said,) = faults["slower"]
+    assert "cycles in a loop, kept are" in said
