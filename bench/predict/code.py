@@ -26,7 +26,7 @@ _ALU = frozenset(
 _ALU_CLOCKS, _EXP_CLOCKS, _MEMORY_CLOCKS = 2, 8, 4
 _EXP = frozenset({"MUFU"})
 _GLOBAL = frozenset({"LDG", "LDGSTS", "STG"})
-_MEMORY = frozenset({"LDS", "STS", "LDSM", "STSM", "SHFL", "LDG", "STG", "LDGSTS", "ATOMG", "RED"})
+_MEMORY = frozenset("LDS STS LDSM STSM SHFL LDG STG LDGSTS ATOMG RED REDG LDL STL".split())
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 

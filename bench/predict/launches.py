@@ -7,7 +7,6 @@ own kernels between them are counted too.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import warnings
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from bench.predict import older
 from svitt_ops import _library
 from svitt_ops.kernels import compile_check
 
@@ -108,7 +108,7 @@ def _launcher(name: str, module: str, launches: list[Launch]) -> Callable[..., A
     names = [x.name for x in schema.arguments]
 
     def launch(*args: Any) -> Any:
-        function = getattr(importlib.import_module(f"svitt_ops.kernels.{module}"), name)
+        function = getattr(older.module(module), name)
         known = inspect.signature(function).parameters
         given = {k: v for k, v in zip(names, args, strict=True) if k in known}
         with _Torch(launches):

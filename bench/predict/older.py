@@ -8,12 +8,20 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
+from unittest import mock
 
 from bench.measure.environment import REPOSITORY
+from svitt_ops import kernels
 
 _OURS = "svitt_ops.kernels."
+
+
+class NotThere(Exception):
+    """A commit has no such kernels."""
 
 
 @contextmanager
@@ -24,7 +32,6 @@ def kernels_of(commit: str) -> Iterator[None]:
         ValueError: git does not know it, or it has no kernels.
         RuntimeError: some are imported already.
     """
-    from svitt_ops import kernels
     from svitt_ops.kernels import machine_code  # noqa: F401  of today, whatever the commit has
 
     early = [x for x in sys.modules if x.startswith(_OURS) and x != f"{_OURS}machine_code"]
@@ -38,7 +45,13 @@ def kernels_of(commit: str) -> Iterator[None]:
     with TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
             archive.extractall(folder, filter="data")
-        # What that commit had not yet is still found behind it.
-        kernels.__path__.insert(0, str(Path(folder) / "kernels"))
-        yield
-        kernels.__path__.pop(0)
+        with mock.patch.object(kernels, "__path__", [str(Path(folder) / "kernels")]):
+            yield
+
+
+def module(name: str) -> ModuleType:
+    """A module of kernels; `NotThere` where the commit in use has none of that name."""
+    # An editable installation would go on to find what `__path__` lacks in this tree.
+    if not (Path(kernels.__path__[0]) / f"{name}.py").exists():
+        raise NotThere(f"that commit has no kernels/{name}.py")
+    return import_module(_OURS + name)

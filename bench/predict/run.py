@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ import torch
 from bench import cases
 from bench.measure import floors
 from bench.measure.harness import DTYPES, Case, Problem, runner
-from bench.predict import cards
+from bench.predict import cards, older
 
 SCHEMA = 1
 OPS = (
@@ -55,9 +55,11 @@ class Predictor:
             self.opened = (op, case.name)
         return self.problem
 
-    def launches(self, problem: Problem, direction: Any) -> list[Any]:
-        """A prediction for each launch of a call."""
-        with self.recorded(self.card.arch) as found:
+    def launches(
+        self, problem: Problem, direction: Any, tiled: AbstractContextManager[Any] | None = None
+    ) -> list[Any]:
+        """A prediction for each launch of a call, within which other tiles may be chosen."""
+        with self.recorded(self.card.arch) as found, tiled or nullcontext():
             runner(problem.provider("svitt_ops").build(), problem, direction)()
         predicted, moved, touched = [], 0.0, dict[int, float]()
         for launch in found:
@@ -133,9 +135,7 @@ def predict(
         raise ValueError("TRITON_INTERPRET must not be set, since kernels are compiled")
     import triton
 
-    from bench.predict.older import kernels_of
-
-    with kernels_of(commit) if commit else nullcontext():
+    with older.kernels_of(commit) if commit else nullcontext():
         predictor = Predictor(card)
         document: dict[str, Any] = {
             "schema": SCHEMA,
@@ -149,11 +149,14 @@ def predict(
         print("\n".join(f"  {line}" for line in document["assumptions"]))
         for op, chosen in wanted:
             print(f"\n{op}\n{HEADER}")
-            for row in _rows(predictor, op, chosen, direction, measured):
-                document["results"].append(row)
-                print(render(row), flush=True)
-                if out is not None:
-                    save(out, document)
+            try:
+                for row in _rows(predictor, op, chosen, direction, measured):
+                    document["results"].append(row)
+                    print(render(row), flush=True)
+                    if out is not None:
+                        save(out, document)
+            except older.NotThere as error:
+                print(f"left out: {error}")
     return document
 
 

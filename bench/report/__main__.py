@@ -19,7 +19,7 @@ from typing import Any
 import svitt_ops
 from bench.measure import environment, results
 from bench.measure.results import Document
-from bench.report import demo, demo_pictures, figures, search_cost, standing, step
+from bench.report import demo, demo_pictures, figures, predict, search_cost, standing, step
 from bench.report.markdown import head, line
 
 END = "<!-- /bench -->"
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     more = {
         "The cost of searching": search_cost.render(arguments.results / "search_cost", FIGURES),
+        "Predicted times on a GPU": predict.render(arguments.results / "predict"),
         "Demos on pictures": demo_pictures.render(demo.load_pictures(arguments.results / "demo")),
     }
     docs, stale = render_docs(by_op, more), []
