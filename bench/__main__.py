@@ -25,7 +25,7 @@ computes the same here. Nothing is timed before its results agree with the fp64 
   %(prog)s --quick                                  a few cases of everything, in two minutes
   %(prog)s --list                                   names of all cases and providers
   %(prog)s --op cross_attention --dtype bf16        one op in one dtype
-  %(prog)s --predict h100                           how long kernels would take on a GPU, without one
+  %(prog)s --predict h100                           how long it would take on a GPU, without one
   %(prog)s --op info_nce --compare bench/results/info_nce-....json
 """
 HEADER = (

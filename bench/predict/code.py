@@ -1,8 +1,8 @@
 """What a warp does on its way through a compiled kernel, read off the disassembly.
 
-The listing becomes a graph of basic blocks, its loops a tree. Of a branch that both sides of which
-do the same matrix products, the shorter side is taken: kernels keep what edges need apart, and most
-steps do not take it.
+The listing becomes a graph of basic blocks, its loops a tree. Where both sides of a branch do the
+same matrix products, the shorter one is taken: kernels keep apart what the edges need, and most
+steps do not go there.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 Counts = dict[str, float]
-"""Per warp: `issue` slots, clocks of a scheduler's share of the units `alu`, `exp` and `memory`,
-`flops` on the tensor cores, `bytes` that are asked of L1 and L2, of all 32 threads."""
+"""Of a warp: clocks of each unit of `CLOCKS`, `flops` on the tensor cores, and the `bytes` that its
+32 threads load and store."""
 CLOCKS = ("issue", "alu", "exp", "memory")
 KINDS = (*CLOCKS, "flops", "bytes")
 
 # Clocks of a scheduler: a warp over its quarter of a multiprocessor's results a clock, from the
 # table of throughputs in the CUDA C++ programming guide (compute capability 8.0 and 9.0).
-_ALU = frozenset(
-    "LOP3 IADD3 ISETP SEL SHF PRMT LEA VIADD IABS PLOP3 VIMNMX VIADDMNMX FMNMX FSETP FSEL F2FP "
-    "FMNMX3 POPC FLO I2FP".split()
-)
+_ALU = (
+    "LOP3", "IADD3", "ISETP", "SEL", "SHF", "PRMT", "LEA", "VIADD", "IABS", "PLOP3", "VIMNMX",
+    "VIADDMNMX", "FMNMX", "FMNMX3", "FSETP", "FSEL", "F2FP", "I2FP", "POPC", "FLO",
+)  # fmt: skip
 _ALU_CLOCKS, _EXP_CLOCKS, _MEMORY_CLOCKS = 2, 8, 4
-_EXP = frozenset({"MUFU"})
-_GLOBAL = frozenset({"LDG", "LDGSTS", "STG"})
-_MEMORY = frozenset("LDS STS LDSM STSM SHFL LDG STG LDGSTS ATOMG RED REDG LDL STL".split())
+_GLOBAL = ("LDG", "LDGSTS", "STG")
+_MEMORY = (
+    *_GLOBAL, "LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMG", "RED", "REDG", "LDL", "STL",
+)  # fmt: skip
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
@@ -38,7 +39,7 @@ def counts_of(name: str) -> Counts:
     found: Counts = {"issue": 1.0}
     if head in _ALU:
         found["alu"] = _ALU_CLOCKS
-    elif head in _EXP:
+    elif head == "MUFU":
         found["exp"] = _EXP_CLOCKS
     elif head == "HGMMA" and (shape := re.match(r"(\d+)x(\d+)x(\d+)", rest)):
         rows, columns, terms = map(int, shape.groups())

@@ -60,9 +60,8 @@ class _Torch(TorchDispatchMode):
         view = any(x.alias_info and not x.alias_info.is_write for x in func._schema.returns)
         if name.startswith("aten::") and not view and "empty" not in name and "detach" not in name:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
-            given = {"name": f"torch.{name[6:]}", "tensors": tuple(tensors)}
             if any(x.numel() for x in tensors):
-                self.launches.append(Launch(**given))
+                self.launches.append(Launch(name=f"torch.{name[6:]}", tensors=tuple(tensors)))
         return result
 
 

@@ -41,8 +41,6 @@ LAUNCH_US = 4.75
 """To begin and end a kernel of a CUDA graph, first loads from a cold L2 included; fitted."""
 COPYING = 32 * 32
 """Bytes of a warp from which on a loop is one that copies."""
-FP32_FLOPS = 256
-"""A clock and multiprocessor, without tensor cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +128,7 @@ def dram(card: Card) -> float:
 
 def rates(card: Card, dtype: str) -> dict[str, float]:
     """What sets the floor, as `bench.measure.floors` takes it: GB/s of a copy, GFLOP/s."""
-    flops = FP32_FLOPS if dtype == "fp32" else card.tensor_flops * TENSOR_SHARE
+    flops = card.fp32_flops if dtype == "fp32" else card.tensor_flops * TENSOR_SHARE
     peak = flops * card.processors * card.clock_ghz
     return {"copy_gbs": card.dram_gbs * DRAM_SHARE, "peak_gflops": peak}
 
@@ -141,6 +139,8 @@ def assumptions() -> list[str]:
         f"copies reach {DRAM_SHARE:g} of the bandwidth and products {TENSOR_SHARE:g} of the rate, "
         "as on an H200 (bench/results)",
         f"mma.sync reaches {SYNCHRONOUS_SHARE:g} of wgmma's rate on sm_90 (Luo et al., 2024)",
+        "a scheduler spends 8 clocks on a warp's exponentials, 2 on an integer, compare, select or "
+        "minimum, 4 on each 4 bytes a thread loads, stores or shuffles (CUDA C++ guide)",
         f"L2 gives {L2_BYTES} bytes a clock (the A100's), and holds what the last half of it moved",
         f"a warp goes on {INSTRUCTION_CLOCKS:g} clocks after each instruction, a launch takes "
         f"{LAUNCH_US:g} us in a CUDA graph: both fitted to what was measured on an H200",

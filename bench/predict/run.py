@@ -11,11 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from bench import cases
 from bench.measure import floors
-from bench.measure.harness import DTYPES, Case, Problem, runner
+from bench.measure.harness import Case, Problem, runner
 from bench.predict import cards, older
 
 SCHEMA = 1
@@ -102,6 +100,20 @@ class Predictor:
         }  # fmt: skip
 
 
+def document(name: str, commit: str, predictor: Predictor) -> dict[str, Any]:
+    """What is written of a card, and of a commit's kernels or this tree's, without results yet."""
+    import triton
+
+    return {
+        "schema": SCHEMA,
+        "card": name,
+        "kernels": commit,
+        "triton": triton.__version__,
+        "assumptions": [str(predictor.card), *predictor.model.assumptions()],
+        "results": [],
+    }
+
+
 Measured = Mapping[tuple[str, str], float]
 """Milliseconds by case and direction."""
 
@@ -133,31 +145,24 @@ def predict(
     card = cards.card(name)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET must not be set, since kernels are compiled")
-    import triton
+    import triton  # noqa: F401  said before anything else is
 
     with older.kernels_of(commit) if commit else nullcontext():
         predictor = Predictor(card)
-        document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "card": name,
-            "kernels": commit,
-            "triton": triton.__version__,
-            "assumptions": [str(card), *predictor.model.assumptions()],
-            "results": [],
-        }
+        written = document(name, commit, predictor)
         print("Predicted, not measured: what compiled kernels and public data of the card say.")
-        print("\n".join(f"  {line}" for line in document["assumptions"]))
+        print("\n".join(f"  {line}" for line in written["assumptions"]))
         for op, chosen in wanted:
             print(f"\n{op}\n{HEADER}")
             try:
                 for row in _rows(predictor, op, chosen, direction, measured):
-                    document["results"].append(row)
+                    written["results"].append(row)
                     print(render(row), flush=True)
                     if out is not None:
-                        save(out, document)
+                        save(out, written)
             except older.NotThere as error:
                 print(f"left out: {error}")
-    return document
+    return written
 
 
 def _rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from bench.report.markdown import head, line
@@ -20,6 +21,15 @@ CHECKED = """\
 With the kernels of the commit that was measured, as the files of `bench/results` name it. The two
 fitted constants are fitted to these very rows, so this says how well one pair of constants does for
 all, not how well it does elsewhere."""
+CANDIDATES = """\
+### Tiles that a tuner timed
+
+Other tiles than those of the fit, and other shapes, commits and a GPU's minutes of their own: a
+line is one pass of one case. `ratio` is the geometric mean of predicted over measured; `rank` is
+Spearman's correlation of the two orders; `first` is what the tile that is predicted to be the
+fastest took, over what the fastest one took. `svitt tune` tries candidates in the order of such
+predictions (`python -m bench.predict.rank`), which it reads from a file: on a GPU they cost no
+time."""
 BEFORE = """\
 ### Before and after
 
@@ -35,7 +45,9 @@ def render(folder: Path) -> str:
     parts = [NOTE, "\n".join(f"- {x}" for x in documents[0]["assumptions"])]
     if checked := [row for x in documents for row in x["results"] if "measured_ms" in row]:
         parts += [CHECKED, _checked(checked)]
-    open_ended = [x for x in documents if not any("measured_ms" in row for row in x["results"])]
+    if timed := [row for x in documents for row in x.get("candidates", [])]:
+        parts += [CANDIDATES, _candidates(timed)]
+    open_ended = [x for x in documents if any("measured_ms" not in row for row in x["results"])]
     for after in (x for x in open_ended if not x["kernels"]):
         earlier = (x for x in open_ended if x["kernels"] and x["card"] == after["card"])
         if before := next(earlier, None):
@@ -56,6 +68,31 @@ def _checked(rows: list[dict[str, Any]]) -> str:
     typical = math.exp(math.sqrt(sum(x * x for x in errors) / len(errors)))
     said = f"Off by {typical:.2f} x in the quadratic mean, {math.exp(max(errors)):.2f} x at most."
     return "\n".join([*lines, "", said])
+
+
+def _candidates(rows: list[dict[str, Any]]) -> str:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    lines = head(["op, case, direction, pass", "tiles", "ratio", "rank", "first"])
+    for group, found in groups.items():
+        ours, theirs = ([x[name] for x in found] for name in ("ms", "measured_ms"))
+        if len(found) > 2:
+            ratio = geometric_mean(a / b for a, b in zip(ours, theirs, strict=True))
+            first = theirs[ours.index(min(ours))] / min(theirs)
+            rank = _spearman(ours, theirs)
+            lines.append(
+                line([group, f"{len(found)}", f"{ratio:.2f}", f"{rank:.2f}", f"{first:.2f}"])
+            )
+    return "\n".join(lines)
+
+
+def _spearman(a: list[float], b: list[float]) -> float:
+    n = len(a)
+    ranks = [sorted(range(n), key=x.__getitem__) for x in (a, b)]
+    first, second = ([order.index(i) for i in range(n)] for order in ranks)
+    apart = sum((x - y) ** 2 for x, y in zip(first, second, strict=True))
+    return 1 - 6 * apart / (n * (n * n - 1))
 
 
 def _compared(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -17,10 +17,12 @@ import torch
 pytest.importorskip("triton")
 
 from bench import __main__
+from bench.cases import block_sparse_attention
 from bench.measure import environment
 from bench.predict import cards, code, facts, launches, model, older, rank, steps
 from bench.report import predict as report
 from bench.tune import plan
+from svitt_ops.kernels import cross_attention
 from svitt_ops.kernels.machine_code import Usage
 
 ROOT = Path(__file__).parents[2]
@@ -265,11 +267,28 @@ def test_candidates_come_most_promising_first(monkeypatch: pytest.MonkeyPatch) -
 def test_ranking_writes_what_the_plan_reads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rank, "ranked", lambda card, chosen: {chosen[0].group: {card.name: 1.0}})
+    monkeypatch.setattr(rank, "Predictor", lambda card: card)
+    monkeypatch.setattr(rank, "ranked", lambda card, chosen: [(chosen[0], card.clock_ghz)])
     out = tmp_path / "predicted.json"
     assert rank.main(["--only", "cross_attention", "--card", "a100", "--out", str(out)]) == 0
-    (group,) = json.loads(out.read_text())["predicted_ms"].items()
-    assert group[0].startswith("cross_attention") and group[1] == {"A100 SXM 80 GB": 1.0}
+    ((group, found),) = json.loads(out.read_text())["predicted_ms"].items()
+    assert group.startswith("cross_attention") and found == {"today": 1.41}
+
+
+def test_a_candidate_gets_its_tile_for_its_pass_alone() -> None:
+    given = {"group": "cross_attention n785 forward forward", "label": "c32 w8 st1 reg128"}
+    found = rank.candidate(given)
+    wanted = {"columns": 32, "num_warps": 8, "num_stages": 1, "max_registers": 128}
+    assert found.tile == wanted and found.which == "forward"
+    assert rank.candidate(given | {"label": "today"}).tile == {}
+    asked = (32, 64, torch.bfloat16, 90)
+    before = [cross_attention.cross_tile(x, *asked) for x in ("forward", "grad")]
+    with rank.tiled("forward", found.tile):
+        tile, other = (cross_attention.cross_tile(x, *asked) for x in ("forward", "grad"))
+    assert tile == replace(before[0], **wanted) != before[0] and other == before[1]
+    assert cross_attention.cross_tile("forward", *asked) == before[0]
+    known = block_sparse_attention.cases("cuda")
+    assert rank.named(known, "n785-bias") == rank.named(known, "n785-bf16-bias")
 
 
 def committed() -> list[dict[str, Any]]:
