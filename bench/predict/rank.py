@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: dict[str, dict[str, float]] = {}
         for x, ms in ranked(Predictor(card), chosen):
             found.setdefault(x.group, {})[x.label] = ms
-        save(arguments.out, {"card": arguments.card, "predicted_ms": found})
+            save(arguments.out, {"card": arguments.card, "predicted_ms": found})
         return 0
     if arguments.out == plan.PREDICTED:
         parser.error("--against needs --out: it is no plan's")
