@@ -84,7 +84,11 @@ def _predict(arguments: argparse.Namespace, prog: str) -> int:
     op, commit, measured = arguments.op, arguments.kernels, None
     if arguments.compare:
         old = results.load(arguments.compare)
-        op, commit = old["op"], commit or old["environment"]["commit"]
+        op, commit = old["op"], commit or old["environment"]["commit"] or ""
+        if not commit or any(x["device"] != "cuda" for x in old["results"]):
+            what = "must be of a GPU and name its commit"
+            print(f"{prog} --compare: {arguments.compare.name} {what}", file=sys.stderr)
+            return 2
         rows = {(x["case"], x["direction"]): results.ours(x) for x in old["results"]}
         measured = {key: row["ms"] for key, row in rows.items() if row}
     wanted = []
@@ -309,10 +313,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
     add("--compare", type=expand, metavar="OLD.json", help=what)
     arguments = parser.parse_args(argv)
-    if arguments.kernels and not arguments.predict:
+    if arguments.predict:
+        _check_prediction(parser, arguments)
+    elif arguments.kernels:
         parser.error("--kernels needs --predict")
-    one = arguments.op or len(ops) == 1 or arguments.predict
-    if arguments.out and arguments.out.suffix == ".json" and not one:
+    elif arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops) > 1:
         parser.error("--out FILE.json needs --op: every op writes a file of its own")
     if arguments.compare and not arguments.compare.is_file():
         parser.error(f"--compare: {arguments.compare} is not a file")
@@ -323,6 +328,14 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     return arguments
+
+
+def _check_prediction(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    unused = ("list", "provider", "device", "threads", "cold")
+    if given := [f"--{name}" for name in unused if getattr(arguments, name)]:
+        parser.error(f"--predict runs nothing here, so it takes no {', '.join(given)}")
+    if arguments.out and arguments.out.suffix != ".json":
+        parser.error(f"--out must be a FILE.json with --predict, got {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def _tree(
     loops: dict[int, frozenset[int]],
 ) -> Loop:
     """The loop of `body`, which begins with `head`."""
-    inner = {h: b for h, b in loops.items() if b < body and h in body and (h, b) != (head, body)}
+    inner = {h: b for h, b in loops.items() if b < body}
     nested = {h: b for h, b in inner.items() if not any(b < other for other in inner.values())}
     place = {block: h for h, b in nested.items() for block in b}
     trees = {h: _tree(b, h, blocks, edges, loops) for h, b in nested.items()}

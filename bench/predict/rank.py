@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = cards.card(arguments.card)
     if arguments.against is None:
         chosen = [x for x in plan.plan() if arguments.only in x.group]
-        found: dict[str, dict[str, float]] = {}
+        found = plan.predicted() if arguments.only else {}
         for x, ms in ranked(Predictor(card), chosen):
             found.setdefault(x.group, {})[x.label] = ms
             save(arguments.out, {"card": arguments.card, "predicted_ms": found})

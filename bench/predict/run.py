@@ -59,20 +59,21 @@ class Predictor:
         """A prediction for each launch of a call, within which other tiles may be chosen."""
         with self.recorded(self.card.arch) as found, tiled or nullcontext():
             runner(problem.provider("svitt_ops").build(), problem, direction)()
-        predicted, moved, touched = [], 0.0, dict[int, float]()
+        predicted, moved, begun = [], 0.0, dict[int, float]()
         for launch in found:
             sizes = self.model.unique_bytes(launch)
+            # What a launch touched is behind all that it moved itself, too.
             cached = sum(
                 size
                 for at, size in sizes.items()
-                if moved - touched.get(at, -float("inf")) < self.card.l2_bytes / 2
+                if at in begun and moved - begun[at] <= self.card.l2_bytes / 2
             )
             facts = self.compiler(launch) if launch.source is not None else None
             predicted.append(
                 self.model.predict(launch, self.card, cached, facts, self.steps(launch))
             )
+            begun |= dict.fromkeys(sizes, moved)
             moved += sum(sizes.values())
-            touched |= dict.fromkeys(sizes, moved)
         return predicted
 
     def row(self, op: str, case: Case, direction: Any, module: ModuleType) -> dict[str, Any]:
@@ -203,9 +204,18 @@ def render(row: dict[str, Any]) -> str:
 
 
 def save(path: Path, document: dict[str, Any]) -> None:
-    """Writes a document; four digits are more than a prediction holds."""
+    """Writes a document, a row a line; four digits are more than a prediction holds."""
+    fields = []
+    for name, value in _rounded(document).items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"  {json.dumps(x)}" for x in value) + "\n ]"
+        elif isinstance(value, dict):
+            rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(x)}" for k, x in value.items())
+            text = "{\n" + rows + "\n }"
+        fields.append(f" {json.dumps(name)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -7,8 +7,10 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from bench import __main__
 from bench.cases import block_sparse_attention
 from bench.measure import environment
 from bench.predict import cards, code, facts, launches, model, older, rank, steps
+from bench.predict import run as predictions
 from bench.report import predict as report
 from bench.tune import plan
 from svitt_ops.kernels import cross_attention
@@ -142,6 +145,17 @@ def test_memory_binds_what_only_moves() -> None:
     assert asked.limits["dram"] == pytest.approx(4 * (128 + 512) / model.dram(H100))
 
 
+def test_what_little_moved_since_is_still_in_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = torch.empty(2**20), torch.empty(2**24)  # of 4 bytes, for an L2 of 50 MiB
+    found = [launches.Launch(name="torch.x", tensors=(x,)) for x in (small, small, large, large)]
+    predictor = predictions.Predictor(H100)
+    predictor.recorded = lambda arch: nullcontext([*found, found[0]])
+    monkeypatch.setattr(predictions, "runner", lambda *_: lambda: None)
+    problem: Any = SimpleNamespace(provider=lambda name: SimpleNamespace(build=lambda: None))
+    dram = [x.limits["dram"] > 0 for x in predictor.launches(problem, "forward")]
+    assert dram == [True, False, True, True, True]
+
+
 def test_more_work_takes_longer() -> None:
     assert predicted(turns=20).us > predicted(turns=10).us
     assert predicted(programs=2640).us > predicted(programs=264).us
@@ -234,9 +248,16 @@ def test_what_cannot_be_predicted(
     assert "nvdisasm is missing" in told(capsys, "--predict", "h100")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton" in told(capsys, "--predict", "h100")
-    with pytest.raises(SystemExit):
-        __main__.main(["--kernels", "HEAD"])
-    assert "--kernels needs --predict" in capsys.readouterr().err
+    on_cpu = next(environment.RESULTS.glob("retrieval_ranks-intel-*.json"))
+    assert "must be of a GPU" in told(capsys, "--predict", "h100", "--compare", str(on_cpu))
+    for wrong, wanted in (
+        (["--kernels", "HEAD"], "--kernels needs --predict"),
+        (["--predict", "h100", "--provider", "x", "--cold"], "takes no --provider, --cold"),
+        (["--predict", "h100", "--out", str(tmp_path)], "must be a FILE.json"),
+    ):
+        with pytest.raises(SystemExit):
+            __main__.main(wrong)
+        assert wanted in capsys.readouterr().err
 
 
 def test_kernels_of_another_commit_need_a_process_of_their_own(
