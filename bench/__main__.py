@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,11 +92,15 @@ def _predict(arguments: argparse.Namespace, prog: str) -> int:
             return 2
         rows = {(x["case"], x["direction"]): results.ours(x) for x in old["results"]}
         measured = {key: row["ms"] for key, row in rows.items() if row}
+    timed = {case for case, _ in measured or ()}
     wanted = []
     for name in [x for x in predictions.OPS if op in ("", x)]:
         module = cases.load(name)
         assert module is not None
-        if chosen := _chosen(module.cases("cuda"), arguments):
+        known = module.cases("cuda")
+        if timed:
+            known = [dataclasses.replace(x, named=False) for x in known if x.name in timed]
+        if chosen := _chosen(known, arguments):
             wanted.append((name, chosen))
     if not wanted:
         print("no case of our Triton kernels fits these options", file=sys.stderr)
