@@ -43,6 +43,10 @@ COPYING = 32 * 32
 """Bytes of a warp from which on a loop is one that copies."""
 
 
+class Unpredictable(Exception):
+    """What is known of a kernel does not fit together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """One launch."""
@@ -92,6 +96,9 @@ def predict(
         cached: bytes of its tensors that L2 still holds.
         facts: of the compiled kernel; None for one of PyTorch's, which only moves bytes.
         steps: how often its loops turn.
+
+    Raises:
+        Unpredictable: it multiplies matrices in a loop, but none of its loops looks like that.
     """
     clocks_us = card.clock_ghz * 1e3
     moved = float(sum(unique_bytes(launch).values()))
@@ -100,6 +107,8 @@ def predict(
             name=launch.name, us=LAUNCH_US + max(moved - cached, 0) / dram(card),
             limits={"dram": max(moved - cached, 0) / dram(card)}, programs=1, beside=1,
         )  # fmt: skip
+    if steps.outer > 1 and not facts.code.products:
+        raise Unpredictable(f"in the code of {launch.name} no loop looks like a matrix product")
     warp, warps = way(facts, steps), launch.options["num_warps"]
     asked = warp["bytes"] * warps * launch.programs
     busiest = -(-launch.programs // card.processors)

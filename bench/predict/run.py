@@ -179,7 +179,11 @@ def _rows(
         for each in case.directions:
             known = measured is None or (case.name, each) in measured
             if direction in ("", each) and known:
-                row = predictor.row(op, case, each, module)
+                try:
+                    row = predictor.row(op, case, each, module)
+                except predictor.model.Unpredictable as error:
+                    print(f"{case.name:<24} {each.replace('_', ' + '):<17} left out: {error}")
+                    continue
                 yield row | ({"measured_ms": measured[case.name, each]} if measured else {})
 
 

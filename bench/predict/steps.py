@@ -89,7 +89,8 @@ def _sample(named: Named) -> Steps:
 def _queue_combine(named: Named) -> Steps:
     tiles = cdiv(named["rows"], named["COLUMNS"])
     loops = 2 if named["GRADIENTS"] else 1
-    return Steps(outer=loops * tiles, inner=_chunks(named), other=_chunks(named))
+    merged = named.get("splits", _chunks(named))  # once it also added up the splits
+    return Steps(outer=loops * tiles, inner=_chunks(named), other=merged)
 
 
 def _queue_merge(named: Named) -> Steps:

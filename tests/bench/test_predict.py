@@ -169,6 +169,13 @@ def test_more_work_takes_longer() -> None:
     assert predicted(facts=replace(known(), wgmma=False)).us > predicted().us
 
 
+def test_a_product_that_is_not_found_is_said() -> None:
+    plain = known(LISTING.replace("HGMMA.64x64x16.F32.BF16", "FFMA"))
+    with pytest.raises(model.Unpredictable, match="no loop looks like a matrix product"):
+        predicted(facts=plain)
+    assert predicted(turns=1, facts=plain).us > model.LAUNCH_US
+
+
 def attention(**given: Any) -> dict[str, Any]:
     shape = {"BLOCK_SIZE": 56, "COLUMNS": 64, "NUM_GLOBAL": 1, "ROWS": 64, "ROW_TILES": 1}
     return shape | {"counts_ptr": torch.tensor([4, 4, 1])} | given
