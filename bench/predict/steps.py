@@ -89,6 +89,8 @@ def _sample(named: Named) -> Steps:
 def _queue_combine(named: Named) -> Steps:
     tiles = cdiv(named["rows"], named["COLUMNS"])
     loops = 2 if named["GRADIENTS"] else 1
+    if named["query_ids_ptr"] is None:  # then the positives are known, and nothing is multiplied
+        tiles = loops = 1
     merged = named.get("splits", _chunks(named))  # once it also added up the splits
     return Steps(outer=loops * tiles, inner=_chunks(named), other=merged)
 
