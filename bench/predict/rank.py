@@ -24,6 +24,9 @@ from bench.predict import cards, older
 from bench.predict.run import Predictor, document, save
 from bench.tune import plan
 
+PLANNED = "h100"
+"""The card of the plan's predictions."""
+
 
 @contextmanager
 def tiled(which: str, tile: Mapping[str, int]) -> Iterator[None]:
@@ -77,25 +80,27 @@ def candidate(row: Mapping[str, Any]) -> plan.Candidate:
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict the candidates of the plan, or those of a result, and write a file."""
     parser = argparse.ArgumentParser(prog="python -m bench.predict.rank", description=__doc__)
-    parser.add_argument("--card", default="h100", choices=cards.CARDS)
     parser.add_argument("--only", default="", metavar="TEXT", help="groups that have this in them")
     parser.add_argument("--against", type=Path, metavar="RESULT.json", help="of a tuner")
+    parser.add_argument("--card", default=PLANNED, choices=cards.CARDS, help="of --against")
     parser.add_argument("--out", type=Path, default=plan.PREDICTED)
     arguments = parser.parse_args(argv)
-    card = cards.card(arguments.card)
     if arguments.against is None:
+        if arguments.card != PLANNED:
+            parser.error(f"--card needs --against: the plan's is the {PLANNED}")
         chosen = [x for x in plan.plan() if arguments.only in x.group]
-        found = plan.predicted() if arguments.only else {}
-        for x, ms in ranked(Predictor(card), chosen):
-            found.setdefault(x.group, {})[x.label] = ms
-            save(arguments.out, {"card": arguments.card, "predicted_ms": found})
+        found = dict(plan.predicted()) if arguments.only else {}
+        found |= {x.group: {} for x in chosen}
+        for x, ms in ranked(Predictor(cards.card(PLANNED)), chosen):
+            found[x.group][x.label] = ms
+            save(arguments.out, {"card": PLANNED, "predicted_ms": found})
         return 0
     if arguments.out == plan.PREDICTED:
         parser.error("--against needs --out: it is no plan's")
     timed = json.loads(arguments.against.read_text())
     rows = [x for x in timed["results"] if "ms" in x and arguments.only in x["group"]]
     with older.kernels_of(timed["commit"]) if timed["commit"] else nullcontext():
-        predictor = Predictor(card)
+        predictor = Predictor(cards.card(arguments.card))
         written = document(arguments.card, timed["commit"], predictor) | {"candidates": []}
         of_rows = ranked(predictor, [candidate(x) for x in rows])
         for row, (_, ms) in zip(rows, of_rows, strict=True):

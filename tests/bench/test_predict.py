@@ -297,9 +297,14 @@ def test_ranking_writes_what_the_plan_reads(
     monkeypatch.setattr(rank, "Predictor", lambda card: card)
     monkeypatch.setattr(rank, "ranked", lambda card, chosen: [(chosen[0], card.clock_ghz)])
     out = tmp_path / "predicted.json"
-    assert rank.main(["--only", "cross_attention", "--card", "a100", "--out", str(out)]) == 0
-    ((group, found),) = json.loads(out.read_text())["predicted_ms"].items()
-    assert group.startswith("cross_attention") and found == {"today": 1.41}
+    before = {group: dict(found) for group, found in plan.predicted().items()}
+    first = plan.plan()[0].group
+    assert rank.main(["--only", first, "--out", str(out)]) == 0
+    wanted = {**before, first: {"today": 1.83}}  # what else there was stays
+    assert json.loads(out.read_text())["predicted_ms"] == wanted
+    assert plan.predicted() == before
+    with pytest.raises(SystemExit):
+        rank.main(["--card", "a100", "--out", str(out)])
 
 
 def test_a_candidate_gets_its_tile_for_its_pass_alone() -> None:
