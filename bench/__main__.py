@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ computes the same here. Nothing is timed before its results agree with the fp64 
   %(prog)s --quick                                  a few cases of everything, in two minutes
   %(prog)s --list                                   names of all cases and providers
   %(prog)s --op cross_attention --dtype bf16        one op in one dtype
+  %(prog)s --predict h100                           how long it would take on a GPU, without one
   %(prog)s --op info_nce --compare bench/results/info_nce-....json
 """
 HEADER = (
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
     arguments = _parse(argv, prog)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.predict:
+        return _predict(arguments, prog)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     effort = Effort(cold=arguments.cold, budget_s=arguments.budget)
     if arguments.quick:
@@ -72,6 +76,48 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bench") ->
         print(compare.render(changes))
         failures += sum(change.verdict == "slower" for change in changes)
     return 1 if failures else 0
+
+
+def _predict(arguments: argparse.Namespace, prog: str) -> int:
+    """Say how long ours would take on a GPU that is not here; 2 where that cannot be said."""
+    from bench.predict import run as predictions
+
+    op, commit, measured = arguments.op, arguments.kernels, None
+    if arguments.compare:
+        old = results.load(arguments.compare)
+        op, commit = old["op"], commit or old["environment"]["commit"] or ""
+        if not commit or any(x["device"] != "cuda" for x in old["results"]):
+            what = "must be of a GPU and name its commit"
+            print(f"{prog} --compare: {arguments.compare.name} {what}", file=sys.stderr)
+            return 2
+        rows = {(x["case"], x["direction"]): results.ours(x) for x in old["results"]}
+        measured = {key: row["ms"] for key, row in rows.items() if row}
+    timed = {case for case, _ in measured or ()}
+    wanted = []
+    for name in [x for x in predictions.OPS if op in ("", x)]:
+        module = cases.load(name)
+        assert module is not None
+        known = module.cases("cuda")
+        if timed:
+            known = [dataclasses.replace(x, named=False) for x in known if x.name in timed]
+        if chosen := _chosen(known, arguments):
+            wanted.append((name, chosen))
+    if not wanted:
+        print("no case of our Triton kernels fits these options", file=sys.stderr)
+        return 2
+    try:
+        predictions.predict(
+            arguments.predict,
+            wanted,
+            direction=arguments.direction,
+            commit=commit,
+            measured=measured,
+            out=arguments.out,
+        )
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"{prog} --predict: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run(
@@ -255,6 +301,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--direction", default="", choices=directions, metavar="DIRECTION", help=which)
     add("--quick", action="store_true", help="few cases, rough times, no memory")
     add("--list", action="store_true", help="name the cases and run nothing")
+    add = parser.add_argument_group("prediction, without a GPU").add_argument
+    what = "how long our kernels would take on an h100, h200 or a100, by their machine code"
+    add("--predict", default="", metavar="CARD", help=f"{what}; not a measurement")
+    add("--kernels", default="", metavar="COMMIT", help="of these kernels, not this tree's")
     add = parser.add_argument_group("how").add_argument
     gpu = "cpu or cuda (default: cuda where there is one)"
     add("--device", default="", choices=("cpu", "cuda"), metavar="DEVICE", help=gpu)
@@ -268,7 +318,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     what = "print what changed beyond noise since this result; 1 if anything of ours got slower"
     add("--compare", type=expand, metavar="OLD.json", help=what)
     arguments = parser.parse_args(argv)
-    if arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops) > 1:
+    if arguments.predict:
+        _check_prediction(parser, arguments)
+    elif arguments.kernels:
+        parser.error("--kernels needs --predict")
+    elif arguments.out and arguments.out.suffix == ".json" and not arguments.op and len(ops) > 1:
         parser.error("--out FILE.json needs --op: every op writes a file of its own")
     if arguments.compare and not arguments.compare.is_file():
         parser.error(f"--compare: {arguments.compare} is not a file")
@@ -279,6 +333,14 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     return arguments
+
+
+def _check_prediction(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    unused = ("list", "provider", "device", "threads", "cold")
+    if given := [f"--{name}" for name in unused if getattr(arguments, name)]:
+        parser.error(f"--predict runs nothing here, so it takes no {', '.join(given)}")
+    if arguments.out and arguments.out.suffix != ".json":
+        parser.error(f"--out must be a FILE.json with --predict, got {arguments.out}")
 
 
 if __name__ == "__main__":

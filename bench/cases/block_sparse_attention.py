@@ -47,7 +47,7 @@ def _cases(device: str) -> Iterator[Case]:
             yield case(frames, dtype)
         for frames in (4, 8, 16) if device == "cuda" else (8,):
             yield case(frames, dtype, "packed", strides="packed")
-        for frames in (8, 16):
+        for frames in (4, 8, 16) if device == "cuda" else (8, 16):
             yield case(frames, dtype, "bias", bias=True)
         yield case(8, dtype, "saliency", saliency=True)
         for tokens in (549, 385, 270):  # keep rate 0.7, three times

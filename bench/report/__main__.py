@@ -19,7 +19,16 @@ from typing import Any
 import svitt_ops
 from bench.measure import environment, results
 from bench.measure.results import Document
-from bench.report import demo, demo_pictures, determinism, figures, search_cost, standing, step
+from bench.report import (
+    demo,
+    demo_pictures,
+    determinism,
+    figures,
+    predict,
+    search_cost,
+    standing,
+    step,
+)
 from bench.report.markdown import head, line
 
 END = "<!-- /bench -->"
@@ -104,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = {
         "The cost of searching": search_cost.render(arguments.results / "search_cost", FIGURES),
         "Determinism": determinism.render(arguments.results / "determinism", FIGURES),
+        "Predicted times on a GPU": predict.render(arguments.results / "predict"),
         "Demos on pictures": demo_pictures.render(demo.load_pictures(arguments.results / "demo")),
     }
     docs, stale = render_docs(by_op, more), []

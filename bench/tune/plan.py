@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 SHORT = {"rows": "r", "columns": "c", "chunk": "k", "slice": "s", "num_warps": "w"}
 SHORT |= {"num_stages": "st", "programs": "p", "max_registers": "reg"}
+PREDICTED = Path(__file__).with_name("predicted.json")
+"""What `python -m bench.predict.rank` wrote: milliseconds by group and label."""
+PREDICTED_PROCESSORS = 132  # of the card that it is of
 START_S, CHECK_S, COMPILE_S, TIME_S = 25.0, 5.0, 6.0, 0.8
 """What a run, a case, a kernel on one core and a candidate take, as on an H200 with 16 cores."""
 
@@ -57,10 +63,14 @@ class Tiles:
     names: str
     rows: Sequence[tuple[int, ...]]
 
-    def dicts(self, processors: int, most: int) -> list[dict[str, int]]:
+    def dicts(self, most: int) -> list[dict[str, int]]:
         """Today's and the first `most`; programs are given in multiples of the processors."""
-        found = [dict(zip(self.names.split(), row, strict=True)) for row in self.rows[:most]]
-        return [{}, *(x | {k: x[k] * processors for k in ("programs",) if k in x} for x in found)]
+        return [{}, *(dict(zip(self.names.split(), x, strict=True)) for x in self.rows[:most])]
+
+
+def on(tile: Mapping[str, int], processors: int) -> dict[str, int]:
+    """A tile for a GPU of so many multiprocessors."""
+    return {k: v * processors if k == "programs" else v for k, v in tile.items()}
 
 
 CONTRAST = "rows columns chunk num_warps num_stages programs"
@@ -244,13 +254,30 @@ CROSS = {
 }
 
 
+@cache
+def predicted() -> dict[str, dict[str, float]]:
+    """Milliseconds of candidates by group and label, as predicted for an H100."""
+    found: dict[str, dict[str, float]] = json.loads(PREDICTED.read_text())["predicted_ms"]
+    return found
+
+
 def plan(processors: int = 132) -> list[Candidate]:
-    """All candidates for a GPU of so many multiprocessors, most valuable first."""
+    """All candidates for a GPU of so many multiprocessors, most valuable first.
+
+    Of one group the most promising come first, by predictions for an H100: they cost no time here,
+    and where the time does not suffice for all they say what to leave out.
+    """
     found: list[Candidate] = []
 
     def add(op: str, case: str, direction: str, which: str, tiles: Tiles, most: int = 99) -> None:
         given = {"op": op, "case": case, "direction": direction, "which": which}
-        found.extend(Candidate(tile=x, **given) for x in tiles.dicts(processors, most))
+        group: list[tuple[float, Candidate]] = []
+        # Today's tile, then the others by their predictions, those without one last.
+        for tile in tiles.dicts(most):
+            there = Candidate(tile=on(tile, PREDICTED_PROCESSORS), **given)
+            ms = predicted().get(there.group, {}).get(there.label, math.inf) if tile else 0.0
+            group.append((ms, Candidate(tile=on(tile, processors), **given)))
+        found.extend(x for _, x in sorted(group, key=lambda pair: pair[0]))
 
     def losses(op: str, case: str, forward: Tiles, backward: Tiles, most: int = 99) -> None:
         prefix = "sigmoid_" * (op == "sigmoid_nce")
