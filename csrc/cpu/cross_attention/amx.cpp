@@ -7,7 +7,7 @@
 #include "problem.h"
 
 SVITT_ADD_KERNELS(CrossKernels, {[](const CrossAttention& p) {
-                                   return p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
+                                   return p.head_dim % 32 == 0 && (p.dtype == Dtype::bf16 || (p.dtype == Dtype::f32 && p.queries > 32));
                                  },
                                  partial_size, cross_forward_amx, cross_forward_join,
                                  cross_backward_amx, cross_backward_join})
