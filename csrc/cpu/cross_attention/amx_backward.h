@@ -1,10 +1,10 @@
-// Backward for bf16 on the AMX matrix tiles: the sweep of backward.h with its five products on
-// 16 x 16 tiles.
+// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five products
+// on 16 x 16 tiles.
 //
 // Keys are the rows of four products, so that K, V, the weights and the slopes serve as left
-// operands as they are, against queries and upstream gradients packed once. The gradient of the
-// queries alone needs K packed and the slopes turned. Weights and slopes are rounded to bf16 for
-// the products; logits, their gradients and all sums stay in fp32.
+// operands as they are, or split into parts, against queries and upstream gradients packed once.
+// The gradient of the queries alone needs K packed and the slopes turned. In bf16 weights and
+// slopes are rounded for the products; logits, their gradients and all sums stay in fp32.
 //
 // What remains is memory: the rows of the results lie `heads` rows apart, where streaming stores
 // took half the time of plain ones, and less than plain ones with their lines prefetched.
@@ -12,7 +12,7 @@
 // Tried, without gain: leaving out the upper 16 lanes where there are at most 16 queries; several
 // heads in turn for each tile of keys (of the memory traffic alone); prefetching nothing (1.05 to
 // 1.15 times slower), or one tile ahead instead of two (1.02); streaming all rows of a tile at its
-// end (1.05).
+// end (1.05). In fp32: 64 keys at a time, or K and V split between the products (1.1).
 #pragma once
 
 #include "../common/pair_attention.h"
@@ -101,19 +101,6 @@ SVITT_INLINE void differentiate_pairs(const CrossBackwardTileScratch<T>& s, int6
     }
 }
 
-/// The slopes with the queries as rows.
-template <class T>
-SVITT_INLINE void turn(const CrossBackwardTileScratch<T>& s, int padded, int lanes) {
-  if constexpr (Operand<T>::kParts == 1) {
-    turn_slopes(s.slopes, padded, lanes, s.turned);
-  } else {
-    for (int c = 0; c < lanes; c += kTile)
-      for (int j = 0; j < padded; j += kPairs)
-        Operand<T>::pack_turned(s.products + j * kStride + c, kStride, s.turned + c * kStride + j,
-                                kStride, s.kPart);
-  }
-}
-
 /// `backward_tile` of backward.h, of at most kKeys keys.
 template <class T>
 void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j, int n,
@@ -133,8 +120,9 @@ void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j,
   each_query_tile(p, [&](int64_t, int64_t row, int rows) {
     const int lanes = round_up(rows, kTileRows);
     const int64_t at = s.kParts * row * dims;
-    multiply_keys<T>(keys, padded, s.query + at, lanes, dims, s.keys, s.logits);
-    multiply_keys<T>(values, padded, s.grad_out + at, lanes, dims, s.values, s.products);
+    const bool copied = s.kParts > 1 && row > 0;
+    multiply_keys<T>(keys, padded, s.query + at, lanes, dims, s.keys, s.logits, copied);
+    multiply_keys<T>(values, padded, s.grad_out + at, lanes, dims, s.values, s.products, copied);
     differentiate_pairs(s, row, lanes, n, padded, p.scale,
                         [&](int i) __attribute__((always_inline)) {
                           if (row > 0 || i >= count) return;
@@ -152,7 +140,7 @@ void backward_tile_amx(const CrossBackward& p, const KeyRange& range, int64_t j,
       }
     };
     add_gradient(s.weights, s.grad_pairs, s.grad_value, p.grad_value);
-    turn(s, padded, lanes);
+    turn_slopes<T>(s.slopes, s.products, padded, lanes, s.turned, s.kPart);
     add_gradient(s.slopes, s.query_pairs, s.grad_key, p.grad_key);
     multiply_pairs<T>(s.turned, s.key_pairs, lanes, padded, dims, s.grad_query + row * dims,
                       j > range.first, s.kPart);

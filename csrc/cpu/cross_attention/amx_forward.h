@@ -1,10 +1,14 @@
-// Forward for bf16 on the AMX matrix tiles: the sweep of forward.h with both products on 16 x 16
-// tiles.
+// Forward for bf16 and fp32 on the AMX matrix tiles: the sweep of forward.h with both products on
+// 16 x 16 tiles.
 //
-// K's rows serve as the left operand where they lie and the few queries are packed; V is packed
-// tile by tile, one permutation per 32 values. The weights come out of the softmax transposed and
-// are turned 16 x 16 pairs at a time. Only they are rounded to bf16; logits, maximum, sum and
-// accumulation stay in fp32.
+// In bf16 K's rows serve as the left operand where they lie and the few queries are packed; V is
+// packed tile by tile, one permutation per 32 values. The weights come out of the softmax
+// transposed and are turned 16 x 16 pairs at a time. Only they are rounded to bf16; logits,
+// maximum, sum and accumulation stay in fp32.
+//
+// Tried in fp32, without gain: K and V split between the products of a tile, on the vector units,
+// which those leave idle (1.1 times faster for 32 queries, where memory is the matter, and 1.1
+// slower for more); weights of 32 keys at a time (1.1); V of 64 (1.03).
 #pragma once
 
 #include "../common/pair_attention.h"
@@ -19,9 +23,9 @@ SVITT_KERNELS_BEGIN
 
 static_assert(kQueryTile == kStride && kKeyTile == kStride);
 
-// Rows packed at once: in three parts those of all keys of a tile would fill the L1 cache.
+// Keys of a tile that are packed at once: in three parts, all would fill the L1 cache.
 template <class T>
-constexpr int kValueRows = Operand<T>::kParts > 1 ? kTileRows : kKeyTile;
+constexpr int kAtOnce = Operand<T>::kParts > 1 ? kTileRows : kKeyTile;
 
 template <class T>
 struct CrossTileScratch {
@@ -32,11 +36,11 @@ struct CrossTileScratch {
   int dims;
   uint16_t *query, *weights;  // weights (kQueryTile, kKeyTile)
   uint16_t* rows;             // keys, then values
-  float *logits, *state;                      // logits (kKeyTile, kQueryTile)
+  float *logits, *state;      // logits (kKeyTile, kQueryTile)
 
   explicit CrossTileScratch(const CrossForward& p) : dims(p.head_dim) {
     query = arena.take<uint16_t>(kParts * kQueryTile * dims);
-    rows = arena.take<uint16_t>(kParts * kValueRows<T> * dims);
+    rows = arena.take<uint16_t>(kParts * kAtOnce<T> * dims);
     weights = arena.take<uint16_t>(kParts * kPart);
     logits = arena.take<float>(kKeyTile * kQueryTile);
     state = arena.take<float>(State::size(p));
@@ -45,17 +49,18 @@ struct CrossTileScratch {
   }
 };
 
-/// Products of keys with `lanes` packed queries, rows of kQueryTile. In bf16 the keys, padded to 32,
-/// serve where they lie if they are side by side, else from a copy.
+/// Products of keys with `lanes` packed queries, rows of kQueryTile. The keys, padded to 32, serve
+/// where they lie if they are bf16 side by side, else from a copy of 32; `copied` where all are in
+/// it already.
 template <class T, class Keys>
 SVITT_INLINE void multiply_keys(const Keys& rows, int padded, const uint16_t* packed, int lanes,
-                                int dims, uint16_t* copy, float* products) {
+                                int dims, uint16_t* copy, float* products, bool copied = false) {
   if constexpr (Operand<T>::kParts == 1)
     if (rows.n == padded && rows.together())
       return multiply_dims(rows(0), rows.stride, padded, packed, lanes, dims, products);
   const int64_t part = static_cast<int64_t>(kTileRows) * dims;
   for (int r = 0; r < padded; r += kTileRows) {
-    Operand<T>::copy([&](int i) { return rows(r + i); }, kTileRows, dims, copy, part);
+    if (!copied) Operand<T>::copy([&](int i) { return rows(r + i); }, kTileRows, dims, copy, part);
     multiply_dims<T>(copy, dims, kTileRows, packed, lanes, dims, products + r * kStride, part);
   }
 }
@@ -96,28 +101,28 @@ SVITT_INLINE void exponentiate_pairs(const CrossTileScratch<bf16>& s, const Stat
   store(state.sum + c, load(state.sum + c) + sum);
 }
 
-/// The same in three parts, of keys [j, j + kPairs); the logits become the weights in fp32.
-SVITT_INLINE void exponentiate_pairs(const CrossTileScratch<float>& s, const State& state, int j,
-                                     int n, int lanes, float scale, float* kept,
+/// The same in three parts; in fp32 they are always kept, in the place of the logits.
+SVITT_INLINE void exponentiate_pairs(const CrossTileScratch<float>& s, const State& state, int n,
+                                     int c, float scale, float* kept, int step,
                                      const TileKeys<float> (&ahead)[2]) {
-  for (int c = 0; c < lanes; c += W) {
-    const vf most = load(state.most + c);
-    vf sum{};
-    for (int i = j; i < j + kPairs; ++i) {
-      if (c == 0 && i < ahead[0].n) {
-        prefetch_row<false>(ahead[0](i), s.dims);
-        prefetch_row<false>(ahead[1](i), s.dims);
-      }
-      float* x = s.logits + i * kQueryTile + c;
-      const vf e = i < n ? exp_nonpositive(load(x) * scale - most) : vf{};
-      store(x, e);
-      if (kept != nullptr && i < n) store(kept + i * lanes + c, e);
-      sum += e;
+  const vf most = load(state.most + c);
+  const int padded = round_up(n, kPairs);
+  vf sum{};
+  for (int j = 0; j < padded; ++j) {
+    if (c == 0 && j < ahead[0].n) {
+      prefetch_row<false>(ahead[0](j), s.dims);
+      prefetch_row<false>(ahead[1](j), s.dims);
     }
-    store(state.sum + c, load(state.sum + c) + sum);
-    Operand<float>::pack_turned(s.logits + j * kQueryTile + c, kQueryTile, s.weights + c * kKeyTile,
-                                kKeyTile, s.kPart);
+    float* x = s.logits + j * kQueryTile + c;
+    const vf e = j < n ? exp_nonpositive(load(x) * scale - most) : vf{};
+    store(x, e);
+    if (kept != nullptr && j < n) store(kept + j * step + c, e);
+    sum += e;
   }
+  store(state.sum + c, load(state.sum + c) + sum);
+  for (int j = 0; j < padded; j += kPairs)
+    Operand<float>::pack_turned(s.logits + j * kQueryTile + c, kQueryTile,
+                                s.weights + c * kKeyTile + j, kKeyTile, s.kPart);
 }
 
 /// `attend` of forward.h.
@@ -127,9 +132,9 @@ void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int r
   using Keys = typename CrossTileScratch<T>::Keys;
   const int lanes = round_up(rows, W), dims = s.dims;
   for (int r = 0; r < lanes; ++r) state.most[r] = -kInfinity, state.sum[r] = 0.0f;
-  Operand<T>::pack_keys(
-      some_rows<typename Operand<T>::Lane>(p.query, range.b, range.h, row, rows),
-      round_up(rows, kTileRows), dims, s.query);
+  using Lane = typename Operand<T>::Lane;
+  Operand<T>::pack_keys(some_rows<Lane>(p.query, range.b, range.h, row, rows),
+                        round_up(rows, kTileRows), dims, s.query);
   const bool keep_row = p.saliency == Saliency::cls && row == 0;
   for (int64_t j = range.first; j < range.last; j += kKeyTile) {
     const int n = static_cast<int>(range.last - j < kKeyTile ? range.last - j : kKeyTile);
@@ -140,29 +145,24 @@ void attend_amx(const CrossForward& p, const KeyRange& range, int64_t row, int r
     const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
     const Keys ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
     raise_maxima(state, s.logits, kQueryTile, n, rows, p.scale, dims, first);
-    float* kept =
-        p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes : nullptr;
-    const Keys values(p, p.value, range, j, n);
-    if constexpr (s.kParts == 1) {
-      if (keep_row) kept = s.logits;
-      for (int c = 0; c < lanes; c += W)
-        exponentiate_pairs(s, state, n, c, p.scale, keep_row && c > 0 ? nullptr : kept,
-                           keep_row ? kQueryTile : lanes, ahead);
-      pack_value_tiles(values, padded, dims, s.rows);
-      multiply_pairs<T>(s.weights, s.rows, rows, padded, dims, state.out, !first);
-    } else {
-      for (int k = 0; k < padded; k += kPairs) {
-        exponentiate_pairs(s, state, k, n, lanes, p.scale, kept, ahead);
-        Operand<T>::pack_values([&](int i) { return values(k + i); }, kPairs, dims, s.rows);
-        multiply_pairs<T>(s.weights, s.rows, rows, kPairs, dims, state.out, !first || k > 0,
-                          s.kPart);
-      }
-    }
+    float* kept = p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes
+                  : keep_row                   ? s.logits
+                                               : nullptr;
+    for (int c = 0; c < lanes; c += W)
+      exponentiate_pairs(s, state, n, c, p.scale, keep_row && c > 0 ? nullptr : kept,
+                         keep_row ? kQueryTile : lanes, ahead);
     if (p.saliency != Saliency::none)
       std::memcpy(state.tops + (j - range.first) / kKeyTile * kQueryTile, state.most,
                   sizeof(float) * lanes);
     if (keep_row)
       for (int i = 0; i < n; ++i) state.weights[j - range.first + i] = s.logits[i * kQueryTile];
+    const Keys values(p, p.value, range, j, n);
+    for (int k = 0; k < padded; k += kAtOnce<T>) {
+      const int depth = padded - k < kAtOnce<T> ? padded - k : kAtOnce<T>;
+      Operand<T>::pack_values([&](int i) { return values(k + i); }, depth, dims, s.rows);
+      multiply_pairs<T>(s.weights + k, s.rows, rows, depth, dims, state.out, !first || k > 0,
+                        s.kPart);
+    }
   }
 }
 
