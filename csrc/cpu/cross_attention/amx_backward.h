@@ -1,5 +1,5 @@
-// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five products
-// on 16 x 16 tiles.
+// Backward for bf16 and fp32 on the AMX matrix tiles: the sweep of backward.h with its five
+// products on 16 x 16 tiles.
 //
 // Keys are the rows of four products, so that K, V, the weights and the slopes serve as left
 // operands as they are, or split into parts, against queries and upstream gradients packed once.

@@ -37,8 +37,8 @@ SVITT_INLINE void load_sums(const CrossBackward& p, const KeyRange& range, int64
   split_sums<kQueryTile>(lse, rows, high + row, low + row);
 }
 
-/// A result is not read here again: written past the caches, where the processor can, its lines need
-/// not be fetched first.
+/// A result is not read here again: written past the caches, where the processor can, its lines
+/// need not be fetched first.
 SVITT_INLINE void stream_row(const float* from, float* to, int dims) {
   for (int d = 0; d < dims; d += W) {
 #if SVITT_LANES == 16
