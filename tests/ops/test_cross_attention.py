@@ -48,6 +48,7 @@ CASES = [
     Case(queries=5, keys=57, head_dim=20, mask="all"),
     Case(queries=40, keys=33, storage="heads_first", mask="random", saliency="mean"),
     Case(queries=17, keys=1, mask="all", saliency="mean", head_dim=16),
+    Case(queries=70, keys=1, head_dim=32, mask="all"),
     Case(queries=64, keys=64, head_dim=32, saliency="mean", storage="packed", mask="random"),
     Case(queries=65, keys=30, head_dim=32, mask="tail", saliency="mean"),
     Case(queries=129, keys=30, batch=1, heads=1, saliency="mean"),
@@ -67,7 +68,7 @@ CASES = [
     Case(queries=257, keys=300, large=True, heads=1, saliency="mean", mask="all"),
     Case(queries=300, keys=333, large=True, batch=5, heads=13, head_dim=32, saliency="mean"),
     Case(keys=785, large=True, magnitude=16.0, head_dim=96, saliency="mean"),
-    Case(queries=100, keys=97, large=True, magnitude=4.0, storage="packed", mask="all"),
+    Case(queries=100, keys=97, large=True, magnitude=16.0, storage="packed", mask="all"),
 ]
 
 
@@ -151,11 +152,13 @@ def test_matches_fp64(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("saliency", ["cls", "mean"])
-def test_ignored_keys_never_leak(saliency: str, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize(("queries", "saliency"), [(32, "cls"), (32, "mean"), (66, "mean")])
+def test_ignored_keys_never_leak(
+    queries: int, saliency: str, dtype: torch.dtype, backend: str
+) -> None:
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter gets bf16 wrong")
-    case = Case(keys=70, heads=1, mask="random", saliency=saliency)
+    case = Case(queries=queries, keys=70, heads=1, mask="random", saliency=saliency)
     (q, k, v, grad), options = build(case, dtype, "cuda" if backend == "cuda" else "cpu")
     ignored = options["key_padding_mask"]
     ignored[1] = True
@@ -173,8 +176,9 @@ def test_ignored_keys_never_leak(saliency: str, dtype: torch.dtype, backend: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(1, 2, n, 32).to(dtype) for n in (5, 70, 70))
+@pytest.mark.parametrize("queries", [5, 70])
+def test_nan_is_not_hidden(queries: int, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(1, 2, n, 32).to(dtype) for n in (queries, 70, 70))
     q[0, 0, 3] = k[0, 1, 9] = float("nan")
     out = so.cross_attention(q, k, v).isnan()
     assert out[0, 1].all() and out[0, 0, 3].all()
@@ -284,8 +288,8 @@ def test_gradients_of_some_inputs_only() -> None:
 
 
 def test_saliency_changes_nothing_else() -> None:
-    for heads in (2, 200):  # keys split over threads, and not
-        q, k, v = (torch.randn(1, heads, n, 32) for n in (5, 700, 700))
+    for heads, queries in ((2, 5), (200, 5), (2, 70)):  # keys split over threads, and not
+        q, k, v = (torch.randn(1, heads, n, 32) for n in (queries, 700, 700))
         plain = so.cross_attention(q, k, v)
         for which in ("cls", "mean"):
             assert torch.equal(plain, so.cross_attention(q, k, v, return_saliency=which)[0])

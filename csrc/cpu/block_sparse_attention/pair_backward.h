@@ -106,19 +106,6 @@ SVITT_INLINE void differentiate_pairs(const Backward& p, const RowTile& t,
   }
 }
 
-/// The slopes with the queries as rows.
-template <class T>
-SVITT_INLINE void turn(const TileBackwardScratch<T>& s, int padded, int lanes) {
-  if constexpr (Operand<T>::kParts == 1) {
-    turn_slopes(s.slopes, padded, lanes, s.turned);
-  } else {
-    for (int c = 0; c < lanes; c += kTile)
-      for (int j = 0; j < padded; j += kPairs)
-        Operand<T>::pack_turned(s.products + j * kStride + c, kStride, s.turned + c * kStride + j,
-                                kStride, s.kPart);
-  }
-}
-
 /// Add the product of a block of weights with packed rows to the rows of its keys.
 template <class T>
 SVITT_INLINE void add_product(const uint16_t* weights, const uint16_t* packed, int key, int keys,
@@ -162,7 +149,7 @@ void backward_keys(const Backward& p, const RowTile& t, TileBackwardScratch<T>& 
   add_product(s.weights, s.grad_pairs, key, keys, n, depth, s, s.grad_value);
   add_product(s.slopes, s.query_pairs, key, keys, n, depth, s, s.grad_key);
   Operand<T>::pack_values(rows(p.key), padded, dims, s.key_pairs);
-  turn(s, padded, lanes);
+  turn_slopes<T>(s.slopes, s.products, padded, lanes, s.turned, s.kPart);
   multiply_pairs<T>(s.turned, s.key_pairs, depth, padded, dims, s.grad_query, !first, s.kPart);
 }
 

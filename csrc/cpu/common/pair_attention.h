@@ -75,6 +75,20 @@ SVITT_INLINE void turn_slopes(const uint16_t* slopes, int padded, int lanes, uin
     }
 }
 
+/// The same of slopes that are there in fp32 too, where there are parts to make of them.
+template <class T>
+SVITT_INLINE void turn_slopes(const uint16_t* slopes, const float* sums, int padded, int lanes,
+                              uint16_t* turned, int64_t part) {
+  if constexpr (Operand<T>::kParts == 1) {
+    turn_slopes(slopes, padded, lanes, turned);
+  } else {
+    for (int c = 0; c < lanes; c += kTile)
+      for (int j = 0; j < padded; j += kPairs)
+        Operand<T>::pack_turned(sums + j * kStride + c, kStride, turned + c * kStride + j, kStride,
+                                part);
+  }
+}
+
 /// C (rows x dims) = or += A B over `depth`, a multiple of kRowUnit; B packed by pack_values.
 template <class T = bf16>
 SVITT_INLINE void multiply_pairs(const uint16_t* a, const uint16_t* b, int rows, int depth,

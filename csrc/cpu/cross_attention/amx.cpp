@@ -7,7 +7,11 @@
 #include "problem.h"
 
 SVITT_ADD_KERNELS(CrossKernels, {[](const CrossAttention& p) {
-                                   return p.dtype == Dtype::bf16 && p.head_dim % 32 == 0;
+                                   if (p.head_dim % 32 != 0) return false;
+                                   // Splitting K and V takes as long as products of few queries.
+                                   if (p.dtype == Dtype::f32)
+                                     return p.queries >= (p.backward ? 32 : 64);
+                                   return p.dtype == Dtype::bf16;
                                  },
                                  partial_size, cross_forward_amx, cross_forward_join,
                                  cross_backward_amx, cross_backward_join})

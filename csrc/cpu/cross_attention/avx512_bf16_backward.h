@@ -103,7 +103,7 @@ inline void backward_tile_pairs(const CrossBackward& p, const KeyRange& range, i
   const TileKeys keys(p, p.key, range, j, n), values(p, p.value, range, j, n);
   const int64_t next = range.last - j < 2 * kKeyTile ? range.last : j + 2 * kKeyTile;
   const int count = static_cast<int>(range.last - next < kKeyTile ? range.last - next : kKeyTile);
-  const TileKeys ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
+  const TileKeys<> ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
   const int32_t* present = p.present_of(range.b);
   pack_row_pairs(keys, n, dims, s.key_pairs);
   each_query_tile(p, [&](int64_t, int64_t row, int rows) {

@@ -32,7 +32,7 @@ struct CrossPairScratch {
 
 /// Products of keys with `lanes` packed queries, from where the keys lie if they are side by side,
 /// else from a copy.
-SVITT_INLINE void multiply_keys(const TileKeys& rows, const uint16_t* packed, int lanes, int dims,
+SVITT_INLINE void multiply_keys(const TileKeys<>& rows, const uint16_t* packed, int lanes, int dims,
                                 uint16_t* copy, float* products) {
   const bool in_place = rows.together();
   if (!in_place) copy_pairs(rows, rows.n, dims, copy);
@@ -77,7 +77,7 @@ inline void attend_pairs(const CrossForward& p, const KeyRange& range, int64_t r
     raise_maxima(state, s.logits, lanes, n, rows, p.scale, dims, first);
     const int64_t next = j + n, left = range.last - next;
     const int count = static_cast<int>(left < kKeyTile ? left : kKeyTile);
-    const TileKeys ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
+    const TileKeys<> ahead[2] = {{p, p.key, range, next, count}, {p, p.value, range, next, count}};
     float* kept = p.saliency == Saliency::mean ? state.weights + (j - range.first) * lanes
                   : keep_row                   ? s.logits
                                                : nullptr;

@@ -37,6 +37,27 @@ SVITT_INLINE void load_sums(const CrossBackward& p, const KeyRange& range, int64
   split_sums<kQueryTile>(lse, rows, high + row, low + row);
 }
 
+/// A result is not read here again: written past the caches, where the processor can, its lines
+/// need not be fetched first.
+SVITT_INLINE void stream_row(const float* from, float* to, int dims) {
+  for (int d = 0; d < dims; d += W) {
+#if SVITT_LANES == 16
+    _mm512_stream_ps(to + d, _mm512_loadu_ps(from + d));
+#elif SVITT_LANES == 8
+    _mm256_stream_ps(to + d, _mm256_loadu_ps(from + d));
+#else
+    store(to + d, load(from + d));
+#endif
+  }
+}
+
+/// Streamed rows are seen by whoever sees that this is done.
+SVITT_INLINE void end_streams() {
+#if SVITT_LANES >= 8
+  _mm_sfence();
+#endif
+}
+
 /// Queries, upstream gradient, log-sum-exp and delta of a tile.
 template <class T>
 void load_queries(const CrossBackward& p, const KeyRange& range, int64_t row, int rows,
@@ -85,13 +106,8 @@ void backward_tile(const CrossBackward& p, const KeyRange& range, int64_t j, int
     const int64_t token = present == nullptr ? j + i : present[j + i];
     return result_row<T>(p, grad, p.keys, range.b, range.h, token);
   };
-  // Sums that are complete at once go where they belong.
-  const bool direct = sizeof(T) == sizeof(float) && dims == s.width && p.queries <= kQueryTile;
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i)
     key_rows[i] = s.grad_key + i * s.width, value_rows[i] = s.grad_value + i * s.width;
-    if constexpr (sizeof(T) == sizeof(float))
-      if (direct) key_rows[i] = result(p.grad_key, i), value_rows[i] = result(p.grad_value, i);
-  }
   each_query_tile(p, [&](int64_t tile, int64_t row, int rows) {
     const int lanes = round_up(rows, W);
     for (int i = 0; i < n; ++i)
@@ -108,10 +124,14 @@ void backward_tile(const CrossBackward& p, const KeyRange& range, int64_t j, int
     const Segment to_queries{s.slopes, keys.data, keys.step, kPanel, n};
     multiply(rows, dims, &to_queries, 1, {1, lanes}, query_rows, j > range.first);
   });
-  if (direct) return;
+  const auto write = [&](T* to, const float* from) __attribute__((always_inline)) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (dims == s.width) return stream_row(from, to, dims);
+    write_row(to, from, dims, 1.0f);
+  };
   for (int i = 0; i < n; ++i) {
-    write_row(result(p.grad_key, i), key_rows[i], dims, 1.0f);
-    write_row(result(p.grad_value, i), value_rows[i], dims, 1.0f);
+    write(result(p.grad_key, i), key_rows[i]);
+    write(result(p.grad_value, i), value_rows[i]);
   }
 }
 
@@ -165,6 +185,7 @@ void cross_backward_of(const CrossBackward& p, int64_t begin, int64_t end) {
         load_queries<T>(p, range, row, rows, s);
       },
       [&](const KeyRange& range, int64_t j, int n) { backward_tile<T>(p, range, j, n, s); });
+  end_streams();
 }
 
 /// The gradient of the queries of a head: the sum over its parts, in order.

@@ -50,19 +50,20 @@ SVITT_INLINE Rows tile_rows(const CrossAttention& p, const Matrix& m, const KeyR
 }
 
 /// Attended keys [j, j + n) by number; null past them.
+template <class Lane = uint16_t>
 struct TileKeys {
-  const uint16_t* data;
+  const Lane* data;
   int64_t stride, first;
   const int32_t* present;  // of the first key, or null
   int n;
 
   TileKeys(const CrossAttention& p, const Matrix& m, const KeyRange& range, int64_t j, int keys)
-      : data(base<uint16_t>(m, range.b, range.h)), stride(m.token), first(j), n(keys) {
+      : data(base<Lane>(m, range.b, range.h)), stride(m.token), first(j), n(keys) {
     const int32_t* numbers = p.present_of(range.b);
     present = numbers == nullptr ? nullptr : numbers + j;
   }
   bool together() const { return present == nullptr || present[n - 1] - present[0] == n - 1; }
-  const uint16_t* operator()(int i) const {
+  const Lane* operator()(int i) const {
     if (i >= n) return nullptr;
     return data + (present == nullptr ? first + i : present[i]) * stride;
   }
