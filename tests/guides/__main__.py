@@ -144,6 +144,12 @@ ELSEWHERE = {
     f"{SEARCHED} --serve --model runs/small": "ends when it is interrupted: test_page.py",
     "svitt bench": "needs the checkout: test_main.py",
     "svitt bench --quick": "the same",
+    "svitt bench --predict h100": "needs the checkout: test_predict.py",
+    "svitt bench --predict h100 --kernels COMMIT": "the same",
+    "svitt bench --predict h200 --compare RESULT.json": "the same",
+    "python -m bench.predict.rank": "the same",
+    ".venv/bin/python -m svitt_ops.kernels.compile_check --quick --arch 90"
+    " --keep kernels/machine_code.json": "make compile-check compares with what it keeps",
     "svitt tune --dry-run": "needs the checkout: test_tune.py",
     "svitt tune --minutes 20": "the same",
     "make demo": "`svitt demo` in the checkout",
