@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <memory>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "../../library.h"
@@ -58,7 +57,6 @@ P problem(const Tensor& query, const Tensor& key, const Tensor& value, const Opt
   P p{};
   bind_inputs(p, "cross_attention", query, key, value, scale);
   p.queries = query.size(2), p.keys = key.size(2);
-  p.backward = std::is_same_v<P, CrossBackward>;
   p.parts = count_parts(p);
   present.bind(p, mask);
   return p;

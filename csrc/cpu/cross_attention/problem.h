@@ -16,7 +16,6 @@ struct CrossAttention : AttentionInputs {
   const int32_t* present;
   const int64_t* counts;
   const bool* ignored;  // (batch, keys), or null
-  bool backward;        // a CrossBackward
   int64_t parts;        // that the keys of a head are cut into, so that few heads make many items
 
   const int32_t* present_of(int64_t b) const {
