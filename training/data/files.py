@@ -17,7 +17,7 @@ MAX_PIXELS = 2**27
 MAX_FRAME_PIXELS = 2**26
 """The same for frames of videos, of which a decoder holds many."""
 FILMS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".gif")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 """Suffixes by which files are looked for; they are read as what they hold, however called."""
 KINDS = {
     stat.S_IFDIR: "a folder",

@@ -31,13 +31,13 @@ def expand(path: str | Path, name: str = "path") -> Path:
 
 def in_folder(folder: str | Path, suffix: str) -> list[str]:
     """The files of a folder that have a suffix, in order."""
-    return [str(path) for path in sorted(Path(folder).glob(f"*{suffix}"))]
+    return [str(path) for path in sorted(Path(folder).iterdir()) if path.suffix.lower() == suffix]
 
 
 def matching(pattern: str) -> list[str]:
     """What a pattern such as ``{00..99}.tar`` or ``*.tar`` stands for, in order; a file, itself.
 
-    All that braces stand for, be it there or not.
+    Each once, and all that braces stand for, be it there or not.
     """
     if os.path.exists(pattern):
         return [pattern]
@@ -46,10 +46,12 @@ def matching(pattern: str) -> list[str]:
         from braceexpand import braceexpand  # of webdataset
 
         patterns = list(braceexpand(pattern))
-    found = [
-        sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one] for one in patterns
-    ]
-    return [path for paths in found for path in paths]
+    found: list[str] = []
+    for one in patterns:
+        several = sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else []
+        # That which is not there is refused by whoever opens it.
+        found += several or ([one] if len(patterns) > 1 or not glob.has_magic(one) else [])
+    return list(dict.fromkeys(found))
 
 
 def input_file(path: str | Path, name: str) -> Path:

@@ -6,6 +6,7 @@ a resumed run are those of files. The library decodes nothing: media are read as
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -43,6 +44,8 @@ def open_dataset(name: str) -> Any:
     try:
         if name.startswith(HUB):
             repository, _, query = name.removeprefix(HUB).partition("?")
+            if not repository:
+                raise ValueError("must name a dataset")
             given = dict(parse_qsl(query, keep_blank_values=True))
             if unknown := sorted(given.keys() - set(KEYWORDS)):
                 raise ValueError(f"takes {', '.join(KEYWORDS)}, got {unknown[0]}")
@@ -51,7 +54,9 @@ def open_dataset(name: str) -> Any:
             found = datasets.load_from_disk(name)
         else:
             files = in_folder(name, TABLE) if os.path.isdir(name) else matching(name)
-            found = datasets.load_dataset("parquet", data_files=files, split="train")
+            found = datasets.load_dataset(
+                "parquet", data_files=[glob.escape(file) for file in files], split="train"
+            )
     except Exception as error:  # of many packages
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"annotations {name}: cannot be opened as a dataset: {reason}") from error
@@ -113,11 +118,17 @@ def is_media(kind: Any) -> bool:
     """Whether a type of Arrow is that of files in a column: bytes, or bytes and path; or lists."""
     from pyarrow import types
 
-    if types.is_list(kind) or types.is_large_list(kind):
+    if _is_list(kind):
         return is_media(kind.value_type)
     if types.is_struct(kind):
-        return {field.name for field in kind} == {"bytes", "path"}
+        return {"bytes", "path"} <= {field.name for field in kind}
     return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def holds_media(file: Path) -> bool:
@@ -135,7 +146,7 @@ def _cells(name: str, column: str, values: Any, first: int) -> Iterator[Any]:
     """Of each row the place of its bytes, of each of a list; or a path; or None."""
     from pyarrow import compute, types
 
-    if types.is_list(values.type) or types.is_large_list(values.type):
+    if _is_list(values.type):
         for row, length in enumerate(compute.list_value_length(values).to_pylist(), first):
             yield length and [place(name, "row", column, row, item) for item in range(length)]
         return

@@ -64,7 +64,8 @@ def _members(shard: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
         archive: Any = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115  # closes nothing
         while (member := archive.next()) is not None:
             archive.members = []  # or it keeps them all
-            if member.isreg() and not META.match(member.name):
+            hidden = os.path.basename(member.name).startswith(".")  # as macOS adds them
+            if member.isreg() and not hidden and not META.match(member.name):
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name} is sparse: pack it without holes")
                 span = (member.offset_data, member.size)
@@ -76,6 +77,10 @@ def _members(shard: Path, stream: BinaryIO) -> Iterator[dict[str, Any]]:
         ) from error
     if os.pread(stream.fileno(), 512, end) != bytes(512):
         raise ValueError(f"annotations {shard}: is cut off or damaged at byte {end}")
+    while rest := os.pread(stream.fileno(), 2**20, end):
+        if any(rest):
+            raise ValueError(f"annotations {shard}: holds more after its end at byte {end}")
+        end += len(rest)
 
 
 def _sample(where: str, shard: Path, stream: BinaryIO, sample: dict[str, Any]) -> Row:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from svitt_ops.training.data.tables import Row, needs, read_rows
 
 SHARD = ".tar"
 TAR, PARQUET = b"ustar", b"PAR1"
+SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the Hub exports them
 AT = 257  # where an archive says that it is one
 
 
@@ -60,7 +63,7 @@ def find_source(path: str | Path, name: str = "annotations") -> Source:
     if file.is_file():  # a pipe can be read once
         with file.open("rb") as stream:
             start = stream.read(512)
-    if file.suffix == SHARD or (start[AT:].startswith(TAR) and b"\0" in start):
+    if file.suffix.lower() == SHARD or (start[AT:].startswith(TAR) and b"\0" in start):
         return _shards(str(file), [file])
     if start.startswith(PARQUET) and holds_media(file):
         return _dataset(str(file), [file])
@@ -73,6 +76,13 @@ def _in_folder(folder: Path, name: str) -> Source:
         raise ValueError(f"{name}: must be one split, {folder} has {splits}: {folder}/NAME")
     if (folder / SAVED).exists():
         return _dataset(str(folder), sorted(folder.glob("*.arrow")))
+    if packed := sorted(x.name for x in folder.iterdir() if x.name.endswith((".tar.gz", ".tgz"))):
+        raise ValueError(f"{name}: archives must not be compressed, {folder} has {packed[0]}")
+    parts = sorted({match[1] for match in map(SPLIT.fullmatch, os.listdir(folder)) if match})
+    if len(parts) > 1:
+        raise ValueError(
+            f"{name}: must be one split, {folder} has {', '.join(parts)}: '{folder}/NAME-*{TABLE}'"
+        )
     for suffix, source in BY_SUFFIX:
         if found := in_folder(folder, suffix):
             return source(str(folder), [input_file(path, name) for path in found])
@@ -84,11 +94,15 @@ def _in_folder(folder: Path, name: str) -> Source:
 
 def _of_pattern(pattern: str, name: str) -> Source:
     with needs("braceexpand", f"{name}: {pattern} has braces"):
-        files = [input_file(path, name) for path in matching(pattern)]
+        try:
+            found = matching(pattern)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    files = [input_file(path, name) for path in found]
     if not files:
         raise ValueError(f"{name}: must match a file at least, got {pattern!r}")
     for suffix, source in BY_SUFFIX:
-        if all(file.suffix == suffix for file in files):
+        if all(file.suffix.lower() == suffix for file in files):
             return source(pattern, files)
     known = " or ".join(suffix for suffix, _ in BY_SUFFIX)
     raise ValueError(

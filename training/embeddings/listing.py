@@ -55,9 +55,20 @@ def _media_of(source: str | Path, kind: Kind, root: str | Path | None) -> Iterab
     if path.is_dir():
         return _below(input_folder(path, option), kind)
     if not path.exists() and glob.has_magic(str(path)):
-        found = sorted(glob.glob(str(path), recursive=True))
-        return [x for x in found if not os.path.isdir(x) or _is_video(os.listdir(x), kind)]
-    path = input_file(path, option)
+        found: list[str] = []
+        for match in sorted(glob.glob(str(path), recursive=True)):
+            if not os.path.isdir(match):
+                found += _in_file(match, kind, root)
+            elif _is_video(os.listdir(match), kind):
+                found.append(match)
+        return found
+    return _in_file(path, kind, root)
+
+
+def _in_file(source: str | Path, kind: Kind, root: str | Path | None) -> list[str]:
+    """A file, or those that it is a list of."""
+    option = f"--{kind}s"
+    path = input_file(source, option)
     if path.suffix.lower() not in (*ANNOTATIONS, SHARD):
         return [str(path)]
     read = read_annotations(path, root=root, kind=kind)
@@ -75,7 +86,8 @@ def _is_video(names: Sequence[str], kind: Kind) -> bool:
         return False
     try:
         return len(number_frames(names)) > 1
-    except UnusableVideoError:
+    except UnusableVideoError as error:
+        log.warning("a folder is taken for pictures, not for a video: it %s", error)
         return False
 
 
@@ -120,6 +132,8 @@ def list_texts(
         elif suffix in ANNOTATIONS:
             entries = read_annotations(input_file(source, "--texts"), root=root).entries
             lines = [caption for entry in entries for caption in entry.captions]
+        elif suffix == SHARD:
+            raise ValueError(f"--texts: must be texts or lists of them, got {source!r}")
         else:
             lines = [source]
         found += [clean_caption(line, max_words) for line in lines]

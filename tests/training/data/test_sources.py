@@ -35,7 +35,7 @@ from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.text import clean_caption, train_tokenizer
 from svitt_ops.training.data.timeline import timelines
 from svitt_ops.training.data.video import UnusableVideoError, read_frames
-from svitt_ops.training.embeddings.listing import list_media
+from svitt_ops.training.embeddings.listing import list_media, list_texts
 from svitt_ops.training.engine.recipes import load_recipe
 from svitt_ops.training.tasks.reasoning import FORM
 
@@ -152,6 +152,21 @@ def read(path: Path | str, **given: Any) -> Annotations[Any]:
     return read_annotations(path, **given)
 
 
+def test_what_macos_adds_is_passed_over(tmp_path: Path) -> None:
+    members = [(f"a/{dot}0.{suffix}", b"x") for suffix in ("mp4", "txt") for dot in ("._", "")]
+    found = read(archive(tmp_path / "a.tar", members))
+    assert len(found.entries) == 1 and not found.problems
+
+
+def test_shards_are_no_files_to_embed(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.tar", [("0.mp4", b"x"), ("0.txt", b"a dog")])
+    for given in (path, tmp_path / "*.tar"):
+        with pytest.raises(ValueError, match=r"must name files, got .*a.tar, which holds videos"):
+            list_media([given], "video")
+    with pytest.raises(ValueError, match=r"--texts: must be texts or lists of them, got '.*a.tar'"):
+        list_texts([str(path)])
+
+
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     clip = film(tmp_path / "a.mp4", 4, size=(16, 16)).read_bytes()
     path = archive(
@@ -220,6 +235,7 @@ def test_archives_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             content[: 512 * 7] + b"x" * 512 + content[512 * 8 :],
             "is cut off or damaged at byte 3584",
         ),
+        "two archives": (content * 2, "holds more after its end at byte "),
         "no archive": (b"x" * 5000, "cannot be read as a tar archive"),
         "nothing": (b"", "cannot be read as a tar archive: empty file"),
     }
@@ -237,11 +253,22 @@ def test_archives_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         f"{gone}/a-{{0..1}}.tar": r"got '.*/a-1.tar', which cannot be read: No such file",
         f"{gone}/b-*.tar": r"^annotations: must match a file at least, got '.*/b-\*.tar'$",
         f"{gone}/*": r"^annotations: must match .tar or .parquet files alone, got ",
+        f"{gone}/{{a,b}}-*.tar": r"got '.*/b-\*.tar', which cannot be read: No such file",
+        f"{gone}/{{a-*.tar": "^annotations: Unbalanced braces",
         f"{tmp_path}/none": "No such file",
     }
     for given, reason in wrong.items():
         with pytest.raises(ValueError, match=reason):
             find_source(given)
+    assert len(find_source(f"{gone}/{{a-0,*}}.tar").files) == 1
+    (gone / "a-1.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"must not be compressed, .* has a-1.tar.gz"):
+        find_source(gone)
+    (tmp_path / "exported").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "exported" / f"{split}-00000-of-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"must be one split, .* has test, train: "):
+        find_source(tmp_path / "exported")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"must be a file, or a folder with .tar shards, .parquet"):
         find_source(tmp_path / "empty")
