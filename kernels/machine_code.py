@@ -70,11 +70,8 @@ class Usage:
 
 def usage(compiled: Any, arch: int, num_warps: int, loops: bool = True) -> Usage:
     """Reads a kernel that `triton.compile` returned; its loops take a third of a second more."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        resources = _run("cuobjdump", "--dump-resource-usage", cubin)
-        listing = _run("nvdisasm", "-c", "-hex", cubin) if loops else ""
+    resources = taken_apart(compiled, "cuobjdump", "--dump-resource-usage")
+    listing = taken_apart(compiled, "nvdisasm", "-c", "-hex") if loops else ""
     # LOCAL and STACK both are per-thread memory that only spills make these kernels use.
     found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
     registers, shared = found["REG"], int(compiled.metadata.shared)
@@ -171,7 +168,22 @@ def _traceable(instruction: Any) -> list[Any]:
     return [replace(instruction, opcode=opcode, operands=given) for opcode, given in written]
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
-    return done.stdout
+def tool(name: str) -> Path:
+    """A program that comes with Triton.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: it comes with Triton's wheel for Linux")
+    return path
+
+
+def taken_apart(compiled: Any, name: str, *options: str) -> str:
+    """What a program of Triton's prints of a kernel that `triton.compile` returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [tool(name), *options, cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
@@ -43,7 +40,7 @@ class Compiler:
             target = GPUTarget("cuda", self.arch, 32)
             compiled = triton.compile(source, target=target, options=options)
             usage = machine_code.usage(compiled, self.arch, options["num_warps"], loops=False)
-            listing = _listing(compiled)
+            listing = machine_code.taken_apart(compiled, "nvdisasm", "-c")
             self.known[key] = Facts(
                 usage=usage,
                 code=code.kernel(listing),
@@ -51,24 +48,3 @@ class Compiler:
                 wgmma="HGMMA." in listing,
             )
         return self.known[key]
-
-
-def _listing(compiled: Any) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        return subprocess.run(
-            [disassembler(), "-c", cubin], check=True, capture_output=True, text=True
-        ).stdout
-
-
-def disassembler() -> Path:
-    """The nvdisasm that comes with Triton.
-
-    Raises:
-        FileNotFoundError: it does not.
-    """
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: it comes with Triton's wheel for Linux")
-    return path

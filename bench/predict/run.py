@@ -37,8 +37,9 @@ class Predictor:
     def __init__(self, card: cards.Card) -> None:
         # What names kernels is imported now, once it is settled which kernels.
         from bench.predict import facts, launches, model, steps
+        from svitt_ops.kernels.machine_code import tool
 
-        facts.disassembler()
+        tool("nvdisasm")
         self.card, self.model = card, model
         self.compiler = facts.Compiler(card.arch)
         self.recorded, self.steps = launches.recorded, steps.steps

@@ -117,6 +117,11 @@ def _kinds(document: Document) -> list[str]:
     return list(dict.fromkeys(x["dtype"] for x in document["results"]))
 
 
+def draw_both(paint: Callable[[Any, Theme], None], folder: Path, name: str) -> list[Path]:
+    """The files of one figure, for a light and for a dark page."""
+    return [save(paint, theme, folder / f"{name}-{theme.name}.png") for theme in THEMES]
+
+
 def save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path:
     """Write a figure in the colours of a theme."""
     import matplotlib

@@ -41,14 +41,9 @@ def name(document: dict[str, Any]) -> str:
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """The figure of what was measured, for a light and for a dark page."""
-    return [
-        figures.save(
-            lambda figure, theme: _paint(figure, theme, document),
-            theme,
-            folder / f"{name(document)}-{theme.name}.png",
-        )
-        for theme in figures.THEMES
-    ]
+    return figures.draw_both(
+        lambda figure, theme: _paint(figure, theme, document), folder, name(document)
+    )
 
 
 def _paint(figure: Any, theme: figures.Theme, document: dict[str, Any]) -> None:

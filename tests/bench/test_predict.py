@@ -25,7 +25,7 @@ from bench.predict import cards, code, facts, launches, model, older, rank, step
 from bench.predict import run as predictions
 from bench.report import predict as report
 from bench.tune import plan
-from svitt_ops.kernels import cross_attention
+from svitt_ops.kernels import cross_attention, machine_code
 
 ROOT = Path(__file__).parents[2]
 H100 = cards.card("h100")
@@ -250,7 +250,7 @@ def test_what_cannot_be_predicted(
     assert "TRITON_INTERPRET must not be set" in told(capsys, "--predict", "h100")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "no case" in told(capsys, "--predict", "h100", "--case", "nothing")
-    monkeypatch.setattr(facts.triton, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(machine_code.triton, "__file__", str(tmp_path / "__init__.py"))
     assert "nvdisasm is missing" in told(capsys, "--predict", "h100")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton" in told(capsys, "--predict", "h100")

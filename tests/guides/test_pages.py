@@ -14,6 +14,7 @@ import yaml
 pytest.importorskip("transformers")
 pytest.importorskip("av")
 from documented import PAGES, REPOSITORY, blocks
+from tiny_svitt import SVITT
 from transformers import Dinov2Config, Dinov2Model
 
 import svitt_cli
@@ -26,25 +27,6 @@ from svitt_ops.training.data.processor import VideoTextProcessor
 from svitt_ops.training.data.text import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SVITT: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "num_frames": 2,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "block_size": 2,
-    "prune_layers": [],
-    "multimodal_prune_layers": [],
-    "vocab_size": 60,
-    "text_hidden_size": 16,
-    "text_num_hidden_layers": 2,
-    "fusion_layer": 1,
-    "text_num_attention_heads": 2,
-    "text_intermediate_size": 32,
-    "projection_dim": 8,
-}
 PYTHON = [page for page in PAGES if blocks(page, "python")]
 NEEDS = ("sentence_transformers",)
 """Packages beside those of the extra `train`; pages that import one are skipped without it."""

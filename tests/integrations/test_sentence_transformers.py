@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_svitt import SVITT
 
 from svitt_ops.models import SViTTConfig, SViTTForRetrieval
 from svitt_ops.training.corpora.shapes import CorpusSpec, plan, write_video
@@ -20,26 +21,7 @@ from svitt_ops.integrations.sentence_transformers import VideoTextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red circle", "a blue square then a red circle"]
-SMALL: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 8,
-    "num_frames": 2,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "block_size": 2,
-    "prune_layers": [],
-    "multimodal_prune_layers": [],
-    "vocab_size": 60,
-    "text_hidden_size": 16,
-    "text_num_hidden_layers": 2,
-    "fusion_layer": 1,
-    "text_num_attention_heads": 2,
-    "text_intermediate_size": 32,
-    "projection_dim": 8,
-    "eval_pattern_seed": 0,
-}
+SMALL: dict[str, Any] = {**SVITT, "eval_pattern_seed": 0}
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def _media_of(source: str | Path, kind: Kind, root: str | Path | None) -> Iterab
         for match in sorted(glob.glob(str(path), recursive=True)):
             if not os.path.isdir(match):
                 found += _in_file(match, kind, root)
-            elif _is_video(os.listdir(match), kind):
+            elif _is_video(match, os.listdir(match), kind):
                 found.append(match)
         return found
     return _in_file(path, kind, root)
@@ -80,14 +80,14 @@ def _in_file(source: str | Path, kind: Kind, root: str | Path | None) -> list[st
     return [file for file, _, _ in places]
 
 
-def _is_video(names: Sequence[str], kind: Kind) -> bool:
-    """Whether these lie in a folder that is a video by its frames."""
+def _is_video(folder: str, names: Sequence[str], kind: Kind) -> bool:
+    """Whether a folder, in which these lie, is a video by its frames."""
     if kind == "image" or any(os.path.splitext(name)[1].lower() in FILMS for name in names):
         return False
     try:
         return len(number_frames(names)) > 1
     except UnusableVideoError as error:
-        log.warning("a folder is taken for pictures, not for a video: it %s", error)
+        log.warning("%s: is taken for pictures, not for a video: %s", folder, error)
         return False
 
 
@@ -96,7 +96,7 @@ def _below(folder: Path, kind: Kind) -> Iterable[str]:
     others: Counter[str] = Counter()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
-        if _is_video(names, kind):
+        if _is_video(place, names, kind):
             yield place
             continue
         for name in sorted(names):

@@ -18,7 +18,6 @@ from svitt_ops.models.systems import load_system
 from svitt_ops.training.data.annotations import Entry
 from svitt_ops.training.data.paths import expand, input_file, input_folder
 from svitt_ops.training.data.places import is_there, label
-from svitt_ops.training.data.rows import HUB
 from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.text import load_tokenizer
 from svitt_ops.training.engine.checkpoints import RECIPE, last_checkpoint, model_folder
@@ -99,8 +98,6 @@ def check_batches(entries: Sequence[Entry], batch_size: int) -> None:
 
 def _whole(key: str, path: str) -> str:
     """A path that means the same from every working folder; names of downloads stay."""
-    if path.startswith(HUB) and key.endswith(".annotations"):
-        return path
     expanded = expand(path, f"recipe: {key}")
     if key.startswith(("init.", "tokenizer.")) and not expanded.exists():
         return path

@@ -14,7 +14,6 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 from svitt_ops.models.systems import load_system, system_names
 from svitt_ops.training.data import RESIZES, STRONGEST, TEST_SAMPLINGS
 from svitt_ops.training.data.paths import expand
-from svitt_ops.training.data.rows import HUB
 from svitt_ops.training.engine.recipes import CORPORA, Data, Recipe, map_paths
 from svitt_ops.training.engine.task import Trainable, Validated, load_task
 
@@ -223,8 +222,6 @@ def _named(load: Callable[..., Any], *name: Any) -> Any:
 
 
 def _path(key: str, path: str) -> str:
-    if path.startswith(HUB) and key.endswith(".annotations"):
-        return path
     expanded = str(expand(path, f"recipe: {key}"))
     if not expanded.isascii() and any("\ud800" <= letter <= "\udfff" for letter in expanded):
         raise ValueError(f"recipe: {key} must be UTF-8, as the recipe itself, got {path!r}")

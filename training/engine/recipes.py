@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svitt_ops.training.data.paths import expand
+from svitt_ops.training.data.rows import HUB
 
 PATH = {"path": True}
 """Metadata of a key that holds a path; those of `init` and `tokenizer` may name downloads too."""
@@ -251,10 +252,14 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
 
 
 def map_paths(section: Any, change: Callable[[str, str], str], prefix: str = "") -> None:
-    """Replace every path of a recipe by what `change(key, path)` makes of it."""
+    """Replace every path of a recipe by what `change(key, path)` makes of it.
+
+    The name of a dataset of the Hub is no path.
+    """
     for key in fields(section):
         name, value = prefix + key.name, getattr(section, key.name)
-        if key.metadata == PATH and value is not None:
+        on_hub = key.name == "annotations" and str(value).startswith(HUB)
+        if key.metadata == PATH and value is not None and not on_hub:
             setattr(section, key.name, change(name, value))
         listed = isinstance(value, list)
         for number, inner in enumerate(value if listed else [value]):
