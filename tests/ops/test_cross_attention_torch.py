@@ -163,10 +163,10 @@ torch.set_num_threads(1)
 q, k, v = (torch.randn(8, n, 12, 64).bfloat16().transpose(1, 2) for n in (5, 1569, 1569))
 leaves = [x.requires_grad_() for x in (q, k, v)]
 faults = []
-for _ in range(24):
+for _ in range(64):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     gradients = torch.autograd.grad(so.cross_attention(*leaves).sum(), leaves)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-assert sorted(faults)[15] < 64, faults  # pages; 2 of 3 calls, as the first ones make room
+assert sum(f >= 64 for f in faults[32:]) <= 2, faults  # pages; the first calls make room
 """
     subprocess.run([sys.executable, "-c", script], check=True)
