@@ -153,7 +153,7 @@ def _captioned(record: Record) -> Entry:
     if len(media) != 1:
         raise ValueError(f"must name one file, got {len(media)}")
     name = record.field(*TEXTS)
-    texts = record.clean([record.whole(text, name) for text in record.texts(name)], name)
+    texts = record.clean(record.several(name), name)
     return Entry(media=media, captions=texts, kind=record.kind)
 
 

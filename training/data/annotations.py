@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
@@ -18,6 +20,7 @@ from svitt_ops.training.data.sources import find_source
 from svitt_ops.training.data.tables import Row, fields_of
 from svitt_ops.training.data.text import clean_caption
 
+log = logging.getLogger(__name__)
 Kind = Literal["video", "image"]
 Captions = Literal["each", "join"]
 CAPTION = ("caption", "sentence")
@@ -77,6 +80,8 @@ class Record:
     max_words: int | None
     fps: float | None = None
     """Of folders of frames, if it has none."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Nulls beside texts in a list, by the field, of all records that share this."""
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -91,8 +96,7 @@ class Record:
     def _timed(self, path: str) -> str:
         """With the rate of a folder of frames, where one is given."""
         given = self.content.get("fps", self.fps)
-        known = os.path.splitext(path)[1].lower() in SUFFIXES
-        if given is None or known or not os.path.isdir(path):
+        if given is None or not os.path.isdir(path):
             return path
         try:
             fps = float(given)
@@ -106,8 +110,17 @@ class Record:
     def captions(self) -> tuple[str, ...]:
         """Its texts, clean; those without words are left out, but for the last."""
         field = self.field(*CAPTION)
-        texts = [self.whole(text, field) for text in self.texts(field)]
+        texts = self.several(field)
         return self.clean([" ".join(texts)] if self.join else texts, field)
+
+    def several(self, field: str) -> list[str]:
+        """Whole texts of a field; nulls beside them in a list are passed over and counted."""
+        value = self.content[field]
+        if isinstance(value, list) and (there := [text for text in value if not _is_null(text)]):
+            self.passed_over[field] += len(value) - len(there)
+            value = there
+        listed = replace(self, content={field: value})
+        return [self.whole(text, field) for text in listed.texts(field)]
 
     @property
     def together(self) -> str | None:
@@ -132,7 +145,7 @@ class Record:
             if field.endswith("_id") and isinstance(text, int) and not isinstance(text, bool):
                 text = str(text)
             if not isinstance(text, str):
-                missing = isinstance(text, float) and math.isnan(text)
+                missing = _is_null(text) and text is not None
                 raise ValueError(
                     f"field {field!r} must be text, got {'NaN' if missing else type(text).__name__}"
                 )
@@ -182,6 +195,10 @@ class Record:
             what = "a NUL" if wrong[0] == "\0" else f"half a character, U+{ord(wrong[0]):04X},"
             raise ValueError(f"field {field!r} has {what} at position {wrong.start()}")
         return text
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _captioned(record: Record) -> Entry:
@@ -243,6 +260,7 @@ def read_annotations(
     files = _Files(own if root is None else expand(root, "root"))
     entries: list[Example] = []
     problems: list[str] = []
+    passed_over: Counter[str] = Counter()
 
     def parse(row: Row) -> Example:
         if row.problem:
@@ -258,6 +276,7 @@ def read_annotations(
             keep_together=keep_together,
             max_words=max_words,
             fps=fps,
+            passed_over=passed_over,
         )
         return form.parse(record)
 
@@ -269,6 +288,8 @@ def read_annotations(
     if not entries:
         detail = f"; the first: {problems[0]}" if problems else ""
         raise ValueError(f"annotations {file}: no usable entry among {len(problems)}{detail}")
+    for name, count in (+passed_over).items():
+        log.warning("annotations %s: passed over %d null in lists of field %r", file, count, name)
     return Annotations(entries=tuple(entries), problems=tuple(problems))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ SHARD = ".tar"
 TAR, PARQUET = b"ustar", b"PAR1"
 SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the Hub exports them
 AT = 257  # where an archive says that it is one
+LOOKED_AT, SHOWN = 10_000, 3  # files below a folder that has none, and folders in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Source:
         if self.kind == "shards":
             return read_shards(self.files)
         if self.kind == "dataset":
-            return read_dataset(self.name, columns)
+            return read_dataset(self.name, media, columns)
         given = [[columns.get(field, field) for field in fields] for fields in (media, texts)]
         return read_rows(self.files[0], *given)
 
@@ -88,8 +90,16 @@ def _in_folder(folder: Path, name: str) -> Source:
             return source(str(folder), [input_file(path, name) for path in found])
     raise ValueError(
         f"{name}: must be a file, or a folder with {SHARD} shards, {TABLE} files or a dataset of"
-        f" save_to_disk, got {str(folder)!r}"
+        f" save_to_disk, got {str(folder)!r}{_below(folder)}"
     )
+
+
+def _below(folder: Path) -> str:
+    """Which folders to name instead, for a message: those of a clone from the Hub, say."""
+    some = itertools.islice(folder.glob("*/*"), LOOKED_AT)
+    known = {suffix for suffix, _ in BY_SUFFIX}
+    found = {x.parent for x in some if x.suffix.lower() in known or x.name in (SAVED, SEVERAL)}
+    return f": name {' or '.join(map(str, sorted(found)[:SHOWN]))}, which has them" if found else ""
 
 
 def _of_pattern(pattern: str, name: str) -> Source:

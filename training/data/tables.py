@@ -92,6 +92,31 @@ def needs(package: str, what: str) -> Iterator[None]:
         raise ValueError(f"{what}, which needs {package}: pip install {package}") from error
 
 
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes of an Arrow schema's columns, where Hugging Face datasets left them."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: names for name in features if (names := _names_in(features[name]))}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _names_in(feature: Any) -> list[str] | None:
+    """Those of a `ClassLabel`, or of a list of it, as any release writes one."""
+    if isinstance(feature, list):
+        return _names_in(feature[0])
+    if feature.get("_type") == "ClassLabel":
+        return feature["names"]
+    return _names_in(feature["feature"]) if "feature" in feature else None
+
+
+def named(value: Any, names: Sequence[str]) -> Any:
+    """The name of a class, of each in a list; None where it has none, as -1 has not."""
+    if isinstance(value, list):
+        return [named(one, names) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
 def fields_of(content: Any) -> str:
     """The names of an entry's fields, for messages."""
     names = [repr(name) for name in content][:SHOWN_FIELDS]
@@ -230,8 +255,12 @@ def _parquet(path: Path, content: bytes) -> list[Row]:
         import pyarrow
         import pyarrow.parquet
     try:
-        items = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        items = table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"annotations {path}: cannot be read as parquet: {reason}") from error
+    for column, names in class_names(table.schema).items():
+        for item in items:
+            item[column] = named(item[column], names)
     return [Row(f"row {number}", item) for number, item in enumerate(items)]

@@ -61,6 +61,16 @@ def test_a_folder_gives_what_its_film_does(tmp_path: Path) -> None:
         PairDataset(entries, ClipSpec(num_frames=4, mode="fps2"))[0, 0]
 
 
+def test_a_folder_that_is_called_like_a_film_has_its_rate(tmp_path: Path) -> None:
+    frames(tmp_path / "clip.mp4")
+    (tmp_path / "a.json").write_text('[{"video": "clip.mp4", "caption": "A dog.", "fps": 4}]')
+    dataset = PairDataset(
+        read_annotations(tmp_path / "a.json").entries, ClipSpec(num_frames=4, mode="fps2")
+    )
+    times = [number / 4 for number in range(12)]
+    assert numbers(dataset[0, 0].frames) == sample_positions(times, 4, "fps2")
+
+
 @pytest.mark.parametrize("fps", [0, -1, "fast", None, float("inf")])
 def test_rates_that_cannot_be(fps: Any, tmp_path: Path) -> None:
     frames(tmp_path / "clip", 1)

@@ -97,7 +97,7 @@ def test_parquet_through_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def read_table(file: Any) -> Any:
         assert file.read() == path.read_bytes()
-        return SimpleNamespace(to_pylist=lambda: rows)
+        return SimpleNamespace(to_pylist=lambda: rows, schema=SimpleNamespace(metadata=None))
 
     arrow, parquet = ModuleType("pyarrow"), ModuleType("pyarrow.parquet")
     vars(arrow).update(ArrowException=ArrowException, parquet=parquet)
