@@ -132,6 +132,7 @@ _RULES: dict[str, Callable[[Named], Steps]] = {
     "queue_info_nce._sweep_kernel": _queue,
     "queue_info_nce._merge_kernel": _queue_merge,
     "queue_info_nce._combine_kernel": _queue_combine,
+    "queue_info_nce_combine._combine_kernel": _queue_combine,
     "retrieval_ranks._ranks_kernel": _ranks,
     "sample_hard_negatives._sample_kernel": _sample,
     "token_pruning._select_kernel": _select,
