@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOGIT_LIMIT, _products, _rows
-from .queue_info_nce_combine import _candidates, _own, _same, _weigh, combine
+from .info_nce import LOG2_E, LOGIT_LIMIT, _products, _rows, _same
+from .queue_info_nce_combine import _own, combine
+from .rows import LN_2
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -37,6 +38,138 @@ from .tiles import (
 )
 
 _SIZES = ["rows", "queue_rows", "splits", "each"]
+_LOWEST = tl.constexpr(-3e38)
+"""The largest logit of nothing: what is subtracted from it stays a number."""
+
+
+@triton.jit
+def _lanes(x, LANES: tl.constexpr):
+    """(ROWS, COLUMNS) as (ROWS, COLUMNS / LANES, LANES): of 8 a thread holds all in the middle."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES])
+
+
+@triton.jit
+def _tile_rows(
+    ptr, start, count, step, d, dim, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Dims d of a tile's rows; without MASKED all of them exist."""
+    i = tl.arange(0, COLUMNS)
+    if MASKED:
+        return _rows(ptr, start + i, count, step, d, dim, EVEN)
+    at = (ptr + tl.cast(start, tl.int64) * step) + (i.to(tl.int64)[:, None] * step + d[None, :])
+    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _join(most, total, moment, logits, similarity, rate, SHARED: tl.constexpr):
+    """Logits of a tile join a softmax; also its weights, and what older sums shrink by.
+
+    Logits are similarities that `rate` multiplies, in base 2. Each of the (ROWS, LANES) sums, of
+    weights and of similarities that they weigh, is relative to a maximum: where SHARED the row's,
+    else its own.
+    """
+    LANES: tl.constexpr = total.shape[1]
+    if SHARED:
+        now = tl.maximum(most, tl.max(logits, axis=1) * rate)
+        weights = tl.exp2(logits * rate - now[:, None])
+        shrink = tl.exp2(most - now)
+        total = total * shrink[:, None] + tl.sum(_lanes(weights, LANES), axis=1)
+        moment = moment * shrink[:, None] + tl.sum(_lanes(weights * similarity, LANES), axis=1)
+    else:
+        logits = _lanes(logits, LANES)
+        now = tl.maximum(most, tl.max(logits, axis=1) * rate)
+        weights = tl.exp2(logits * rate - now[:, None, :])
+        shrink = tl.exp2(most - now)
+        total = total * shrink + tl.sum(weights, axis=1)
+        moment = moment * shrink + tl.sum(weights * _lanes(similarity, LANES), axis=1)
+    return now, total, moment, weights, shrink
+
+
+@triton.jit
+def _walk(
+    begin, end, state, left, taught, centre, taught_centre, rate,
+    query_ptr, teacher_ptr, b_ptr, query_ids_ptr, b_ids_ptr,
+    a, d, rows, count, query_step, teacher_step, b_step, dim,
+    QUEUED: tl.constexpr, MASKED: tl.constexpr, GRADIENTS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Some rows of the batch's candidates, or the queue's, join the sums of some queries.
+
+    Without MASKED they fill their tiles, and none is a positive.
+    """
+    size, most, total, moment, sums = state[0]
+    taught_size, taught_most, taught_total, taught_moment, taught_sums = state[1]
+    for start in range(begin, end, COLUMNS):
+        b = start + tl.arange(0, COLUMNS)
+        right = b
+        if WHOLE:
+            right = _tile_rows(
+                b_ptr, start, count, b_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
+            )
+        x = _products(
+            left, right, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        size = tl.maximum(size, tl.max(_lanes(tl.abs(x), size.shape[1]), axis=1))
+        similarity = x - centre[:, None]
+        logits = similarity
+        if MASKED:
+            negative = (b < count)[None, :]
+            if (not QUEUED) or (b_ids_ptr is not None):
+                positive = _same(query_ids_ptr, b_ids_ptr, a, b, rows, count, 0)
+                negative = negative & (positive == 0)
+            logits = tl.where(negative, similarity, -float("inf"))
+        most, total, moment, weights, shrink = _join(
+            most, total, moment, logits, similarity, rate, GRADIENTS
+        )
+        if GRADIENTS:
+            if WHOLE and d.shape[0] == CHUNK:
+                values = right
+            else:
+                values = _tile_rows(b_ptr, start, count, b_step, d, dim, COLUMNS, MASKED, EVEN)
+            sums = sums * shrink[:, None]
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+        if teacher_ptr is not None:
+            y = _products(
+                taught, right, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
+                CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+            taught_size = tl.maximum(taught_size, tl.max(_lanes(tl.abs(y), size.shape[1]), axis=1))
+            logits = y - taught_centre[:, None]
+            if MASKED:
+                logits = tl.where(negative, logits, -float("inf"))
+            taught_most, taught_total, taught_moment, weights, shrink = _join(
+                taught_most, taught_total, taught_moment, logits, similarity, rate, GRADIENTS
+            )
+            if GRADIENTS:
+                taught_sums = taught_sums * shrink[:, None]
+                taught_sums = tl.dot(
+                    weights.to(values.dtype), values, taught_sums, input_precision="ieee"
+                )
+    return (
+        (size, most, total, moment, sums),
+        (taught_size, taught_most, taught_total, taught_moment, taught_sums),
+    )
+
+
+@triton.jit
+def _store_sums(to, rows, a, centre, state, scale, SHARED: tl.constexpr):
+    """Writes each row's largest logit, sum of exponentials relative to it, and moment."""
+    size, most, total, moment, _ = state
+    if not SHARED:
+        own = most
+        most = tl.max(own, axis=1)
+        weight = tl.exp2(own - most[:, None])
+        total, moment = total * weight, moment * weight
+    # Similarities that are no logits make all NaN.
+    size = tl.maximum(tl.max(size, axis=1), tl.abs(centre))
+    total = tl.sum(total, axis=1) + centre * 0.0
+    total = tl.where(size * scale < LOGIT_LIMIT, total, float("nan"))
+    most = tl.where(most == _LOWEST, -float("inf"), most * LN_2)
+    tl.store(to + a, most, mask=a < rows)
+    tl.store(to + rows + a, total, mask=a < rows)
+    tl.store(to + 2 * rows + a, tl.sum(moment, axis=1), mask=a < rows)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -53,90 +186,67 @@ def _sweep_kernel(
     split = tl.program_id(1)
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     temperature = tl.load(temperature_ptr)
-    infinity = float("inf")
-    usable = (temperature > 0) & (temperature < infinity)
+    usable = (temperature > 0) & (temperature < float("inf"))
     scale = tl.where(usable, 1.0 / temperature, float("nan"))
+    rate = scale * LOG2_E
     near: tl.constexpr = min(CHUNK, 64)
     centre = _own(query_ptr, key_ptr, a, rows, query_step, key_step, dim, ROWS, near)
     left = a
     if WHOLE:
         left = _rows(query_ptr, a, rows, query_step, tl.arange(0, CHUNK), dim, EVEN)
-    size = tl.abs(centre)
-    most = tl.full([ROWS], -infinity, tl.float32)
-    total = centre * 0.0
-    moment = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, SLICE], tl.float32)
+    taught_centre = centre
+    taught = left
     if teacher_ptr is not None:
         taught_centre = _own(teacher_ptr, key_ptr, a, rows, teacher_step, key_step, dim, ROWS, near)
-        taught = a
         if WHOLE:
             taught = _rows(teacher_ptr, a, rows, teacher_step, tl.arange(0, CHUNK), dim, EVEN)
-        taught_size = tl.abs(taught_centre)
-        taught_most = tl.full([ROWS], -infinity, tl.float32)
-        taught_total = taught_centre * 0.0
-        taught_moment = tl.zeros([ROWS], tl.float32)
-        taught_sums = tl.zeros([ROWS, SLICE], tl.float32)
-    tiles = tl.cdiv(rows, COLUMNS) + tl.cdiv(queue_rows, COLUMNS)
-    for tile in range(split * each, tl.minimum(split * each + each, tiles)):
-        queued, b_ptr, b_step, b, count = _candidates(
-            key_ptr, queue_ptr, key_step, queue_step, rows, queue_rows, tile, COLUMNS
-        )
-        right = b
-        if WHOLE:
-            right = _rows(b_ptr, b, count, b_step, tl.arange(0, CHUNK), dim, EVEN)
-        x = _products(
-            left, right, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
-            CHUNK, WHOLE, EVEN,
+    # Two softmaxes leave no registers for sums of each thread.
+    lanes: tl.constexpr = 8 if teacher_ptr is None else 1
+    zeros = tl.zeros([ROWS, lanes], tl.float32)
+    most = tl.full([ROWS] if GRADIENTS else [ROWS, lanes], _LOWEST, tl.float32)
+    nothing = (zeros, most, zeros, zeros, tl.zeros([ROWS, SLICE], tl.float32))
+    state = (nothing, nothing)
+
+    # The batch's tiles, the whole ones of the queue, and its last.
+    of_keys = tl.cdiv(rows, COLUMNS)
+    begin, end = split * each, split * each + each
+    state = _walk(
+        begin * COLUMNS, tl.minimum(end * COLUMNS, rows), state,
+        left, taught, centre, taught_centre, rate, query_ptr, teacher_ptr, key_ptr,
+        query_ids_ptr, key_ids_ptr, a, d, rows, rows, query_step, teacher_step, key_step, dim,
+        False, True, GRADIENTS, COLUMNS, CHUNK, WHOLE, EVEN,
+    )  # fmt: skip
+    begin = tl.maximum(begin - of_keys, 0) * COLUMNS
+    end = tl.minimum((end - of_keys) * COLUMNS, queue_rows)
+    if queue_ids_ptr is None:
+        whole = tl.maximum(begin, tl.minimum(end, queue_rows // COLUMNS * COLUMNS))
+        state = _walk(
+            begin, whole, state,
+            left, taught, centre, taught_centre, rate, query_ptr, teacher_ptr, queue_ptr,
+            query_ids_ptr, None, a, d, rows, queue_rows, query_step, teacher_step, queue_step, dim,
+            True, False, GRADIENTS, COLUMNS, CHUNK, WHOLE, EVEN,
         )  # fmt: skip
-        size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
-        same = _same(query_ids_ptr, key_ids_ptr, queue_ids_ptr, a, b, rows, count, queued)
-        negative = (b < count)[None, :] & (same == 0)
-        similarity = tl.where(negative, x - centre[:, None], 0.0)
-        logits = tl.where(negative, similarity * scale, -infinity)
-        most, total, moment, weights, shrink = _weigh(most, total, moment, logits, similarity)
-        if GRADIENTS:
-            if WHOLE and CHUNK == SLICE:
-                values = right
-            else:
-                values = _rows(b_ptr, b, count, b_step, d, dim, EVEN)
-            sums = sums * shrink[:, None]
-            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-        if teacher_ptr is not None:
-            y = _products(
-                taught, right, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
-                CHUNK, WHOLE, EVEN,
-            )  # fmt: skip
-            taught_size = tl.maximum(taught_size, tl.max(tl.abs(y), axis=1))
-            logits = tl.where(negative, (y - taught_centre[:, None]) * scale, -infinity)
-            taught_most, taught_total, taught_moment, weights, shrink = _weigh(
-                taught_most, taught_total, taught_moment, logits, similarity
-            )
-            if GRADIENTS:
-                taught_sums = taught_sums * shrink[:, None]
-                taught_sums = tl.dot(
-                    weights.to(values.dtype), values, taught_sums, input_precision="ieee"
-                )
-    # Similarities that are no logits make all NaN.
-    total = tl.where(size * scale < LOGIT_LIMIT, total, float("nan"))
-    exists = a < rows
+        begin = whole
+    state = _walk(
+        begin, end, state,
+        left, taught, centre, taught_centre, rate, query_ptr, teacher_ptr, queue_ptr,
+        query_ids_ptr, queue_ids_ptr, a, d, rows, queue_rows, query_step, teacher_step, queue_step,
+        dim, True, True, GRADIENTS, COLUMNS, CHUNK, WHOLE, EVEN,
+    )  # fmt: skip
+
     kinds: tl.constexpr = 1 if teacher_ptr is None else 2
     part = split * kinds * rows.to(tl.int64)
     if tl.program_id(2) == 0:
-        tl.store(stats_ptr + 3 * part + a, most, mask=exists)
-        tl.store(stats_ptr + 3 * part + rows + a, total, mask=exists)
-        tl.store(stats_ptr + 3 * part + 2 * rows + a, moment, mask=exists)
+        to = stats_ptr + 3 * part
+        _store_sums(to, rows, a, centre, state[0], scale, GRADIENTS)
         if teacher_ptr is not None:
-            taught_total = tl.where(taught_size * scale < LOGIT_LIMIT, taught_total, float("nan"))
-            other = 3 * (part + rows)
-            tl.store(stats_ptr + other + a, taught_most, mask=exists)
-            tl.store(stats_ptr + other + rows + a, taught_total, mask=exists)
-            tl.store(stats_ptr + other + 2 * rows + a, taught_moment, mask=exists)
+            _store_sums(to + 3 * rows, rows, a, taught_centre, state[1], scale, GRADIENTS)
     if GRADIENTS:
         to = (part + a)[:, None] * dim + d[None, :]
-        here = exists[:, None] & (d < dim)[None, :]
-        tl.store(sums_ptr + to, sums, mask=here)
+        here = (a < rows)[:, None] & (d < dim)[None, :]
+        tl.store(sums_ptr + to, state[0][4], mask=here)
         if teacher_ptr is not None:
-            tl.store(sums_ptr + to + rows.to(tl.int64) * dim, taught_sums, mask=here)
+            tl.store(sums_ptr + to + rows.to(tl.int64) * dim, state[1][4], mask=here)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
