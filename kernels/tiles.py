@@ -267,13 +267,13 @@ def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: in
     aligned = dim % 8 == 0
     if which in ("queue", "taught_queue"):
         # As many dims as registers hold: the candidates are read once for each slice.
-        # With a teacher 32 x 64 whole dims take a quarter less, and spill with Triton 3.9.
         whole = aligned and arch >= 90 and width <= 256 and which == "queue"
         return ContrastTile(
-            rows=32 if whole else 64 if aligned else 16, columns=64 if whole else 32,
+            rows=64 if aligned else 16, columns=32,
             chunk=width if whole else min(width, 64 if aligned else 32),
             slice=min(width, 256 if aligned and arch >= 90 else 128),
-            num_warps=8 if aligned else 4, num_stages=2,
+            num_warps=4 if whole or not aligned else 8, num_stages=3 if whole else 2,
+            programs=264 if whole else 132,
         )  # fmt: skip
     if which == "combine":
         return ContrastTile(

@@ -76,11 +76,15 @@ def way(facts: Facts, steps: Steps) -> code.Counts:
         return total
 
     total = dict(facts.code.counts)
-    products = [x for x in facts.code.loops if x.products]
+    products = sum(x.products > 0 for x in facts.code.loops)
+    walks = steps.walks
+    if len(walks) != products:  # older kernels walk all in one loop
+        walks = (steps.outer / max(products, 1),) * products
+    walk = iter(walks)
     for loop in facts.code.loops:
         times = steps.copying if loop.counts["bytes"] >= COPYING else steps.other
         if loop.products:
-            times = steps.outer / len(products)
+            times = next(walk)
         code.add(total, turned(loop, steps.inner), times)
     return total
 

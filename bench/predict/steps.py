@@ -27,6 +27,8 @@ class Steps:
     """Of any other loop,"""
     copying: float = 1.0
     """but for one that loads or stores much: 32 bytes a thread."""
+    walks: tuple[float, ...] = ()
+    """Instead of `outer`: of each loop that it counts, in the order of the code."""
 
 
 def steps(launch: Launch) -> Steps:
@@ -72,7 +74,12 @@ def _pairs(named: Named) -> Steps:
 
 
 def _queue(named: Named) -> Steps:
-    return Steps(outer=named["each"], inner=_chunks(named))
+    each, columns = named["each"], named["COLUMNS"]
+    tiles, whole = cdiv(named["queue_rows"], columns), named["queue_rows"] // columns
+    of_queue = (whole, tiles - whole) if named["queue_ids_ptr"] is None else (tiles,)
+    parts = (cdiv(named["rows"], columns), *of_queue)
+    walks = tuple(each * part / sum(parts) for part in parts)
+    return Steps(outer=each, inner=_chunks(named), walks=walks)
 
 
 def _ranks(named: Named) -> Steps:
@@ -132,6 +139,7 @@ _RULES: dict[str, Callable[[Named], Steps]] = {
     "queue_info_nce._sweep_kernel": _queue,
     "queue_info_nce._merge_kernel": _queue_merge,
     "queue_info_nce._combine_kernel": _queue_combine,
+    "queue_info_nce_combine._combine_kernel": _queue_combine,
     "retrieval_ranks._ranks_kernel": _ranks,
     "sample_hard_negatives._sample_kernel": _sample,
     "token_pruning._select_kernel": _select,
