@@ -126,6 +126,16 @@ def _patch_the_language_once() -> None:
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launch
 
+    type_before = interpreter._get_np_dtype  # makes a table of all types each time
+    types: dict[str, Any] = {}
+
+    def numpy_type(dtype: Any) -> Any:
+        if dtype.name not in types:
+            types[dtype.name] = type_before(dtype)
+        return types[dtype.name]
+
+    interpreter._get_np_dtype = numpy_type
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

@@ -289,7 +289,9 @@ def test_codes_too_far_apart_read_the_table() -> None:
 
 @pytest.mark.parametrize("name", ["svitt_half", "three_globals", "block_100"])
 def test_rerun_is_bitwise_equal(name: str) -> None:
-    arguments, grad_out = make(CASES[name])
+    """What runs at once decides nothing; interpreted programs run one by one, and few will do."""
+    case = CASES[name]
+    arguments, grad_out = make(case if DEVICE == "cuda" else replace(case, batch=1))
     for first, second in zip(run(arguments, grad_out), run(arguments, grad_out), strict=True):
         assert torch.equal(first, second)
 
