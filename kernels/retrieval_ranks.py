@@ -1,8 +1,9 @@
 """Retrieval ranks: how many keys beat the best positive, without the similarity matrix.
 
 Tiling. A program owns `ROWS` queries and one of the splits of the keys, which it walks in tiles of
-`COLUMNS`. Without ids each program finds the best positive by itself, in the one or two tiles that
-can hold it; with ids a launch before finds it, split by split. A sum over the splits follows.
+`COLUMNS`, the whole ones without masks. Without ids each program finds the best positive by itself,
+in the one or two tiles that can hold it; with ids a launch before finds it, split by split. A sum
+over the splits follows.
 A tile's dot products come from the same instructions wherever they are computed, so that a key
 equal to the positive ties with it exactly.
 
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .info_nce import _products, _rows, _same
+from .queue_info_nce import lanes, tile_rows
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
@@ -41,6 +43,35 @@ def _best_of(
     same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
     same = same & (tl.abs(x) < float("inf"))
     return tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
+
+
+@triton.jit
+def _beaten(
+    beaten, best, begin, end, left, query_ptr, key_ptr, a, a_count, b_count, query_step, key_step,
+    dim, MASKED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Adds how many of some keys do not beat the best positive; without MASKED all tiles are full.
+
+    (ROWS, 8): a thread adds up what it holds.
+    """
+    for start in range(begin, end, COLUMNS):
+        b = start + tl.arange(0, COLUMNS)
+        right = b
+        if WHOLE:
+            right = tile_rows(
+                key_ptr, start, b_count, key_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
+            )
+        x = _products(
+            left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        # What is no number counts against the query.
+        lower = (x <= best[:, None]) & (x > -float("inf"))
+        if MASKED:
+            lower = lower & (b < b_count)[None, :]
+        beaten += tl.sum(lanes(lower.to(tl.int32), 8), axis=1)
+    return beaten
 
 
 @triton.jit(do_not_specialize=["a_count", "b_count", "each", "splits"])
@@ -82,20 +113,18 @@ def _ranks_kernel(
             at = best_ptr + other * a_count.to(tl.int64) + a
             best = tl.maximum(best, tl.load(at, mask=a < a_count, other=0.0))
     if not SEARCH:
-        beaten = tl.zeros([ROWS], tl.int32)
-        for start in range(begin, end, COLUMNS):
-            b = start + tl.arange(0, COLUMNS)
-            right = b
-            if WHOLE:
-                right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
-            x = _products(
-                left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step,
-                dim, CHUNK, WHOLE, EVEN,
-            )  # fmt: skip
-            # What is no number counts against the query.
-            lower = (x <= best[:, None]) & (x > -float("inf")) & (b < b_count)[None, :]
-            beaten += tl.sum(lower.to(tl.int32), axis=1)
-        tl.store(out_ptr + to, tl.maximum(end - begin, 0) - beaten, mask=a < a_count)
+        beaten = tl.zeros([ROWS, 8], tl.int32)
+        whole = tl.maximum(begin, tl.minimum(end, b_count // COLUMNS * COLUMNS))
+        beaten = _beaten(
+            beaten, best, begin, whole, left, query_ptr, key_ptr, a, a_count, b_count, query_step,
+            key_step, dim, False, COLUMNS, CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        beaten = _beaten(
+            beaten, best, whole, end, left, query_ptr, key_ptr, a, a_count, b_count, query_step,
+            key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        above = tl.maximum(end - begin, 0) - tl.sum(beaten, axis=1)
+        tl.store(out_ptr + to, above, mask=a < a_count)
 
 
 def retrieval_ranks(
