@@ -28,19 +28,28 @@ from .tiles import cdiv, contrast_tile, device_arch, on_device
 @triton.jit
 def _best_of(
     best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count, b_count,
-    query_step, key_step, dim, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
+    query_step, key_step, dim, MASKED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite product with a positive of a tile, or what was found before."""
+    """The largest finite product with a positive of a tile, or what was found before.
+
+    Without MASKED all keys of the tile exist, and positives are told by ids.
+    """
     b = start + tl.arange(0, COLUMNS)
     right = b
     if WHOLE:
-        right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
+        right = tile_rows(
+            key_ptr, start, b_count, key_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
+        )
     x = _products(
         left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
         CHUNK, WHOLE, EVEN,
     )  # fmt: skip
-    same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+    if MASKED:
+        same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+    else:
+        a_ids = tl.load(query_ids_ptr + tl.minimum(a, a_count - 1))
+        same = a_ids[:, None] == tl.load(key_ids_ptr + b)[None, :]
     same = same & (tl.abs(x) < float("inf"))
     return tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
 
@@ -90,6 +99,7 @@ def _ranks_kernel(
     split = tl.program_id(1)
     begin = split * each * COLUMNS
     end = tl.minimum(begin + each * COLUMNS, b_count)
+    whole = tl.maximum(begin, tl.minimum(end, b_count // COLUMNS * COLUMNS))
     to = split * a_count.to(tl.int64) + a
     left = a
     if WHOLE:
@@ -99,13 +109,18 @@ def _ranks_kernel(
         for start in range(first // COLUMNS * COLUMNS, tl.minimum(first + ROWS, b_count), COLUMNS):
             best = _best_of(
                 best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
-                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+                b_count, query_step, key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
     elif SEARCH:
-        for start in range(begin, end, COLUMNS):
+        for start in range(begin, whole, COLUMNS):
             best = _best_of(
                 best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
-                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+                b_count, query_step, key_step, dim, False, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+        if whole < end:
+            best = _best_of(
+                best, left, whole, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
+                b_count, query_step, key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
         tl.store(best_ptr + to, best, mask=a < a_count)
     else:
@@ -114,7 +129,6 @@ def _ranks_kernel(
             best = tl.maximum(best, tl.load(at, mask=a < a_count, other=0.0))
     if not SEARCH:
         beaten = tl.zeros([ROWS, 8], tl.int32)
-        whole = tl.maximum(begin, tl.minimum(end, b_count // COLUMNS * COLUMNS))
         beaten = _beaten(
             beaten, best, begin, whole, left, query_ptr, key_ptr, a, a_count, b_count, query_step,
             key_step, dim, False, COLUMNS, CHUNK, WHOLE, EVEN,
