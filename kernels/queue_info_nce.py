@@ -1,10 +1,14 @@
 """InfoNCE against a batch and a queue: one sweep that sums candidates as attention sums values.
 
 Tiling. A program owns `ROWS` queries and one of the splits of the candidates, which it walks in
-tiles of `COLUMNS`: the batch's, then the queue's. It follows the softmax sums of the negatives, of
-student and teacher, and with them the sums of the candidates that they weigh, `SLICE` dims of
-them; where D is larger, the third axis of the grid is the slice. A second kernel puts the splits
-together, a program a row; `queue_info_nce_combine` does the rest.
+tiles of `COLUMNS`: the batch's, then the queue's. Without ids of the queue, those that are whole
+need no masks and no clamps: a loop of their own loads them from a base and a stride. A program
+follows the softmax sums of the negatives, of student and teacher, and with them the sums of the
+candidates that they weigh, `SLICE` dims of them; where D is larger, the third axis of the grid is
+the slice.
+Without a teacher each thread adds up what it holds of a row, and the threads' sums meet after the
+walk; the weights of the candidates need the row's maximum of each tile. A second kernel puts the
+splits together, a program a row; `queue_info_nce_combine` does the rest.
 
 Work and traffic, U = 2 B (B + Q) D: 2 U, twice that with a teacher, for D of one slice. Candidates
 are read once per tile of queries, the queue of a small batch once; partial sums are written and
@@ -43,13 +47,13 @@ _LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
-def _lanes(x, LANES: tl.constexpr):
+def lanes(x, LANES: tl.constexpr):
     """(ROWS, COLUMNS) as (ROWS, COLUMNS / LANES, LANES): of 8 a thread holds all in the middle."""
     return tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES])
 
 
 @triton.jit
-def _tile_rows(
+def tile_rows(
     ptr, start, count, step, d, dim, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -74,15 +78,15 @@ def _join(most, total, moment, logits, similarity, rate, SHARED: tl.constexpr):
         now = tl.maximum(most, tl.max(logits, axis=1) * rate)
         weights = tl.exp2(logits * rate - now[:, None])
         shrink = tl.exp2(most - now)
-        total = total * shrink[:, None] + tl.sum(_lanes(weights, LANES), axis=1)
-        moment = moment * shrink[:, None] + tl.sum(_lanes(weights * similarity, LANES), axis=1)
+        total = total * shrink[:, None] + tl.sum(lanes(weights, LANES), axis=1)
+        moment = moment * shrink[:, None] + tl.sum(lanes(weights * similarity, LANES), axis=1)
     else:
-        logits = _lanes(logits, LANES)
+        logits = lanes(logits, LANES)
         now = tl.maximum(most, tl.max(logits, axis=1) * rate)
         weights = tl.exp2(logits * rate - now[:, None, :])
         shrink = tl.exp2(most - now)
         total = total * shrink + tl.sum(weights, axis=1)
-        moment = moment * shrink + tl.sum(weights * _lanes(similarity, LANES), axis=1)
+        moment = moment * shrink + tl.sum(weights * lanes(similarity, LANES), axis=1)
     return now, total, moment, weights, shrink
 
 
@@ -104,14 +108,14 @@ def _walk(
         b = start + tl.arange(0, COLUMNS)
         right = b
         if WHOLE:
-            right = _tile_rows(
+            right = tile_rows(
                 b_ptr, start, count, b_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
             )
         x = _products(
             left, right, query_ptr, b_ptr, a, b, rows, count, query_step, b_step, dim,
             CHUNK, WHOLE, EVEN,
         )  # fmt: skip
-        size = tl.maximum(size, tl.max(_lanes(tl.abs(x), size.shape[1]), axis=1))
+        size = tl.maximum(size, tl.max(lanes(tl.abs(x), size.shape[1]), axis=1))
         similarity = x - centre[:, None]
         logits = similarity
         if MASKED:
@@ -127,7 +131,7 @@ def _walk(
             if WHOLE and d.shape[0] == CHUNK:
                 values = right
             else:
-                values = _tile_rows(b_ptr, start, count, b_step, d, dim, COLUMNS, MASKED, EVEN)
+                values = tile_rows(b_ptr, start, count, b_step, d, dim, COLUMNS, MASKED, EVEN)
             sums = sums * shrink[:, None]
             sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
         if teacher_ptr is not None:
@@ -135,7 +139,7 @@ def _walk(
                 taught, right, teacher_ptr, b_ptr, a, b, rows, count, teacher_step, b_step, dim,
                 CHUNK, WHOLE, EVEN,
             )  # fmt: skip
-            taught_size = tl.maximum(taught_size, tl.max(_lanes(tl.abs(y), size.shape[1]), axis=1))
+            taught_size = tl.maximum(taught_size, tl.max(lanes(tl.abs(y), size.shape[1]), axis=1))
             logits = y - taught_centre[:, None]
             if MASKED:
                 logits = tl.where(negative, logits, -float("inf"))
@@ -201,9 +205,9 @@ def _sweep_kernel(
         if WHOLE:
             taught = _rows(teacher_ptr, a, rows, teacher_step, tl.arange(0, CHUNK), dim, EVEN)
     # Two softmaxes leave no registers for sums of each thread.
-    lanes: tl.constexpr = 8 if teacher_ptr is None else 1
-    zeros = tl.zeros([ROWS, lanes], tl.float32)
-    most = tl.full([ROWS] if GRADIENTS else [ROWS, lanes], _LOWEST, tl.float32)
+    held: tl.constexpr = 8 if teacher_ptr is None else 1
+    zeros = tl.zeros([ROWS, held], tl.float32)
+    most = tl.full([ROWS] if GRADIENTS else [ROWS, held], _LOWEST, tl.float32)
     nothing = (zeros, most, zeros, zeros, tl.zeros([ROWS, SLICE], tl.float32))
     state = (nothing, nothing)
 

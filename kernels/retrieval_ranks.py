@@ -1,8 +1,9 @@
 """Retrieval ranks: how many keys beat the best positive, without the similarity matrix.
 
 Tiling. A program owns `ROWS` queries and one of the splits of the keys, which it walks in tiles of
-`COLUMNS`. Without ids each program finds the best positive by itself, in the one or two tiles that
-can hold it; with ids a launch before finds it, split by split. A sum over the splits follows.
+`COLUMNS`, the whole ones without masks. Without ids each program finds the best positive by itself,
+in the one or two tiles that can hold it; with ids a launch before finds it, split by split. A sum
+over the splits follows.
 A tile's dot products come from the same instructions wherever they are computed, so that a key
 equal to the positive ties with it exactly.
 
@@ -20,27 +21,66 @@ import triton
 import triton.language as tl
 
 from .info_nce import _products, _rows, _same
+from .queue_info_nce import lanes, tile_rows
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 
 @triton.jit
 def _best_of(
     best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count, b_count,
-    query_step, key_step, dim, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
+    query_step, key_step, dim, MASKED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite product with a positive of a tile, or what was found before."""
+    """The largest finite product with a positive of a tile, or what was found before.
+
+    Without MASKED all keys of the tile exist, and positives are told by ids.
+    """
     b = start + tl.arange(0, COLUMNS)
     right = b
     if WHOLE:
-        right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
+        right = tile_rows(
+            key_ptr, start, b_count, key_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
+        )
     x = _products(
         left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
         CHUNK, WHOLE, EVEN,
     )  # fmt: skip
-    same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+    if MASKED:
+        same = _same(query_ids_ptr, key_ids_ptr, a, b, a_count, b_count, 0)
+    else:
+        a_ids = tl.load(query_ids_ptr + tl.minimum(a, a_count - 1))
+        same = a_ids[:, None] == tl.load(key_ids_ptr + b)[None, :]
     same = same & (tl.abs(x) < float("inf"))
     return tl.maximum(best, tl.max(tl.where(same, x, -float("inf")), axis=1))
+
+
+@triton.jit
+def _beaten(
+    beaten, best, begin, end, left, query_ptr, key_ptr, a, a_count, b_count, query_step, key_step,
+    dim, MASKED: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Adds how many of some keys do not beat the best positive; without MASKED all tiles are full.
+
+    (ROWS, 8): a thread adds up what it holds.
+    """
+    for start in range(begin, end, COLUMNS):
+        b = start + tl.arange(0, COLUMNS)
+        right = b
+        if WHOLE:
+            right = tile_rows(
+                key_ptr, start, b_count, key_step, tl.arange(0, CHUNK), dim, COLUMNS, MASKED, EVEN
+            )
+        x = _products(
+            left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step, dim,
+            CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        # What is no number counts against the query.
+        lower = (x <= best[:, None]) & (x > -float("inf"))
+        if MASKED:
+            lower = lower & (b < b_count)[None, :]
+        beaten += tl.sum(lanes(lower.to(tl.int32), 8), axis=1)
+    return beaten
 
 
 @triton.jit(do_not_specialize=["a_count", "b_count", "each", "splits"])
@@ -59,6 +99,7 @@ def _ranks_kernel(
     split = tl.program_id(1)
     begin = split * each * COLUMNS
     end = tl.minimum(begin + each * COLUMNS, b_count)
+    whole = tl.maximum(begin, tl.minimum(end, b_count // COLUMNS * COLUMNS))
     to = split * a_count.to(tl.int64) + a
     left = a
     if WHOLE:
@@ -68,13 +109,18 @@ def _ranks_kernel(
         for start in range(first // COLUMNS * COLUMNS, tl.minimum(first + ROWS, b_count), COLUMNS):
             best = _best_of(
                 best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
-                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+                b_count, query_step, key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
     elif SEARCH:
-        for start in range(begin, end, COLUMNS):
+        for start in range(begin, whole, COLUMNS):
             best = _best_of(
                 best, left, start, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
-                b_count, query_step, key_step, dim, COLUMNS, CHUNK, WHOLE, EVEN,
+                b_count, query_step, key_step, dim, False, COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+        if whole < end:
+            best = _best_of(
+                best, left, whole, query_ptr, key_ptr, query_ids_ptr, key_ids_ptr, a, a_count,
+                b_count, query_step, key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
         tl.store(best_ptr + to, best, mask=a < a_count)
     else:
@@ -82,20 +128,17 @@ def _ranks_kernel(
             at = best_ptr + other * a_count.to(tl.int64) + a
             best = tl.maximum(best, tl.load(at, mask=a < a_count, other=0.0))
     if not SEARCH:
-        beaten = tl.zeros([ROWS], tl.int32)
-        for start in range(begin, end, COLUMNS):
-            b = start + tl.arange(0, COLUMNS)
-            right = b
-            if WHOLE:
-                right = _rows(key_ptr, b, b_count, key_step, tl.arange(0, CHUNK), dim, EVEN)
-            x = _products(
-                left, right, query_ptr, key_ptr, a, b, a_count, b_count, query_step, key_step,
-                dim, CHUNK, WHOLE, EVEN,
-            )  # fmt: skip
-            # What is no number counts against the query.
-            lower = (x <= best[:, None]) & (x > -float("inf")) & (b < b_count)[None, :]
-            beaten += tl.sum(lower.to(tl.int32), axis=1)
-        tl.store(out_ptr + to, tl.maximum(end - begin, 0) - beaten, mask=a < a_count)
+        beaten = tl.zeros([ROWS, 8], tl.int32)
+        beaten = _beaten(
+            beaten, best, begin, whole, left, query_ptr, key_ptr, a, a_count, b_count, query_step,
+            key_step, dim, False, COLUMNS, CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        beaten = _beaten(
+            beaten, best, whole, end, left, query_ptr, key_ptr, a, a_count, b_count, query_step,
+            key_step, dim, True, COLUMNS, CHUNK, WHOLE, EVEN,
+        )  # fmt: skip
+        above = tl.maximum(end - begin, 0) - tl.sum(beaten, axis=1)
+        tl.store(out_ptr + to, above, mask=a < a_count)
 
 
 def retrieval_ranks(

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from .info_nce import _SIZES, LOGIT_LIMIT, _limit, _log1p, _products, _rows, _same, _special
 from .info_nce_backward import _add
+from .queue_info_nce import lanes
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -55,10 +56,12 @@ def _sweep(
     d = tl.program_id(2) % slices * SLICE + tl.arange(0, SLICE)
     chunk = tl.arange(0, CHUNK)
     grad = tl.zeros([ROWS, SLICE], tl.float32)
-    losses = tl.zeros([ROWS], tl.float32)
-    moments = tl.zeros([ROWS], tl.float32)
-    weights = tl.zeros([ROWS], tl.float32)
-    size = tl.zeros([ROWS], tl.float32)
+    # Without a gradient each thread adds up what it holds; with one there are no registers for it.
+    held: tl.constexpr = 1 if GRADIENTS else 8
+    losses = tl.zeros([ROWS, held], tl.float32)
+    moments = tl.zeros([ROWS, held], tl.float32)
+    weights = tl.zeros([ROWS, held], tl.float32)
+    size = tl.zeros([ROWS, held], tl.float32)
     left = a
     if WHOLE:
         left = _rows(a_ptr, a, a_count, a_step, chunk, dim, EVEN)
@@ -85,10 +88,10 @@ def _sweep(
             same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
             weight = tl.where(same, -weight, weight)
         if LOSS:
-            size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
-            losses += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e), axis=1)
-            moments += tl.sum(weight * x, axis=1)
-            weights += tl.sum(weight, axis=1)
+            size = tl.maximum(size, tl.max(lanes(tl.abs(x), held), axis=1))
+            losses += tl.sum(lanes(tl.maximum(wrong, 0.0) + _log1p(e), held), axis=1)
+            moments += tl.sum(lanes(weight * x, held), axis=1)
+            weights += tl.sum(lanes(weight, held), axis=1)
         if GRADIENTS:
             if WHOLE and CHUNK == SLICE:
                 values = right
@@ -103,9 +106,9 @@ def _sweep(
     weights = tl.where(size < limit, weights, float("nan"))
     moments = tl.where(size < limit, moments, float("nan"))
     return (
-        tl.sum(tl.where(exists, losses, 0.0), axis=0),
-        tl.sum(tl.where(exists, moments, 0.0), axis=0),
-        tl.sum(tl.where(exists, weights, 0.0), axis=0),
+        tl.sum(tl.where(exists, tl.sum(losses, axis=1), 0.0), axis=0),
+        tl.sum(tl.where(exists, tl.sum(moments, axis=1), 0.0), axis=0),
+        tl.sum(tl.where(exists, tl.sum(weights, axis=1), 0.0), axis=0),
     )
 
 
@@ -137,8 +140,9 @@ def _pairs_kernel(
                 tl.store(to, loss)
                 tl.store(to + programs, moment)
                 tl.store(to + 2 * programs, weight)
-    else:
-        if (tl.program_id(0) * ROWS < b_count) & (split * column_each * COLUMNS < a_count):
+    elif GRADIENTS:
+        here = split * column_each * COLUMNS < a_count
+        if (tl.program_id(0) * ROWS < b_count) & here:
             _sweep(
                 key_ptr, query_ptr, key_ids_ptr, query_ids_ptr, grad_key_ptr, scale, bias, limit,
                 -first_row, factor, b_count, a_count, column_each, key_step, query_step, dim,

@@ -75,18 +75,26 @@ def _pairs(named: Named) -> Steps:
 
 def _queue(named: Named) -> Steps:
     each, columns = named["each"], named["COLUMNS"]
-    tiles, whole = cdiv(named["queue_rows"], columns), named["queue_rows"] // columns
-    of_queue = (whole, tiles - whole) if named["queue_ids_ptr"] is None else (tiles,)
-    parts = (cdiv(named["rows"], columns), *of_queue)
-    walks = tuple(each * part / sum(parts) for part in parts)
+    of_keys, of_queue = cdiv(named["rows"], columns), cdiv(named["queue_rows"], columns)
+    keys = each * of_keys / (of_keys + of_queue)
+    walks = (keys, each - keys)
+    if named["queue_ids_ptr"] is None:
+        walks = (keys, *_whole_first(each - keys, named["queue_rows"], columns))
     return Steps(outer=each, inner=_chunks(named), walks=walks)
+
+
+def _whole_first(each: float, count: int, columns: int) -> tuple[float, float]:
+    """Of `each` tiles of `count` rows, on average: those that are whole, those that are not."""
+    whole = each * (count // columns) / cdiv(count, columns)
+    return whole, each - whole
 
 
 def _ranks(named: Named) -> Steps:
     if "each" not in named:
         return Steps(outer=cdiv(named["b_count"], named["COLUMNS"]), inner=_chunks(named))
-    own = 0 if named["query_ids_ptr"] is not None else cdiv(named["ROWS"], named["COLUMNS"])
-    return Steps(outer=named["each"] + own, inner=_chunks(named))
+    own = () if named["query_ids_ptr"] is not None else (cdiv(named["ROWS"], named["COLUMNS"]),)
+    walks = (*own, *_whole_first(named["each"], named["b_count"], named["COLUMNS"]))
+    return Steps(outer=named["each"] + sum(own), inner=_chunks(named), walks=walks)
 
 
 def _sample(named: Named) -> Steps:
