@@ -203,15 +203,14 @@ def bias_index(
         of_global = tl.minimum(rows - BLOCK_SIZE, NUM_GLOBAL - 1)
         beyond_tokens = num_offsets + of_global + (NUM_GLOBAL if ROWS_ARE_KEYS else 0)
         last = tl.where(of_global >= 0, beyond_tokens, last)
-    last = last[:, None]
-    if NUM_GLOBAL == 1:
-        last += tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
     if ROWS_ARE_KEYS:
         index = code[None, :] - row_code[:, None]
     else:
         index = row_code[:, None] - code[None, :]
-    index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)).to(tl.int32)
-    if NUM_GLOBAL > 1:
+    index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)[:, None]).to(tl.int32)
+    if NUM_GLOBAL == 1:
+        index += tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
+    elif NUM_GLOBAL > 1:
         number = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
         a = tl.where(of_global >= 0, of_global, 0)[:, None]
         if ROWS_ARE_KEYS:
