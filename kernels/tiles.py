@@ -232,8 +232,9 @@ def contrast_tile(
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side."""
     tile = _contrast_tile(which.removeprefix("sigmoid_"), dim, rows, dtype, arch)
-    if which.startswith("sigmoid_forward") and dtype == torch.float32 and arch and dim % tile.chunk:
-        tile = replace(tile, columns=32)  # masks of dims, beside a softplus, would spill
+    masked = dtype == torch.float32 and arch and dim % tile.chunk
+    if masked and (which == "ranks" or which.startswith("sigmoid_forward")):
+        tile = replace(tile, columns=32)  # masks of dims, beside a softplus or ids, would spill
     least = ROW_CLASSES[bisect_right(ROW_CLASSES, rows) - 1]
     return tuned(tile, "contrast", which, dtype, arch, dim=dim, rows=least)
 
