@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .contrast_walk import LOWEST, _by_thread, _diagonal, _join, _of_row, _products_of, _take
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -103,12 +104,10 @@ def _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
 
 
 @triton.jit
-def _join2(most, total, x, rate):
-    """An online sum of 2^(rate x) takes in a tile, relative to the largest x."""
-    now = tl.maximum(most, tl.max(x, axis=1))
-    offset = tl.where(now == -float("inf"), 0.0, now)
-    total = total * tl.exp2((most - offset) * rate)
-    return now, total + tl.sum(tl.exp2((x - offset[:, None]) * rate), axis=1)
+def _take_in(top, total, every, size, x, rivals, rate):
+    """The sums over all similarities take in a tile's by thread."""
+    top, total = _join(top, total, rivals, rate)
+    return top, total, every + tl.sum(x, axis=2), tl.maximum(size, tl.max(tl.abs(x), axis=2))
 
 
 @triton.jit
@@ -120,75 +119,114 @@ def _sweep(
 ):  # fmt: skip
     """Sums of some rows of a over one split of the rows of b."""
     first = tl.program_id(0) * ROWS
-    a = first + tl.arange(0, ROWS)
+    row, column, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, CHUNK)
+    a = first + row
     infinity = float("inf")
     rate = scale * LOG2_E
-    most = tl.full([ROWS], -infinity, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    positive_most = tl.full([ROWS], -infinity, tl.float32)
-    positive_total = tl.zeros([ROWS], tl.float32)
-    count = tl.zeros([ROWS], tl.float32)
-    pairs = tl.zeros([ROWS], tl.float32)
-    weights = tl.zeros([ROWS], tl.float32)
-    every = tl.zeros([ROWS], tl.float32)
-    size = tl.zeros([ROWS], tl.float32)
-    d = tl.arange(0, CHUNK)
+    SINGLE: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
+    IDS: tl.constexpr = a_ids_ptr is not None
+    zeros = tl.sum(_by_thread(tl.zeros([ROWS, COLUMNS], tl.float32), SINGLE), axis=2)
+    top = zeros + LOWEST
+    total = zeros
+    every = zeros
+    size = zeros
+    positive_top = top
+    positive_total = zeros
+    count = zeros
+    pairs = zeros
+    weights = zeros
+    # Offsets inside a tile fit 32 bits: an address is one sum.
+    a_ptr += first.to(tl.int64) * a_step
+    a_at = tl.minimum(row, a_count - 1 - first)[:, None] * a_step + d[None, :]
+    b_at = column[:, None] * b_step + d[None, :]
     left = a
     if WHOLE:
-        left = _rows(a_ptr, a, a_count, a_step, d, dim, EVEN)
-    begin = tl.program_id(2) * each * COLUMNS
-    for start in range(begin, tl.minimum(begin + each * COLUMNS, b_count), COLUMNS):
-        b = start + tl.arange(0, COLUMNS)
-        right = b
-        if WHOLE:
-            right = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
-        x = _products(
-            left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
-            CHUNK, WHOLE, EVEN,
-        )  # fmt: skip
-        size = tl.maximum(size, tl.max(tl.abs(x), axis=1))
-        rivals = x
-        if a_ids_ptr is not None:
-            exists = (b < b_count)[None, :]
+        left = _take(a_ptr, a_at, None, d, dim, EVEN)
+    begin = tl.program_id(2) * each
+    end = tl.minimum(begin + each, tl.cdiv(b_count, COLUMNS))
+    full = end if IDS else tl.minimum(end, b_count // COLUMNS)
+    low, diagonal = _diagonal(first, shift, begin, full, IDS, ROWS, COLUMNS)
+    if IDS:
+        for step in range(end - begin):
+            tile = begin + step
+            b = tile * COLUMNS + column
+            exists = b < b_count
+            x = _products_of(
+                left, a_ptr, a_at, b_ptr, b_at, tile, exists, b_step, dim,
+                COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
             same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
             if tl.max(same.to(tl.int32)) != 0:
-                positive_most, positive_total = _join2(
-                    positive_most, positive_total, tl.where(same, x, -infinity), rate
-                )
-                count += tl.sum(same.to(tl.float32), axis=1)
+                own = _by_thread(tl.where(same, x, -infinity), SINGLE)
+                positive_top, positive_total = _join(positive_top, positive_total, own, rate)
+                count += tl.sum(_by_thread(same.to(tl.float32), SINGLE), axis=2)
                 own = x
                 if b_weights_ptr is not None:
                     weight = tl.load(b_weights_ptr + tl.minimum(b, b_count - 1))[None, :]
-                    weights += tl.sum(tl.where(same, weight, 0.0), axis=1)
+                    weights += tl.sum(_by_thread(tl.where(same, weight, 0.0), SINGLE), axis=2)
                     own = x * weight
-                pairs += tl.sum(tl.where(same, own, 0.0), axis=1)
-            every += tl.sum(tl.where(exists, x, 0.0), axis=1)
-            rivals = tl.where(exists & (same == 0), x, -infinity)
-        elif _special(start, first, shift, b_count, ROWS, COLUMNS):
-            exists = (b < b_count)[None, :]
+                pairs += tl.sum(_by_thread(tl.where(same, own, 0.0), SINGLE), axis=2)
+            rivals = _by_thread(tl.where(exists[None, :] & (same == 0), x, -infinity), SINGLE)
+            x = _by_thread(x, SINGLE)
+            top, total, every, size = _take_in(top, total, every, size, x, rivals, rate)
+    else:
+        if full < end:
+            b = full * COLUMNS + column
+            exists = b < b_count
+            # Similarities with columns that do not exist are 0.
+            x = _products_of(
+                left, a_ptr, a_at, b_ptr, b_at, full, exists, b_step, dim,
+                COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
             same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-            count += tl.sum(same.to(tl.float32), axis=1)
-            pairs += tl.sum(tl.where(same, x, 0.0), axis=1)
-            every += tl.sum(tl.where(exists, x, 0.0), axis=1)
-            rivals = tl.where(exists & (same == 0), x, -infinity)
-        else:
-            every += tl.sum(x, axis=1)
-        most, total = _join2(most, total, rivals, rate)
-    every = tl.where(size < limit, every, float("nan"))
-    if a_ids_ptr is None:  # at most one positive
-        positive_most = tl.where(count > 0, pairs, -infinity)
-        positive_total = count
+            pairs += tl.sum(_by_thread(tl.where(same, x, 0.0), SINGLE), axis=2)
+            rivals = _by_thread(tl.where(exists[None, :] & (same == 0), x, -infinity), SINGLE)
+            x = _by_thread(x, SINGLE)
+            top, total, every, size = _take_in(top, total, every, size, x, rivals, rate)
+        for step in range(full - diagonal - begin):
+            at = begin + step
+            at = tl.where(at >= low, at + diagonal, at)
+            x = _products_of(
+                left, a_ptr, a_at, b_ptr, b_at, at, None, b_step, dim,
+                COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+            x = _by_thread(x, SINGLE)
+            top, total, every, size = _take_in(top, total, every, size, x, x, rate)
+        for step in range(diagonal):
+            # Of tiles in a simple row, compilers would carry the addresses of each thread's loads.
+            tile = tl.minimum(low + step, full - 1)
+            x = _products_of(
+                left, a_ptr, a_at, b_ptr, b_at, tile, None, b_step, dim,
+                COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+            same = (a + (shift - tile * COLUMNS))[:, None] == column[None, :]
+            pairs += tl.sum(_by_thread(tl.where(same, x, 0.0), SINGLE), axis=2)
+            rivals = _by_thread(tl.where(same, -infinity, x), SINGLE)
+            x = _by_thread(x, SINGLE)
+            top, total, every, size = _take_in(top, total, every, size, x, rivals, rate)
+    row_pairs = tl.sum(pairs, axis=1)
+    row_most, row_total = _of_row(top, total, rate)
+    row_every = tl.where(tl.max(size, axis=1) < limit, tl.sum(every, axis=1), float("nan"))
+    if IDS:
+        row_count = tl.sum(count, axis=1)
+        row_positive_most, row_positive_total = _of_row(positive_top, positive_total, rate)
+    else:  # at most one positive
+        b = a + shift
+        found = (b >= begin * COLUMNS) & (b < tl.minimum(end * COLUMNS, b_count))
+        row_count = found.to(tl.float32)
+        row_positive_most = tl.where(found, row_pairs, -infinity)
+        row_positive_total = row_count
     exists = a < a_count
     part = parts_ptr + PARTS * tl.program_id(2) * a_count.to(tl.int64) + a
-    tl.store(part, most, mask=exists)
-    tl.store(part + a_count, total, mask=exists)
-    tl.store(part + 2 * a_count, positive_most, mask=exists)
-    tl.store(part + 3 * a_count, positive_total, mask=exists)
-    tl.store(part + 4 * a_count, count, mask=exists)
-    tl.store(part + 5 * a_count, pairs, mask=exists)
-    tl.store(part + 6 * a_count, every, mask=exists)
+    tl.store(part, row_most, mask=exists)
+    tl.store(part + a_count, row_total, mask=exists)
+    tl.store(part + 2 * a_count, row_positive_most, mask=exists)
+    tl.store(part + 3 * a_count, row_positive_total, mask=exists)
+    tl.store(part + 4 * a_count, row_count, mask=exists)
+    tl.store(part + 5 * a_count, row_pairs, mask=exists)
+    tl.store(part + 6 * a_count, row_every, mask=exists)
     if b_weights_ptr is not None:
-        tl.store(part + 7 * a_count, weights, mask=exists)
+        tl.store(part + 7 * a_count, tl.sum(weights, axis=1), mask=exists)
 
 
 @triton.jit(do_not_specialize=["first_row", "row_each", "column_each", *_SIZES])

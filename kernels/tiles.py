@@ -231,7 +231,7 @@ def contrast_tile(
     which: ContrastPass, dim: int, rows: int, dtype: torch.dtype, arch: int
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side."""
-    tile = _contrast_tile(which.removeprefix("sigmoid_"), dim, rows, dtype, arch)
+    tile = _contrast_tile(which, dim, rows, dtype, arch)
     masked = dtype == torch.float32 and arch and dim % tile.chunk
     if masked and (which == "ranks" or which.startswith("sigmoid_forward")):
         tile = replace(tile, columns=32)  # masks of dims, beside a softplus or ids, would spill
@@ -247,6 +247,8 @@ def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: in
     sums over a row take two shuffles and no barrier.
     """
     width = max(16, next_pow2(dim))
+    softmax, with_ids = which in ("forward", "backward"), which == "forward_ids"
+    which = which.removeprefix("sigmoid_")
     backward = which in ("backward", "backward_ids")
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
@@ -284,27 +286,35 @@ def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: in
     if not aligned:
         # Rows that are not aligned to 16 bytes take several times the pointers.
         return ContrastTile(
-            rows=16, columns=32, chunk=min(width, 32), slice=min(width, 128), num_warps=4,
-            num_stages=2, programs=264,
+            rows=16, columns=16 if which == "backward_ids" else 32, chunk=min(width, 32),
+            slice=min(width, 128), num_warps=4, num_stages=2, programs=264,
         )  # fmt: skip
     if which == "sample":
         return ContrastTile(
             rows=16, columns=64, chunk=width if width <= 256 else 64, slice=16, num_warps=4,
             num_stages=2,
         )  # fmt: skip
-    tall = arch >= 90 and rows >= 2048
+    # By four warps the sums with ids would spill; on sm_80, by Triton 3.6, in three stages too.
     whole = arch >= 90 and width <= 256
+    tall = (arch >= 90 and rows >= 2048) or with_ids
     chunk = width if whole else min(width, 64)
+    if softmax and whole and not tall:
+        # Two programs side by side: the products of one hide the exponentials of the other.
+        return ContrastTile(
+            rows=64, columns=32 if backward else 64, chunk=chunk, slice=width if backward else 16,
+            num_warps=4, num_stages=2, programs=264,
+        )  # fmt: skip
     if backward:
         # Where more than masks hangs on the ids, 64 columns would spill.
         return ContrastTile(
-            rows=64, columns=64 if arch >= 90 and which == "backward" else 32, chunk=chunk,
-            slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
+            rows=128 if softmax and whole else 64,
+            columns=64 if arch >= 90 and which == "backward" and not (softmax and whole) else 32,
+            chunk=chunk, slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
         )  # fmt: skip
     return ContrastTile(
         rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,
         chunk=chunk, slice=16, num_warps=8 if tall else 4,
-        num_stages=3,
+        num_stages=2 if with_ids and arch < 90 else 3,
     )  # fmt: skip
 
 
