@@ -106,3 +106,47 @@ def _products_of(
     if WHOLE:
         right = _take(tile_ptr, b_at, exists, tl.arange(0, CHUNK), dim, EVEN)
     return _dots(left, right, a_ptr, a_at, tile_ptr, b_at, exists, dim, CHUNK, WHOLE, EVEN)
+
+
+@triton.jit
+def _rows(ptr, i, count, step, d, dim, EVEN: tl.constexpr):
+    """Dims d of rows i; the last row again where there are none, 0 for dims that do not exist."""
+    at = ptr + tl.minimum(i, count - 1).to(tl.int64)[:, None] * step + d[None, :]
+    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def tile_rows(
+    ptr, start, count, step, d, dim, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Dims d of a tile's rows; without MASKED all of them exist."""
+    i = tl.arange(0, COLUMNS)
+    if MASKED:
+        return _rows(ptr, start + i, count, step, d, dim, EVEN)
+    at = (ptr + tl.cast(start, tl.int64) * step) + (i.to(tl.int64)[:, None] * step + d[None, :])
+    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _products(
+    left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Dot products of rows a with rows b; `left` and `right` are those rows where WHOLE."""
+    if WHOLE:
+        x = tl.dot(left, tl.trans(right), input_precision="ieee")
+    else:
+        x = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        for start in range(0, dim, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            part = _rows(a_ptr, a, a_count, a_step, d, dim, EVEN)
+            other = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
+            x = tl.dot(part, tl.trans(other), x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def lanes(x, LANES: tl.constexpr):
+    """(ROWS, COLUMNS) as (ROWS, COLUMNS / LANES, LANES): of 8 a thread holds all in the middle."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES])

@@ -60,38 +60,6 @@ def _limit(temperature):
 
 
 @triton.jit
-def _rows(ptr, i, count, step, d, dim, EVEN: tl.constexpr):
-    """Dims d of rows i; the last row again where there are none, 0 for dims that do not exist."""
-    at = ptr + tl.minimum(i, count - 1).to(tl.int64)[:, None] * step + d[None, :]
-    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
-
-
-@triton.jit
-def _products(
-    left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
-    CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Dot products of rows a with rows b; `left` and `right` are those rows where WHOLE."""
-    if WHOLE:
-        x = tl.dot(left, tl.trans(right), input_precision="ieee")
-    else:
-        x = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-        for start in range(0, dim, CHUNK):
-            d = start + tl.arange(0, CHUNK)
-            part = _rows(a_ptr, a, a_count, a_step, d, dim, EVEN)
-            other = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
-            x = tl.dot(part, tl.trans(other), x, input_precision="ieee")
-    return x
-
-
-@triton.jit
-def _special(start, first, shift, b_count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether a tile holds columns that do not exist, or positives where there are no ids."""
-    ragged = start + COLUMNS > b_count
-    return ragged | ((start < first + shift + ROWS) & (first + shift < start + COLUMNS))
-
-
-@triton.jit
 def _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift):
     """Which b that exist are positives of which a: equal ids or, without ids, b = a + shift."""
     if a_ids_ptr is None:

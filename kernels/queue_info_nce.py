@@ -28,7 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOG2_E, LOGIT_LIMIT, _products, _rows, _same
+from .contrast_walk import _products, _rows, lanes, tile_rows
+from .info_nce import LOG2_E, LOGIT_LIMIT, _same
 from .queue_info_nce_combine import _own, combine
 from .rows import LN_2
 from .tiles import (
@@ -44,25 +45,6 @@ from .tiles import (
 _SIZES = ["rows", "queue_rows", "splits", "each"]
 _LOWEST = tl.constexpr(-3e38)
 """The largest logit of nothing: what is subtracted from it stays a number."""
-
-
-@triton.jit
-def lanes(x, LANES: tl.constexpr):
-    """(ROWS, COLUMNS) as (ROWS, COLUMNS / LANES, LANES): of 8 a thread holds all in the middle."""
-    return tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES])
-
-
-@triton.jit
-def tile_rows(
-    ptr, start, count, step, d, dim, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """Dims d of a tile's rows; without MASKED all of them exist."""
-    i = tl.arange(0, COLUMNS)
-    if MASKED:
-        return _rows(ptr, start + i, count, step, d, dim, EVEN)
-    at = (ptr + tl.cast(start, tl.int64) * step) + (i.to(tl.int64)[:, None] * step + d[None, :])
-    return tl.load(at) if EVEN else tl.load(at, mask=(d < dim)[None, :], other=0.0)
 
 
 @triton.jit

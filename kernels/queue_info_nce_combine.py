@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import LOGIT_LIMIT, _log1p, _products, _rows
+from .contrast_walk import _products, _rows
+from .info_nce import LOGIT_LIMIT, _log1p
 from .tiles import ContrastTile, cdiv, launch_options, next_pow2, on_device
 
 

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _products, _rows, _same
-from .queue_info_nce import lanes, tile_rows
+from .contrast_walk import _products, _rows, lanes, tile_rows
+from .info_nce import _same
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 

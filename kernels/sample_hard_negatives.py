@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _limit, _products, _rows, _same
+from .contrast_walk import _products, _rows
+from .info_nce import _limit, _same
 from .tiles import cdiv, contrast_tile, device_arch, on_device
 
 

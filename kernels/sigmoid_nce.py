@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .info_nce import _SIZES, LOGIT_LIMIT, _limit, _log1p, _products, _rows, _same, _special
+from .contrast_walk import _products, _rows, lanes
+from .info_nce import _SIZES, LOGIT_LIMIT, _limit, _log1p, _same
 from .info_nce_backward import _add
-from .queue_info_nce import lanes
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -36,6 +36,13 @@ from .tiles import (
     next_pow2,
     on_device,
 )
+
+
+@triton.jit
+def _special(start, first, shift, b_count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether a tile holds columns that do not exist, or positives where there are no ids."""
+    ragged = start + COLUMNS > b_count
+    return ragged | ((start < first + shift + ROWS) & (first + shift < start + COLUMNS))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,18 @@ def _pairs(named: Named) -> Steps:
     return Steps(outer=named.get("row_each", whole), inner=_chunks(named))
 
 
+def _info_nce(named: Named) -> Steps:
+    plain = _pairs(named)
+    if named["query_ids_ptr"] is not None or "row_each" not in named:
+        return plain
+    # One of a program's tiles stands outside the loops, for the edge; some hold the diagonal.
+    rows, columns = named["ROWS"], named["COLUMNS"]
+    looped = plain.outer - 1
+    diagonal = min(cdiv(rows, columns) * plain.outer / cdiv(named["b_count"], columns), looped)
+    outside = () if named["WHOLE"] else (plain.inner,)
+    return replace(plain, walks=(*outside, looped - diagonal, diagonal))
+
+
 def _queue(named: Named) -> Steps:
     each, columns = named["each"], named["COLUMNS"]
     of_keys, of_queue = cdiv(named["rows"], columns), cdiv(named["queue_rows"], columns)
@@ -140,8 +152,8 @@ _RULES: dict[str, Callable[[Named], Steps]] = {
     "cross_attention._saliency_kernel": _cross_saliency,
     "cross_attention._combine_kernel": lambda named: Steps(other=named["parts"]),
     "cross_attention._combine_grads_kernel": lambda named: Steps(other=named["parts"]),
-    "info_nce._statistics_kernel": _pairs,
-    "info_nce._gradient_kernel": _pairs,
+    "info_nce._statistics_kernel": _info_nce,
+    "info_nce._gradient_kernel": _info_nce,
     "info_nce._loss_kernel": _loss,
     "sigmoid_nce._pairs_kernel": _pairs,
     "queue_info_nce._sweep_kernel": _queue,

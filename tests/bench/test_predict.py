@@ -181,6 +181,11 @@ def attention(**given: Any) -> dict[str, Any]:
     return shape | {"counts_ptr": torch.tensor([4, 4, 1])} | given
 
 
+def pairs(**given: Any) -> dict[str, Any]:
+    shape = {"ROWS": 128, "COLUMNS": 64, "CHUNK": 64, "WHOLE": False, "dim": 256}
+    return shape | {"b_count": 4096, "row_each": 8, "query_ids_ptr": None} | given
+
+
 @pytest.mark.parametrize(
     ("kernel", "named", "wanted"),
     [
@@ -200,8 +205,19 @@ def attention(**given: Any) -> dict[str, Any]:
         ),
         (
             "info_nce_backward._gradient_kernel",
-            {"b_count": 4096, "COLUMNS": 64, "row_each": 8, "dim": 256, "CHUNK": 64},
+            pairs(query_ids_ptr=torch.zeros(4096)),
             {"outer": 8, "inner": 4},
+        ),
+        # Of 64 tiles two are on the diagonal: of eight one stands outside, a quarter is special.
+        (
+            "info_nce._statistics_kernel",
+            pairs(CHUNK=256, WHOLE=True),
+            {"outer": 8, "walks": (6.75, 0.25)},
+        ),
+        (
+            "info_nce_backward._gradient_kernel",
+            pairs(),
+            {"outer": 8, "inner": 4, "walks": (4, 6.75, 0.25)},
         ),
         ("info_nce._mean_kernel", {}, {}),
         # A tile of keys, three whole ones of the queue and a part of one: two, six and two of ten.
