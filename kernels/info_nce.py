@@ -46,8 +46,6 @@ PARTS = tl.constexpr(8)
 relative to it, the same of the positives, number and weighted sum of the positives, sum of all,
 sum of the positives' weights."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-CENTRE_ROWS = 128
-"""Rows whose positives tell how large a similarity of a pair is."""
 _SIZES = ["a_count", "b_count"]
 LOGIT_LIMIT = tl.constexpr(1e9)  # as in the reference
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .contrast_walk import _by_thread, _diagonal, _dots, _take
-from .info_nce import _SIZES, CENTRE_ROWS, LOG2_E, _log1p, _same
+from .info_nce import _SIZES, LOG2_E, _log1p, _same
 from .tiles import (
     ContrastPass,
     cdiv,
@@ -22,6 +22,8 @@ SIDES = tl.constexpr(8)
 """Of each row: log-sum-exp as a similarity and the rest of it as a power of 2, the same of the
 positives, share of the positives, log share of the negatives, number of positives, sum of their
 weights."""
+CENTRE_ROWS = 128
+"""Rows whose positives tell how large a similarity of a pair is."""
 
 
 @triton.jit

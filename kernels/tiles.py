@@ -247,7 +247,7 @@ def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: in
     sums over a row take two shuffles and no barrier.
     """
     width = max(16, next_pow2(dim))
-    softmax, with_ids = which in ("forward", "backward"), which == "forward_ids"
+    softmax = which in ("forward", "forward_ids", "backward", "backward_ids")
     which = which.removeprefix("sigmoid_")
     backward = which in ("backward", "backward_ids")
     if arch == 0:
@@ -286,36 +286,76 @@ def _contrast_tile(which: str, dim: int, rows: int, dtype: torch.dtype, arch: in
     if not aligned:
         # Rows that are not aligned to 16 bytes take several times the pointers.
         return ContrastTile(
-            rows=16, columns=16 if which == "backward_ids" else 32, chunk=min(width, 32),
-            slice=min(width, 128), num_warps=4, num_stages=2, programs=264,
+            rows=16, columns=16 if softmax and which == "backward_ids" else 32,
+            chunk=min(width, 32), slice=min(width, 128), num_warps=4, num_stages=2, programs=264,
         )  # fmt: skip
+    if softmax:
+        return _info_nce_tile(which, dim, width, rows, arch)
     if which == "sample":
         return ContrastTile(
             rows=16, columns=64, chunk=width if width <= 256 else 64, slice=16, num_warps=4,
             num_stages=2,
         )  # fmt: skip
-    # By four warps the sums with ids would spill; on sm_80, by Triton 3.6, in three stages too.
+    tall = arch >= 90 and rows >= 2048
     whole = arch >= 90 and width <= 256
-    tall = (arch >= 90 and rows >= 2048) or with_ids
     chunk = width if whole else min(width, 64)
-    if softmax and whole and not tall:
-        # Two programs side by side: the products of one hide the exponentials of the other.
-        return ContrastTile(
-            rows=64, columns=32 if backward else 64, chunk=chunk, slice=width if backward else 16,
-            num_warps=4, num_stages=2, programs=264,
-        )  # fmt: skip
     if backward:
         # Where more than masks hangs on the ids, 64 columns would spill.
         return ContrastTile(
-            rows=128 if softmax and whole else 64,
-            columns=64 if arch >= 90 and which == "backward" and not (softmax and whole) else 32,
-            chunk=chunk, slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
+            rows=64, columns=64 if arch >= 90 and which == "backward" else 32, chunk=chunk,
+            slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
         )  # fmt: skip
     return ContrastTile(
         rows=128 if tall else 64, columns=32 if which == "forward_ids" else 64,
         chunk=chunk, slice=16, num_warps=8 if tall else 4,
-        num_stages=2 if with_ids and arch < 90 else 3,
+        num_stages=3,
     )  # fmt: skip
+
+
+def _info_nce_tile(which: str, dim: int, width: int, rows: int, arch: int) -> ContrastTile:
+    """A tile for tensor cores and aligned rows, whose dims fill `width` once they are padded."""
+    backward, ids = which.startswith("backward"), which.endswith("_ids")
+    if dim % min(width, 64) != 0:
+        # Dims that do not fill a chunk are masked, which takes registers.
+        return ContrastTile(
+            rows=64, columns=32, chunk=32, slice=min(width, 128), num_warps=8, num_stages=2,
+            programs=264,
+        )  # fmt: skip
+    whole = arch >= 90 and dim == width <= 256
+    tall = arch >= 90 and rows >= 2048
+    chunk = width if whole else min(width, 64)
+    if which == "forward_ids":
+        # Four warps would spill, and so would three stages on sm_80 by Triton 3.6.
+        return ContrastTile(
+            rows=128, columns=32, chunk=chunk, slice=16, num_warps=8,
+            num_stages=3 if arch >= 90 else 2,
+        )  # fmt: skip
+    if whole and not tall and not ids:
+        # Two programs side by side: the products of one hide the exponentials of the other.
+        return ContrastTile(
+            rows=64, columns=32 if backward else 64, chunk=chunk, slice=width, num_warps=4,
+            num_stages=2, programs=264,
+        )  # fmt: skip
+    if backward and arch >= 90 and dim == width <= 512 and not ids:
+        # What the memory holds: all dims of the rows, and two or three stages of 32 columns.
+        return ContrastTile(
+            rows=128, columns=32, chunk=width, slice=min(width, 256), num_warps=8,
+            num_stages=3 if whole else 2,
+        )  # fmt: skip
+    if backward:
+        # Where more than masks hangs on the ids, 64 columns would spill.
+        return ContrastTile(
+            rows=64, columns=64 if arch >= 90 and not ids else 32, chunk=chunk,
+            slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
+        )  # fmt: skip
+    return ContrastTile(
+        rows=128 if tall else 64,
+        columns=64,
+        chunk=chunk,
+        slice=16,
+        num_warps=8 if tall else 4,
+        num_stages=3,
+    )
 
 
 def draw_warps(num_blocks: int) -> int:
