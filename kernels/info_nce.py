@@ -77,6 +77,32 @@ def _take_in(top, total, every, size, x, rivals, rate):
 
 
 @triton.jit
+def _positives_by_ids(
+    top, total, count, pairs, weights, x, a_ids, b_ids_ptr, b_weights_ptr, b, exists, rate,
+    SINGLE: tl.constexpr,
+):  # fmt: skip
+    """The sums over positives take in a tile's; also its negatives. `exists` is None if all do."""
+    infinity = float("inf")
+    same = a_ids[:, None] == tl.load(b_ids_ptr + b)[None, :]
+    others = same == 0
+    if exists is not None:
+        same = same & exists[None, :]
+        others = others & exists[None, :]
+    if tl.max(same.to(tl.int32)) != 0:
+        own = _by_thread(tl.where(same, x, -infinity), SINGLE)
+        top, total = _join(top, total, own, rate)
+        count += tl.sum(_by_thread(same.to(tl.float32), SINGLE), axis=2)
+        own = x
+        if b_weights_ptr is not None:
+            weight = tl.load(b_weights_ptr + b)[None, :]
+            weights += tl.sum(_by_thread(tl.where(same, weight, 0.0), SINGLE), axis=2)
+            own = x * weight
+        pairs += tl.sum(_by_thread(tl.where(same, own, 0.0), SINGLE), axis=2)
+    rivals = _by_thread(tl.where(others, x, -infinity), SINGLE)
+    return top, total, count, pairs, weights, rivals
+
+
+@triton.jit
 def _sweep(
     a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, b_weights_ptr, parts_ptr, scale, limit, shift,
     a_count, b_count, each, a_step, b_step, dim,
@@ -110,29 +136,33 @@ def _sweep(
         left = _take(a_ptr, a_at, None, d, dim, EVEN)
     begin = tl.program_id(2) * each
     end = tl.minimum(begin + each, tl.cdiv(b_count, COLUMNS))
-    full = end if IDS else tl.minimum(end, b_count // COLUMNS)
+    full = tl.minimum(end, b_count // COLUMNS)
     low, diagonal = _diagonal(first, shift, begin, full, IDS, ROWS, COLUMNS)
     if IDS:
-        for step in range(end - begin):
-            tile = begin + step
-            b = tile * COLUMNS + column
+        a_ids = tl.load(a_ids_ptr + tl.minimum(a, a_count - 1))
+        if full < end:
+            b = full * COLUMNS + column
             exists = b < b_count
             x = _products_of(
-                left, a_ptr, a_at, b_ptr, b_at, tile, exists, b_step, dim,
+                left, a_ptr, a_at, b_ptr, b_at, full, exists, b_step, dim,
                 COLUMNS, CHUNK, WHOLE, EVEN,
             )  # fmt: skip
-            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-            if tl.max(same.to(tl.int32)) != 0:
-                own = _by_thread(tl.where(same, x, -infinity), SINGLE)
-                positive_top, positive_total = _join(positive_top, positive_total, own, rate)
-                count += tl.sum(_by_thread(same.to(tl.float32), SINGLE), axis=2)
-                own = x
-                if b_weights_ptr is not None:
-                    weight = tl.load(b_weights_ptr + tl.minimum(b, b_count - 1))[None, :]
-                    weights += tl.sum(_by_thread(tl.where(same, weight, 0.0), SINGLE), axis=2)
-                    own = x * weight
-                pairs += tl.sum(_by_thread(tl.where(same, own, 0.0), SINGLE), axis=2)
-            rivals = _by_thread(tl.where(exists[None, :] & (same == 0), x, -infinity), SINGLE)
+            positive_top, positive_total, count, pairs, weights, rivals = _positives_by_ids(
+                positive_top, positive_total, count, pairs, weights, x, a_ids, b_ids_ptr,
+                b_weights_ptr, tl.minimum(b, b_count - 1), exists, rate, SINGLE,
+            )  # fmt: skip
+            x = _by_thread(x, SINGLE)
+            top, total, every, size = _take_in(top, total, every, size, x, rivals, rate)
+        for step in range(full - begin):
+            tile = begin + step
+            x = _products_of(
+                left, a_ptr, a_at, b_ptr, b_at, tile, None, b_step, dim,
+                COLUMNS, CHUNK, WHOLE, EVEN,
+            )  # fmt: skip
+            positive_top, positive_total, count, pairs, weights, rivals = _positives_by_ids(
+                positive_top, positive_total, count, pairs, weights, x, a_ids, b_ids_ptr,
+                b_weights_ptr, tile * COLUMNS + column, None, rate, SINGLE,
+            )  # fmt: skip
             x = _by_thread(x, SINGLE)
             top, total, every, size = _take_in(top, total, every, size, x, rivals, rate)
     else:

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contrast_walk import _products, _rows, lanes
+from .contrast_walk import _products, _rows, lanes, tile_rows
 from .info_nce import _SIZES, LOGIT_LIMIT, _limit, _log1p, _same
 from .info_nce_backward import _add
 from .tiles import (
@@ -39,10 +39,61 @@ from .tiles import (
 
 
 @triton.jit
-def _special(start, first, shift, b_count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Whether a tile holds columns that do not exist, or positives where there are no ids."""
-    ragged = start + COLUMNS > b_count
-    return ragged | ((start < first + shift + ROWS) & (first + shift < start + COLUMNS))
+def _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift, MASKED: tl.constexpr):
+    """`_same`; without MASKED all b exist, and their ids are read side by side."""
+    if MASKED or a_ids_ptr is None:
+        return _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
+    else:
+        a_ids = tl.load(a_ids_ptr + tl.minimum(a, a_count - 1))
+        return a_ids[:, None] == tl.load(b_ids_ptr + b)[None, :]
+
+
+@triton.jit
+def _take_in(
+    losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, scale, bias,
+    shift, first, a, start, d, a_count, b_count, a_step, b_step, dim,
+    MASKED: tl.constexpr, LOSS: tl.constexpr, GRADIENTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+    SLICE: tl.constexpr,
+):  # fmt: skip
+    """The sums take in a tile; without MASKED its columns all exist."""
+    held: tl.constexpr = losses.shape[1]
+    b = start + tl.arange(0, COLUMNS)
+    chunk = tl.arange(0, CHUNK)
+    right = b
+    if WHOLE:
+        right = tile_rows(b_ptr, start, b_count, b_step, chunk, dim, COLUMNS, MASKED, EVEN)
+    x = _products(
+        left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
+        CHUNK, WHOLE, EVEN,
+    )  # fmt: skip
+    wrong = x * scale + bias  # how far a pair is on the wrong side
+    special = (start < first + shift + ROWS) & (first + shift < start + COLUMNS)
+    if MASKED or a_ids_ptr is not None:
+        special = True
+    if special:
+        same = _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift, MASKED)
+        others = wrong
+        if MASKED:
+            others = tl.where((b < b_count)[None, :], wrong, -float("inf"))
+        wrong = tl.where(same, -wrong, others)
+    e = tl.exp(-tl.abs(wrong))
+    weight = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
+    if special:
+        same = _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift, MASKED)
+        weight = tl.where(same, -weight, weight)
+    if LOSS:
+        size = tl.maximum(size, tl.max(lanes(tl.abs(x), held), axis=1))
+        losses += tl.sum(lanes(tl.maximum(wrong, 0.0) + _log1p(e), held), axis=1)
+        moments += tl.sum(lanes(weight * x, held), axis=1)
+        weights += tl.sum(lanes(weight, held), axis=1)
+    if GRADIENTS:
+        if WHOLE and CHUNK == SLICE:
+            values = right
+        else:
+            values = tile_rows(b_ptr, start, b_count, b_step, d, dim, COLUMNS, MASKED, EVEN)
+        grad = tl.dot(weight.to(values.dtype), values, grad, input_precision="ieee")
+    return losses, moments, weights, size, grad
 
 
 @triton.jit
@@ -73,38 +124,20 @@ def _sweep(
     if WHOLE:
         left = _rows(a_ptr, a, a_count, a_step, chunk, dim, EVEN)
     begin = split * each * COLUMNS
-    for start in range(begin, tl.minimum(begin + each * COLUMNS, b_count), COLUMNS):
-        b = start + tl.arange(0, COLUMNS)
-        right = b
-        if WHOLE:
-            right = _rows(b_ptr, b, b_count, b_step, chunk, dim, EVEN)
-        x = _products(
-            left, right, a_ptr, b_ptr, a, b, a_count, b_count, a_step, b_step, dim,
-            CHUNK, WHOLE, EVEN,
+    end = tl.minimum(begin + each * COLUMNS, b_count)
+    whole = tl.maximum(begin, end // COLUMNS * COLUMNS)
+    if whole < end:
+        losses, moments, weights, size, grad = _take_in(
+            losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, scale,
+            bias, shift, first, a, whole, d, a_count, b_count, a_step, b_step, dim,
+            True, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
         )  # fmt: skip
-        wrong = x * scale + bias  # how far a pair is on the wrong side
-        special = _special(start, first, shift, b_count, ROWS, COLUMNS)
-        if a_ids_ptr is not None:
-            special = True
-        if special:
-            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-            wrong = tl.where(same, -wrong, tl.where((b < b_count)[None, :], wrong, -float("inf")))
-        e = tl.exp(-tl.abs(wrong))
-        weight = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)
-        if special:
-            same = _same(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift)
-            weight = tl.where(same, -weight, weight)
-        if LOSS:
-            size = tl.maximum(size, tl.max(lanes(tl.abs(x), held), axis=1))
-            losses += tl.sum(lanes(tl.maximum(wrong, 0.0) + _log1p(e), held), axis=1)
-            moments += tl.sum(lanes(weight * x, held), axis=1)
-            weights += tl.sum(lanes(weight, held), axis=1)
-        if GRADIENTS:
-            if WHOLE and CHUNK == SLICE:
-                values = right
-            else:
-                values = _rows(b_ptr, b, b_count, b_step, d, dim, EVEN)
-            grad = tl.dot(weight.to(values.dtype), values, grad, input_precision="ieee")
+    for start in range(begin, whole, COLUMNS):
+        losses, moments, weights, size, grad = _take_in(
+            losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, scale,
+            bias, shift, first, a, start, d, a_count, b_count, a_step, b_step, dim,
+            False, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+        )  # fmt: skip
     exists = a < a_count
     if GRADIENTS:
         to = grad_ptr + (split * a_count.to(tl.int64) + a)[:, None] * dim + d[None, :]

@@ -73,16 +73,23 @@ def _pairs(named: Named) -> Steps:
     return Steps(outer=named.get("row_each", whole), inner=_chunks(named))
 
 
-def _info_nce(named: Named) -> Steps:
+def _sigmoid(named: Named) -> Steps:
     plain = _pairs(named)
+    if named["WHOLE"] or "row_each" not in named:
+        return plain
+    # One of a program's tiles, the edge's, stands outside: of that the loop over dims turns.
+    return replace(plain, walks=(plain.inner, plain.outer - 1))
+
+
+def _info_nce(named: Named) -> Steps:
+    plain = _sigmoid(named)
     if named["query_ids_ptr"] is not None or "row_each" not in named:
         return plain
-    # One of a program's tiles stands outside the loops, for the edge; some hold the diagonal.
+    # Some tiles hold the diagonal.
     rows, columns = named["ROWS"], named["COLUMNS"]
     looped = plain.outer - 1
     diagonal = min(cdiv(rows, columns) * plain.outer / cdiv(named["b_count"], columns), looped)
-    outside = () if named["WHOLE"] else (plain.inner,)
-    return replace(plain, walks=(*outside, looped - diagonal, diagonal))
+    return replace(plain, walks=(*plain.walks[:1], looped - diagonal, diagonal))
 
 
 def _queue(named: Named) -> Steps:
@@ -155,7 +162,7 @@ _RULES: dict[str, Callable[[Named], Steps]] = {
     "info_nce._statistics_kernel": _info_nce,
     "info_nce._gradient_kernel": _info_nce,
     "info_nce._loss_kernel": _loss,
-    "sigmoid_nce._pairs_kernel": _pairs,
+    "sigmoid_nce._pairs_kernel": _sigmoid,
     "queue_info_nce._sweep_kernel": _queue,
     "queue_info_nce._merge_kernel": _queue_merge,
     "queue_info_nce._combine_kernel": _queue_combine,

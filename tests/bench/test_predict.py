@@ -206,7 +206,7 @@ def pairs(**given: Any) -> dict[str, Any]:
         (
             "info_nce_backward._gradient_kernel",
             pairs(query_ids_ptr=torch.zeros(4096)),
-            {"outer": 8, "inner": 4},
+            {"outer": 8, "inner": 4, "walks": (4, 7)},
         ),
         # Of 64 tiles two are on the diagonal: of eight one stands outside, a quarter is special.
         (
