@@ -56,7 +56,7 @@ def _take_in(
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
     SLICE: tl.constexpr,
 ):  # fmt: skip
-    """The sums take in a tile; without MASKED its columns all exist."""
+    """The sums take in a tile, of which without MASKED all columns exist."""
     held: tl.constexpr = losses.shape[1]
     b = start + tl.arange(0, COLUMNS)
     chunk = tl.arange(0, CHUNK)
@@ -69,7 +69,9 @@ def _take_in(
     )  # fmt: skip
     wrong = x * scale + bias  # how far a pair is on the wrong side
     special = (start < first + shift + ROWS) & (first + shift < start + COLUMNS)
-    if MASKED or a_ids_ptr is not None:
+    if GRADIENTS:
+        special = special | (start + COLUMNS > b_count)
+    if a_ids_ptr is not None or (MASKED and not GRADIENTS):
         special = True
     if special:
         same = _positives(a_ids_ptr, b_ids_ptr, a, b, a_count, b_count, shift, MASKED)
@@ -125,18 +127,21 @@ def _sweep(
         left = _rows(a_ptr, a, a_count, a_step, chunk, dim, EVEN)
     begin = split * each * COLUMNS
     end = tl.minimum(begin + each * COLUMNS, b_count)
-    whole = tl.maximum(begin, end // COLUMNS * COLUMNS)
-    if whole < end:
-        losses, moments, weights, size, grad = _take_in(
-            losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, scale,
-            bias, shift, first, a, whole, d, a_count, b_count, a_step, b_step, dim,
-            True, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
-        )  # fmt: skip
+    # Where the edge is apart, other tiles need no masks. A gradient would gain nothing.
+    whole = end
+    if not GRADIENTS:
+        whole = tl.maximum(begin, end // COLUMNS * COLUMNS)
+        if whole < end:
+            losses, moments, weights, size, grad = _take_in(
+                losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr,
+                scale, bias, shift, first, a, whole, d, a_count, b_count, a_step, b_step, dim,
+                True, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+            )  # fmt: skip
     for start in range(begin, whole, COLUMNS):
         losses, moments, weights, size, grad = _take_in(
             losses, moments, weights, size, grad, left, a_ptr, b_ptr, a_ids_ptr, b_ids_ptr, scale,
             bias, shift, first, a, start, d, a_count, b_count, a_step, b_step, dim,
-            False, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
+            GRADIENTS, LOSS, GRADIENTS, ROWS, COLUMNS, CHUNK, WHOLE, EVEN, SLICE,
         )  # fmt: skip
     exists = a < a_count
     if GRADIENTS:

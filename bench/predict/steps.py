@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.predict.launches import Launch
-from svitt_ops.kernels import block_sparse_walk
+from svitt_ops.kernels import block_sparse_walk, info_nce, sigmoid_nce
 from svitt_ops.kernels.tiles import cdiv
 
 Named = Mapping[str, Any]
@@ -73,23 +73,32 @@ def _pairs(named: Named) -> Steps:
     return Steps(outer=named.get("row_each", whole), inner=_chunks(named))
 
 
-def _sigmoid(named: Named) -> Steps:
+def _edge_apart(named: Named) -> Steps:
+    # One of a program's tiles, for the edge, stands outside the loops; of it that over dims turns.
     plain = _pairs(named)
-    if named["WHOLE"] or "row_each" not in named:
-        return plain
-    # One of a program's tiles, the edge's, stands outside: of that the loop over dims turns.
-    return replace(plain, walks=(plain.inner, plain.outer - 1))
+    outside = () if named["WHOLE"] else (plain.inner,)
+    return replace(plain, walks=(*outside, plain.outer - 1))
 
 
-def _info_nce(named: Named) -> Steps:
-    plain = _sigmoid(named)
-    if named["query_ids_ptr"] is not None or "row_each" not in named:
-        return plain
-    # Some tiles hold the diagonal.
+def _sigmoid(named: Named) -> Steps:
+    apart = hasattr(sigmoid_nce, "_take_in") and not named["GRADIENTS"]
+    return _edge_apart(named) if apart else _pairs(named)
+
+
+def _statistics(named: Named) -> Steps:
+    if not hasattr(info_nce, "_positives_by_ids"):  # once one loop walked all tiles
+        return _pairs(named)
+    found = _edge_apart(named)
+    if named["query_ids_ptr"] is not None:
+        return found
+    *outside, looped = found.walks
     rows, columns = named["ROWS"], named["COLUMNS"]
-    looped = plain.outer - 1
-    diagonal = min(cdiv(rows, columns) * plain.outer / cdiv(named["b_count"], columns), looped)
-    return replace(plain, walks=(*plain.walks[:1], looped - diagonal, diagonal))
+    diagonal = min(cdiv(rows, columns) * found.outer / cdiv(named["b_count"], columns), looped)
+    return replace(found, walks=(*outside, looped - diagonal, diagonal))
+
+
+def _gradient(named: Named) -> Steps:
+    return _pairs(named) if named["query_ids_ptr"] is not None else _statistics(named)
 
 
 def _queue(named: Named) -> Steps:
@@ -159,8 +168,8 @@ _RULES: dict[str, Callable[[Named], Steps]] = {
     "cross_attention._saliency_kernel": _cross_saliency,
     "cross_attention._combine_kernel": lambda named: Steps(other=named["parts"]),
     "cross_attention._combine_grads_kernel": lambda named: Steps(other=named["parts"]),
-    "info_nce._statistics_kernel": _info_nce,
-    "info_nce._gradient_kernel": _info_nce,
+    "info_nce._statistics_kernel": _statistics,
+    "info_nce._gradient_kernel": _gradient,
     "info_nce._loss_kernel": _loss,
     "sigmoid_nce._pairs_kernel": _sigmoid,
     "queue_info_nce._sweep_kernel": _queue,

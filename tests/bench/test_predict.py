@@ -206,7 +206,7 @@ def pairs(**given: Any) -> dict[str, Any]:
         (
             "info_nce_backward._gradient_kernel",
             pairs(query_ids_ptr=torch.zeros(4096)),
-            {"outer": 8, "inner": 4, "walks": (4, 7)},
+            {"outer": 8, "inner": 4},
         ),
         # Of 64 tiles two are on the diagonal: of eight one stands outside, a quarter is special.
         (
@@ -219,6 +219,12 @@ def pairs(**given: Any) -> dict[str, Any]:
             pairs(),
             {"outer": 8, "inner": 4, "walks": (4, 6.75, 0.25)},
         ),
+        (
+            "sigmoid_nce._pairs_kernel",
+            pairs(GRADIENTS=False),
+            {"outer": 8, "inner": 4, "walks": (4, 7)},
+        ),
+        ("sigmoid_nce._pairs_kernel", pairs(GRADIENTS=True), {"outer": 8, "inner": 4}),
         ("info_nce._mean_kernel", {}, {}),
         # A tile of keys, three whole ones of the queue and a part of one: two, six and two of ten.
         (
