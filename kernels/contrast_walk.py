@@ -15,19 +15,11 @@ LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
-def _diagonal(
-    first, shift, begin, end, ALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Of the tiles from begin to end the first with positives, and how many there are.
-
-    ALL: where any may hold positives.
-    """
-    if ALL:
-        return begin, end - begin
-    else:
-        low = tl.maximum(tl.maximum(first + shift, 0) // COLUMNS, begin)
-        high = tl.minimum(tl.cdiv(tl.maximum(first + shift + ROWS, 0), COLUMNS), end)
-        return low, tl.maximum(high - low, 0)
+def _diagonal(first, shift, begin, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the tiles from begin to end the first with positives, and how many there are."""
+    low = tl.maximum(tl.maximum(first + shift, 0) // COLUMNS, begin)
+    high = tl.minimum(tl.cdiv(tl.maximum(first + shift + ROWS, 0), COLUMNS), end)
+    return low, tl.maximum(high - low, 0)
 
 
 @triton.jit

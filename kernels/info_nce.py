@@ -137,7 +137,7 @@ def _sweep(
     begin = tl.program_id(2) * each
     end = tl.minimum(begin + each, tl.cdiv(b_count, COLUMNS))
     full = tl.minimum(end, b_count // COLUMNS)
-    low, diagonal = _diagonal(first, shift, begin, full, IDS, ROWS, COLUMNS)
+    low, diagonal = _diagonal(first, shift, begin, full, ROWS, COLUMNS)
     if IDS:
         a_ids = tl.load(a_ids_ptr + tl.minimum(a, a_count - 1))
         if full < end:

@@ -225,7 +225,7 @@ def _sweep(
     begin = split * each
     end = tl.minimum(begin + each, tl.cdiv(b_count, COLUMNS))
     full = tl.minimum(end, b_count // COLUMNS)
-    low, diagonal = _diagonal(first, shift, begin, full, IDS, ROWS, COLUMNS)
+    low, diagonal = _diagonal(first, shift, begin, full, ROWS, COLUMNS)
     if IDS:
         for step in range(end - begin):
             grad, by_scale = _any_tile(

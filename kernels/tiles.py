@@ -349,13 +349,9 @@ def _info_nce_tile(which: str, dim: int, width: int, rows: int, arch: int) -> Co
             slice=min(width, 256), num_warps=8, num_stages=3 if arch >= 90 else 2,
         )  # fmt: skip
     return ContrastTile(
-        rows=128 if tall else 64,
-        columns=64,
-        chunk=chunk,
-        slice=16,
-        num_warps=8 if tall else 4,
+        rows=128 if tall else 64, columns=64, chunk=chunk, slice=16, num_warps=8 if tall else 4,
         num_stages=3,
-    )
+    )  # fmt: skip
 
 
 def draw_warps(num_blocks: int) -> int:
