@@ -80,7 +80,7 @@ def test_training_keeps_all_of_it(chosen: dict[str, str], kept: bool) -> None:
     set_it, *faults = printed(
         """
 import resource
-from svitt_ops.training.engine.heap import keep_freed_memory
+from svitt_ops.training.engine.process import keep_freed_memory
 print(int(keep_freed_memory()))
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

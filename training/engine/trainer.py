@@ -18,7 +18,10 @@ from svitt_ops.training.data.transport import leave_interrupts_to_parent
 from svitt_ops.training.engine.checkpoints import set_aside
 from svitt_ops.training.engine.finite import first_not_finite
 from svitt_ops.training.engine.groups import parameter_groups
-from svitt_ops.training.engine.heap import keep_freed_memory
+from svitt_ops.training.engine.process import (
+    compile_backward_outside_autocast,
+    keep_freed_memory,
+)
 from svitt_ops.training.engine.recipes import Recipe
 from svitt_ops.training.engine.saving import SavingTrainer, wait
 from svitt_ops.training.engine.schedule import learning_rate_factor
@@ -78,6 +81,7 @@ class RecipeTrainer(SavingTrainer):
             last: step and folder of the checkpoint to go on from; None: from the start.
             broken: newer checkpoints, which are renamed.
         """
+        compile_backward_outside_autocast()
         if self.args.device.type == "cpu":
             keep_freed_memory()
         wait()  # until every process has looked at them

@@ -1,10 +1,12 @@
-"""What a step frees stays with a process that trains on the CPU, for the next step."""
+"""Settings of a process that trains."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+
+import torch._functorch.config
 
 from svitt_ops import _extension
 
@@ -30,3 +32,13 @@ def keep_freed_memory() -> bool:
     _extension.load_cpu()  # which sets smaller thresholds
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_MAX, 0))
+
+
+def compile_backward_outside_autocast() -> None:
+    """Have `torch.compile` give a backward the precision that it has in eager mode.
+
+    Compiled with the forward, it is traced under the forward's autocast unless told otherwise: the
+    gradients of layers that run in fp32 for a reason were rounded to bf16, and the code for that is
+    miscompiled by g++ 12, to NaN.
+    """
+    torch._functorch.config.backward_pass_autocast = "off"
