@@ -39,16 +39,15 @@ import triton
 import triton.language as tl
 
 from .block_sparse_walk import (
-    GLOBAL_CODE,
     bias_arguments,
     column_logits,
     key_value_strides,
     layout_strides,
     list_entries,
     list_extent,
-    load_codes,
     logit_weight,
     own_tile,
+    query_codes,
     row_tokens,
     row_tokens_again,
     sample_length,
@@ -102,8 +101,9 @@ def _forward_kernel(
     if table_ptr is not None:
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
-        centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
+        row_code = query_codes(
+            codes_ptr, row_token, length, num_offsets, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
 
     scale_log2 = logit_weight(scale)
     weight = scale_log2

@@ -47,6 +47,7 @@ from .block_sparse_walk import (
     load_codes,
     logit_weight,
     own_tile,
+    query_codes,
     row_tokens,
     row_tokens_again,
     sample_length,
@@ -125,8 +126,9 @@ def _grad_query_kernel(
         table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
         table_ptr += head * table_size
         codes_ptr += batch * codes_batch
-        centre = (num_offsets - 1) // 2
-        row_code = load_codes(codes_ptr, row_token, length, centre, GLOBAL_CODE, NUM_GLOBAL)
+        row_code = query_codes(
+            codes_ptr, row_token, length, num_offsets, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
         top_bits = tl.zeros([ROWS], tl.int32)
 
     scale_log2 = logit_weight(scale)

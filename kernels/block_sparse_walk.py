@@ -187,6 +187,30 @@ def load_codes(ptr, tokens, length, shift, of_globals, NUM_GLOBAL: tl.constexpr)
 
 
 @triton.jit
+def query_codes(
+    codes_ptr, tokens, length, num_offsets,
+    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What `column_logits` takes as the codes of rows that are queries.
+
+    Where it can be, four numbers by which a pair's row of the bias table is one subtraction: where
+    a row has the key of code 0; what to subtract from a key's code, and its least and largest value
+    then. All count from the largest code of the rows. Clamped are the few codes rather than each
+    pair: those of rows to at most (R0 - 1) / 2 below, and those of keys to as much from every row.
+    That changes none that fits the table, and leads no other outside it.
+    """
+    centre = (num_offsets - 1) // 2
+    if NUM_GLOBAL > 1 or COLUMNS // BLOCK_SIZE > 1:
+        return load_codes(codes_ptr, tokens, length, centre, GLOBAL_CODE, NUM_GLOBAL)
+    else:
+        held = (tokens < length) & (tokens >= NUM_GLOBAL)
+        code = tl.load(codes_ptr + tokens - NUM_GLOBAL, mask=held, other=-(2**31))
+        largest = tl.max(code, axis=0)
+        code = tl.where(held, tl.minimum(tl.maximum(code - largest, -centre), 0), 0)
+        return code + centre, largest, -centre, tl.min(code, axis=0) + centre
+
+
+@triton.jit
 def bias_index(
     rows, row_code, code, beyond, number, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
@@ -244,19 +268,36 @@ def column_logits(
     )
     token = first + place
     index = 0
+    LINES: tl.constexpr = not ROWS_ARE_KEYS and NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
     if table_ptr is not None:
         # Before the product: of two layouts that meet, the compiler goes on with the later one's.
-        of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE
-        code = load_codes(codes_ptr, token, length, shift, of_globals, NUM_GLOBAL)
-        index = bias_index(
-            rows, row_code, code, beyond, number, num_offsets,
-            ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
-        )  # fmt: skip
-        bias = tl.load(table_ptr + index)
+        if LINES:
+            line, largest, low, high = row_code
+            # Two of each, or every thread would load the codes of all its columns.
+            places = (first - NUM_GLOBAL + place)[:, None] + tl.zeros([1, 2], tl.int32)
+            code = tl.load(codes_ptr + places, mask=(exists & ~beyond)[:, None], other=0)
+            code, _ = tl.split(-tl.minimum(tl.maximum(code - largest, low), high))
+            bias = tl.load((table_ptr + line)[:, None] + code[None, :])
+        else:
+            of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE
+            code = load_codes(codes_ptr, token, length, shift, of_globals, NUM_GLOBAL)
+            index = bias_index(
+                rows, row_code, code, beyond, number, num_offsets,
+                ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
+            )  # fmt: skip
+            bias = tl.load(table_ptr + index)
     # Both on their way before anything waits for one of them.
     here = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
     other_ptr += first * other_stride
     other = load_rows(other_ptr, place, other_stride, exists, HEAD_DIM, DIM)
+    if LINES and NUM_GLOBAL == 1 and table_ptr is not None:
+        # Only in these steps does the global row, or the global column, count.
+        parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+        if to_globals | (step < parts + lead):
+            is_token = rows < BLOCK_SIZE
+            bias = tl.where(is_token[:, None], bias, tl.load(table_ptr + num_offsets))
+            to_global = tl.load(table_ptr + num_offsets + tl.where(is_token, 1, 2))
+            bias = tl.where(beyond[None, :], to_global[:, None], bias)
     logit = products(held, here)
     if table_ptr is not None:
         logit = logit * scale_log2 + bias

@@ -73,9 +73,9 @@ def attention_calls(quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     cases = [(64, 56, 1, dtype) for dtype in (half, torch.float16, single)]
     if not quick:
         # Every padded head_dim, with and without padding, by every number of rows in a tile.
-        shapes = [(dim, 56, 1) for dim in (8, 20, 65, 80, 128, 251, 256)]
+        shapes = [(dim, 56, 1) for dim in (8, 20, 32, 65, 80, 128, 251, 256)]
         shapes += [(dim, size, 1) for dim in (64, 128, 256) for size in (7, 32)]
-        shapes += [(64, 100, 1), (64, 56, 0), (64, 56, 3)]
+        shapes += [(64, 64, 1), (64, 100, 1), (64, 56, 0), (64, 56, 3)]
         cases += [(*shape, dtype) for shape in shapes for dtype in (half, single)]
     for dim, block_size, num_global, dtype in cases:
         for bias in (False, True):

@@ -192,6 +192,10 @@ CASES |= {
         ("parts_alone", 16, 16, replace(SMALL, block_size=33, num_global=0)),
         ("parts_led", 32, 16, replace(SMALL, block_size=32, num_global=2, bias="shared")),
         ("parts_lack", 16, 16, replace(SMALL, block_size=28, layout="empty_rows")),
+        ("parts_biased", 16, 16, replace(
+            SMALL, block_size=28, layout="empty_rows", batch=2, lengths=(3, 50), bias="per_sample",
+        )),
+        ("parts_led_biased", 32, 16, replace(SMALL, block_size=32, bias="shared")),
         ("blocks", 16, 32, replace(SMALL, block_size=7, tokens=40, num_global=3, bias="shared")),
         ("blocks", 16, 128, replace(SMALL, block_size=28, tokens=80, dtype=torch.float16)),
         ("blocks_led", 16, 32, replace(SMALL, block_size=16, num_global=9)),
@@ -277,8 +281,19 @@ def test_reads_no_list_of_no_blocks() -> None:
         assert torch.equal(first, second)
 
 
-def test_codes_too_far_apart_read_the_table() -> None:
-    arguments, grad_out = make(replace(SMALL, num_global=2, bias="shared"))
+@pytest.mark.parametrize("num_global", [0, 1, 2])
+def test_only_differences_of_codes_count(num_global: int) -> None:
+    arguments, grad_out = make(replace(SMALL, num_global=num_global, bias="shared"))
+    wanted = run(arguments, grad_out)
+    for offset in (2**31 - 21, -(2**31)):
+        moved = arguments | {"position_codes": arguments["position_codes"] + offset}
+        for first, second in zip(wanted, run(moved, grad_out), strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("num_global", [0, 1, 2])
+def test_codes_too_far_apart_read_the_table(num_global: int) -> None:
+    arguments, grad_out = make(replace(SMALL, num_global=num_global, bias="shared"))
     arguments["bias_table"].fill_(0.5)
     wanted = run(arguments, grad_out)
     arguments["position_codes"][:, ::2] = -(2**31)
