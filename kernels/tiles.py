@@ -70,6 +70,15 @@ def device_arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def tile_arch(arch: int) -> int:
+    """The architecture whose tiles another takes that has none of its own.
+
+    Consumer cards from sm_120 on have neither the shared memory nor the products of sm_90: theirs,
+    99 KiB a program, are those of sm_86 and sm_89, where the tiles of sm_80 run.
+    """
+    return 80 if arch >= 120 else arch
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device current, since that is where Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -103,6 +112,7 @@ def attention_tile(
     rows = min(max(16, next_pow2(block_size)), 64)
     # Said aloud, the limit of the hardware keeps ptxas from spilling for the sake of occupancy.
     num_warps, num_stages, max_registers = 4, 3, 255
+    device, arch = arch, tile_arch(arch)
     hopper = arch >= 90 and rows == 64
     if arch == 0:
         # The interpreter pays per program and per step, whatever their size.
@@ -145,7 +155,7 @@ def attention_tile(
         max_registers=max_registers,
     )  # fmt: skip
     return tuned(
-        tile, "attention", which, dtype, arch, head_dim=head_dim, block_size=block_size,
+        tile, "attention", which, dtype, device, head_dim=head_dim, block_size=block_size,
         globals=min(num_global, 2), biased=biased,
     )  # fmt: skip
 
@@ -178,6 +188,9 @@ def cross_tile(
             # Rows that are not aligned to 16 bytes take several times the pointers.
             rows, columns = min(rows, 32 if dim <= 128 else 16), 16
             num_stages = 2 if dim <= 128 else 1
+        elif dim > 128 and which.startswith("grad") and tile_arch(arch) < 90:
+            num_stages = 2  # three, or more rows, would take more than 99 KiB
+            rows = min(rows, 32) if which == "grad_key" else rows
     tile = AttentionTile(
         rows=rows, columns=columns, head_dim=dim, num_warps=num_warps, num_stages=num_stages
     )
@@ -231,7 +244,7 @@ def contrast_tile(
     which: ContrastPass, dim: int, rows: int, dtype: torch.dtype, arch: int
 ) -> ContrastTile:
     """Tile of a contrastive kernel for embeddings of `dim`, `rows` on the longer side."""
-    tile = _contrast_tile(which, dim, rows, dtype, arch)
+    tile = _contrast_tile(which, dim, rows, dtype, tile_arch(arch))
     masked = dtype == torch.float32 and arch and dim % tile.chunk
     if masked and (which == "ranks" or which.startswith("sigmoid_forward")):
         tile = replace(tile, columns=32)  # masks of dims, beside a softplus or ids, would spill
