@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from svitt_ops.kernels.tiles import attention_tile, contrast_tile, cross_tile  # noqa: E402
+from svitt_ops.kernels.tiles import attention_tile, contrast_tile, cross_tile
 
 HALF = torch.bfloat16
 
