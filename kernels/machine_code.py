@@ -20,8 +20,8 @@ from typing import Any
 import triton
 
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory of one program, at most; for the tiles of sm_80, which may take 163 KiB, on
-sm_86, sm_89 and sm_120."""
+"""Bytes of shared memory of one program, at most. Tiles of sm_80, which has 163 KiB, also serve
+sm_86, sm_89 and sm_120, which have this."""
 SHARED_OF_SM = {80: 164 * 1024, 90: 228 * 1024}
 SHARED_RESERVED = 1024  # by the driver, for each program
 REGISTERS = 64 * 1024
