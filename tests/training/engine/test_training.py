@@ -45,6 +45,20 @@ def test_trains_saves_and_loads(make_recipe: Any, tmp_path: Path) -> None:
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+def test_a_compiled_run_resumes(make_recipe: Any, tmp_path: Path) -> None:
+    """By names of weights that a run without a compiler knows too."""
+    options = ("optimizer.steps=3", "run.save_steps=2")
+    eager = losses(pretrain(make_recipe(tmp_path / "eager", *options)))
+    backend = ("run.trainer.torch_compile=true", "run.trainer.torch_compile_backend=aot_eager")
+    recipe = make_recipe(tmp_path / "run", *options, *backend)
+    assert losses(pretrain(recipe, callbacks=[StopAt(2)])) == {
+        step: pytest.approx(parts, rel=1e-3) for step, parts in eager.items() if step <= 2
+    }
+    trained = pretrain(make_recipe(tmp_path / "run", *options))
+    assert trained.began_at == 2
+    assert losses(trained)[3] == pytest.approx(eager[3], rel=1e-3)
+
+
 def test_killed_at_any_time_and_resumed(make_recipe: Any, tmp_path: Path) -> None:
     options = (f"optimizer.steps={LONG}", "run.save_steps=3")
     random = {"text_dropout": 0.1}  # what is dropped is drawn alike after a restart
