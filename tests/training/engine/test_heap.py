@@ -1,3 +1,0 @@
-"""Freed memory of a process that trains on the CPU."""
-
-from __future__ import annotations
