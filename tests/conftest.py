@@ -20,6 +20,8 @@ if not HAS_GPU:
 os.environ.setdefault("SVITT_TILES", "")
 # Inductor's cache knows nothing of ATEN_CPU_CAPABILITY: it hands out code of another run's vectors.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+# glibc's own number. With it chosen, a test that trains leaves its worker's heap as it is.
+os.environ.setdefault("MALLOC_MMAP_MAX_", "65536")
 # Beside other workers of pytest-xdist, one thread each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 

@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.measure.harness import Case, Expected
-from svitt_ops.training.engine.process import (
-    compile_backward_outside_autocast,
-    keep_freed_memory,
-)
+from svitt_ops.training.engine.process import compile_backward_outside_autocast
 
 STEP_BYTES = 40.0
 """Bytes per weight: read by both passes, its gradient written, AdamW reads four and writes three
@@ -41,9 +38,7 @@ class Trial:
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
         self.batch, self.dtype = case.fields["batch"], case.dtype
-        compile_backward_outside_autocast()  # this and what follows as `svitt pretrain` does
-        if case.device == "cpu":
-            keep_freed_memory()
+        compile_backward_outside_autocast()  # as `svitt pretrain` does
 
     def build(self) -> nn.Module:
         """The model, whose weights are drawn from the seed that is set."""

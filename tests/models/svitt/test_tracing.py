@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config as functorch_config
-from pytest import MonkeyPatch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -102,20 +101,20 @@ def test_a_step_is_one_graph(
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_compiled_backward_is_as_exact_as_an_eager_one(monkeypatch: MonkeyPatch) -> None:
+def test_a_compiled_backward_is_as_exact_as_an_eager_one() -> None:
     """What a layer computes in fp32 under autocast has its gradient in fp32, compiled or not."""
-    monkeypatch.setattr(functorch_config, "backward_pass_autocast", "same_as_forward")
-    compile_backward_outside_autocast()
     layer, states = nn.Linear(64, 32), torch.randn(4, 64)
 
     def run(states: Tensor) -> Tensor:
         return embed(layer, states.bfloat16()).square()[:, :5].sum()
 
     found = []
-    for forward in (compiled(run), run):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(states)
-        found.append(torch.autograd.grad(loss, layer.weight)[0])
+    with functorch_config.patch(backward_pass_autocast="same_as_forward"):  # torch's own
+        compile_backward_outside_autocast()
+        for forward in (compiled(run), run):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = forward(states)
+            found.append(torch.autograd.grad(loss, layer.weight)[0])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
