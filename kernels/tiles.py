@@ -130,8 +130,8 @@ def attention_tile(
         num_warps, num_stages = 4 if dim <= 64 else 8, 2
     elif hopper and dim <= 64 and biased:
         # Three programs beside each other, as on an H200 is faster than two. Of wider steps the
-        # registers hold just those of a whole block, whose masks are constants.
-        plain = block_size <= 64 and num_global <= 1 and head_dim == dim
+        # registers hold just those of a whole block with columns to spare, and of unmasked dims.
+        plain = head_dim == 64 and block_size + num_global <= 64 and num_global <= 1
         columns, num_stages = 64 if which == "forward" and plain else 32, 1
         max_registers = 255 if which == "grad_key" else 168
     elif hopper and dim <= 64:
