@@ -92,3 +92,19 @@ for _ in range(3):
     )
     assert set_it == kept
     assert (faults[-1] < 64) == kept, faults
+
+
+def test_timed_steps_keep_what_they_free_and_no_longer() -> None:
+    *_, inside, outside = printed("""
+import resource
+from bench.measure.resident import all_kept
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(size << 20) for size in (20, 40, 300)]
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with all_kept():
+    print(faults(), faults(), faults())
+print(faults())
+""")
+    assert inside < 64 < outside

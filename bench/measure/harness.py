@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -254,7 +255,9 @@ class CaseRun:
                 call = runner(self.functions[name], self.problem, direction)
                 calls[name] = self._keeping(name, call) if direction == "step" else call
         limits = floors.ceilings(self.device, self.dtype, self.quick)
-        samples = interleave(calls | {x.name: x.call for x in limits}, self.device, self.effort)
+        heap = resident.all_kept() if self._steps_on_cpu(direction) else nullcontext()
+        with heap:
+            samples = interleave(calls | {x.name: x.call for x in limits}, self.device, self.effort)
         found = {name: sampled.summary() for name, sampled in samples.items()}
         times = {x.name: found[x.name]["ms"] for x in limits}
         rates = floors.rates(limits, times, self.native)
@@ -331,6 +334,9 @@ class CaseRun:
         verdict = self._verdict(self.problem.provider(name), direction)
         return "" if verdict["passed"] else f"wrong after timing: {verdict['objection']}"
 
+    def _steps_on_cpu(self, direction: Direction) -> bool:
+        return direction == "step" and self.device.type == "cpu"
+
     def _keeping(self, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
         """The call; its last result, small for a step, stays for the gate."""
 
@@ -343,7 +349,7 @@ class CaseRun:
         name, function = provider.name, self.functions[provider.name]
         if name in self.latest:  # what was timed is what is judged
             found = dict(zip(self.problem.outputs, self.latest.pop(name), strict=True))
-        elif direction == "step" and self.device.type == "cpu" and resident.SUPPORTED:
+        elif self._steps_on_cpu(direction) and resident.SUPPORTED:
             with resident.nothing_kept():
                 found, self.peaks[name] = resident.peak(
                     lambda: results(function, self.problem, direction)

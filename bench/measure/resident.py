@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from svitt_ops.training.engine.process import keep_freed_memory
+
 SUPPORTED = sys.platform.startswith("linux")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
@@ -29,22 +31,32 @@ def peak(call: Callable[[], Any]) -> tuple[Any, int | None]:
 
 @contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Freed memory goes back to the system at once: in what is kept, a second array could hide.
-
-    Then glibc is as it sets itself once a large array was freed.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        yield
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-    libc.mallopt(_M_TRIM_THRESHOLD, 0)
-    libc.malloc_trim(0)
+    """Freed memory goes back to the system at once: in what is kept, a second array could hide."""
+    _set_heap(mmap=2**16, trim=0)
     try:
         yield
     finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
+        _set_heap()
+
+
+@contextmanager
+def all_kept() -> Iterator[None]:
+    """Freed memory is kept, as `svitt pretrain` keeps it."""
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        _set_heap()
+
+
+def _set_heap(mmap: int = 2**25, trim: int = 2**26) -> None:
+    """Thresholds of glibc, and what lies above; those that it sets itself once it freed much."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 2**16)
+        libc.mallopt(_M_MMAP_THRESHOLD, mmap)
+        libc.mallopt(_M_TRIM_THRESHOLD, trim)
+        libc.malloc_trim(0)
 
 
 def _status(key: str) -> int:
