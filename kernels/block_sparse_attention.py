@@ -93,7 +93,7 @@ def _forward_kernel(
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query = load_rows(query_ptr, row_token, query_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, walked, lead, steps = list_extent(
+    blocks_ptr, listed, walked, start, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -112,13 +112,11 @@ def _forward_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
-    for step in range(0, steps):
-        following = list_entries(
-            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        token, _, own, to_globals, _, value, logit, active, _ = column_logits(
-            step, entry, listed, walked, lead, block, length, rows,
+    entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+    for step in range(start, steps):
+        following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+        columns, own, to_globals, _, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, start, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
@@ -127,7 +125,7 @@ def _forward_kernel(
         if logits_ptr is not None:
             base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) - NUM_GLOBAL
             if COLUMNS // BLOCK_SIZE > 1 or to_globals:
-                store_row(base, token, logit * weight, rows == BLOCK_SIZE, own)
+                store_row(base, columns[0], logit * weight, rows == BLOCK_SIZE, own)
         top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 
     rows, row_token, row_exists = row_tokens_again(

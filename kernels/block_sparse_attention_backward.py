@@ -117,7 +117,7 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
     lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
-    blocks_ptr, listed, walked, lead, steps = list_extent(
+    blocks_ptr, listed, walked, start, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -136,13 +136,11 @@ def _grad_query_kernel(
     if table_ptr is not None:
         weight = 1.0
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
-    for step in range(0, steps):
-        following = list_entries(
-            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        _, _, _, _, key, value, logit, active, _ = column_logits(
-            step, entry, listed, walked, lead, block, length, rows,
+    entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+    for step in range(start, steps):
+        following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+        _, _, _, key, value, logit, active, _ = column_logits(
+            step, entry, listed, walked, start, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
             False, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
@@ -210,7 +208,7 @@ def _grad_key_kernel(
     key = load_rows(key_ptr, row_token, key_row, row_exists, HEAD_DIM, DIM)
     value_ptr += batch * value_batch + head * value_head
     value = load_rows(value_ptr, row_token, value_row, row_exists, HEAD_DIM, DIM)
-    blocks_ptr, listed, walked, lead, steps = list_extent(
+    blocks_ptr, listed, walked, start, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
@@ -235,43 +233,48 @@ def _grad_key_kernel(
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
-    entry = list_entries(0, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
-    for step in range(0, steps):
-        following = list_entries(
-            step + 1, blocks_ptr, listed, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
-        )
-        token, exists, _, _, query, grad_out, logit, active, index = column_logits(
-            step, entry, listed, walked, lead, block, length, rows,
+    entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+    for step in range(start, steps):
+        following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
+        columns, _, _, query, grad_out, logit, active, index = column_logits(
+            step, entry, listed, walked, start, block, length, rows,
             key, query_ptr, query_row, grad_out_ptr, grad_out_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
+        token, exists, beyond, source, some = columns
         entry = following
-        # Two numbers a column are enough for the compiler to load them once, not for each thread.
-        places = token[:, None] * 2 + tl.arange(0, 2)[None, :]
-        lse, delta = tl.split(tl.load(terms_ptr + places, mask=exists[:, None], other=0.0))
+        # As many numbers as threads, and the compiler loads them once, not for each thread: two for
+        # each of 64 columns; of fewer columns, each of the two twice.
+        places = source[:, None] * 2 + (tl.arange(0, 2 if COLUMNS >= 64 else 4) % 2)[None, :]
+        terms = tl.load(terms_ptr + places, mask=some[:, None], other=0.0)
+        if COLUMNS < 64:
+            even, odd = tl.split(tl.reshape(terms, [COLUMNS, 2, 2]))
+            terms = tl.join(tl.split(even)[0], tl.split(odd)[0])
+        lse, delta = tl.split(terms)
         shift = tl.where(active[:, None], lse[None, :], float("inf"))
         logit = logit * weight - shift
         if stats_ptr is not None:
-            logit -= tl.load(stats_ptr + token, mask=exists, other=0.0)[None, :]
+            logit -= tl.load(stats_ptr + source, mask=some, other=0.0)[None, :]
         prob = tl.exp2(logit)
         acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
         grad_prob = products(value, grad_out)
         grad_logit = prob * (grad_prob - delta[None, :])
         acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
         if table_ptr is not None:
-            among_tokens = is_key[:, None] & (token >= NUM_GLOBAL)[None, :] & (grad_logit != 0.0)
+            among_tokens = is_key[:, None] & ~beyond[None, :] & (grad_logit != 0.0)
             _add_fixed(sums_ptr + index, grad_logit, unit, among_tokens)
             if NUM_GLOBAL > 0:
-                from_token = is_global_key[:, None] & (token >= NUM_GLOBAL)[None, :]
+                from_token = is_global_key[:, None] & ~beyond[None, :]
                 to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if step < parts + lead:  # the steps that can hold a global
-                    is_global = token < NUM_GLOBAL
+                if step < parts:  # the steps that can hold a global
+                    is_global = beyond & exists
                     sums = sums_ptr + num_offsets + token
                     to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
-                    _add_fixed(sums, to_tokens, unit, is_global & exists)
+                    _add_fixed(sums, to_tokens, unit, is_global)
                     among = is_global_key[:, None] & is_global[None, :]
-                    _add_fixed(sums_ptr + index, grad_logit, unit, among)
+                    further = 1 if NUM_GLOBAL == 1 else 0
+                    _add_fixed(sums_ptr + further + index, grad_logit, unit, among)
 
     acc_key *= scale
     rows, row_token, row_exists = row_tokens_again(

@@ -63,7 +63,8 @@ def list_extent(
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Where the list of a block starts, how many of its blocks a tile walks, how many blocks in
-    all, how many steps come first for nothing but globals, and how many steps there are.
+    all, and the steps: of which number the first is, below 0 where some come before the blocks for
+    nothing but globals, and how many are of blocks.
 
     A tile with global rows also needs the own block: as one more block after the list where the
     list lacks it. A tile of nothing but global rows walks only that one.
@@ -85,97 +86,96 @@ def list_extent(
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     steps = (walked + pack - 1) // pack * parts
-    lead = 0
+    start = 0
     if NUM_GLOBAL > 0:
         if parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL:
-            lead = missing * 0 + (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
+            start = missing * 0 - (NUM_GLOBAL + COLUMNS - 1) // COLUMNS
         else:
             # Beside the first block's tokens, if all rows see both.
-            lead = missing
+            start = -missing
             steps = tl.maximum(steps, parts)
-    steps += lead
     # A block that does not exist in this sample has nothing to do, but block 0 always serves the
     # globals.
-    steps = tl.where((block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length), 0, steps)
-    return blocks_ptr, listed, walked, lead, steps
+    gone = (block > 0) & (NUM_GLOBAL + block * BLOCK_SIZE >= length)
+    return blocks_ptr, listed, walked, tl.where(gone, 0, start), tl.where(gone, 0, steps)
 
 
 @triton.jit
-def list_slots(
-    step, walked, lead,
-    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def list_slots(step, walked, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """Which of the walked blocks a step is of, of several the one behind each column; `walked` in
     the steps for nothing but globals.
     """
-    turn = step - lead + tl.zeros_like(walked)  # the interpreter's steps are no tensors
-    slot = turn
+    step += tl.zeros_like(walked)  # the interpreter's steps are no tensors
+    slot = step
     if COLUMNS < BLOCK_SIZE:
-        slot = turn // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
+        slot = step // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
     elif COLUMNS // BLOCK_SIZE > 1:
         pack: tl.constexpr = COLUMNS // BLOCK_SIZE
-        slot = turn * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
-    return turn, tl.where(turn < 0, walked, slot)
+        slot = step * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
+    return tl.where(step < 0, walked, slot)
 
 
 @triton.jit
-def list_entries(
-    step, blocks_ptr, listed, walked, lead,
-    BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def list_entries(step, blocks_ptr, listed, walked, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """The listed blocks of a step; all its loads wait for them, so they are loaded a step ahead."""
-    _, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    slot = list_slots(step, walked, BLOCK_SIZE, COLUMNS)
     return tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
 
 
 @triton.jit
 def column_tokens(
-    step, entry, listed, walked, lead, block, length,
+    step, entry, listed, walked, start, block, length,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one step: `first` + `place` is the token of each. Which exist, and how many tokens
-    do of the block; which the token rows see, which the global rows, or whether they see any; which
-    can only be globals, and their numbers.
+    """Columns of one step: the token of each; which exist; the token to read for each, and whether
+    to read any; their places in the block, and how many of those hold tokens; which the token rows
+    see, which the global rows, or whether they see any; which can only be globals, and their
+    numbers.
 
-    Whether a column holds a token or a global, and where in its block, are constants of the compile
-    where a tile holds a whole block: `place` leaves the loop, and masks of it fold away.
+    For a column that does not exist one is read that the same rows see anyway, the last token of
+    its block or a global: that takes one minimum, where a mask takes four instructions. Its logits
+    become -inf, so nothing of it counts, but that an infinite value of that token, times a
+    probability of 0, is NaN.
     """
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     leads: tl.constexpr = parts * COLUMNS - pack * BLOCK_SIZE < NUM_GLOBAL
-    turn, slot = list_slots(step, walked, lead, BLOCK_SIZE, NUM_GLOBAL, COLUMNS)
+    step += tl.zeros_like(walked)  # the interpreter's steps are no tensors
+    slot = list_slots(step, walked, BLOCK_SIZE, COLUMNS)
     column = tl.arange(0, COLUMNS)
     within = column
     if parts > 1:
-        within += tl.where(turn < 0, parts - 1, turn % parts) * COLUMNS
+        within += tl.where(step < 0, parts - 1, step % parts) * COLUMNS
     beyond = within >= pack * BLOCK_SIZE
     number = within - pack * BLOCK_SIZE
     if pack > 1:
         within = column % BLOCK_SIZE
-    with_globals = turn < tl.where(lead > 0, 0, parts)
+    with_globals = step < tl.where(start < 0, 0, parts)
     globals = tl.where(with_globals, tl.minimum(NUM_GLOBAL, length), 0)
     if leads:
-        number = step * COLUMNS + column
-        beyond = beyond | (number < tl.where(turn < 0, NUM_GLOBAL + COLUMNS, 0))
+        number = (step - start) * COLUMNS + column
+        beyond = beyond | (number < tl.where(step < 0, NUM_GLOBAL + COLUMNS, 0))
     there = slot < walked
     in_list = slot < listed
     entry = tl.where(in_list, entry, block)
     first = NUM_GLOBAL + entry * BLOCK_SIZE
     limit = tl.where(there, length - first, 0)
     exists = tl.where(beyond, number < globals, within < limit)
+    token = tl.where(beyond, number, first + within)
+    last = length - 1
+    source = tl.minimum(tl.where(limit > 0, first, 0) + within, tl.where(limit > 0, last, 0))
+    if NUM_GLOBAL > 0:
+        source = tl.where(beyond & (number < globals), number, source)
+    some = tl.broadcast_to(tl.maximum(limit, globals), [COLUMNS]) > 0
     # Each global row meets a token in that token's own block, and the globals in block 0, whose own
     # block is the first that it lists, if any.
-    home = tl.where(there, entry, -1)
     if pack > 1:
         to_tokens = in_list | (beyond & with_globals)
-        to_globals = tl.where(beyond, 0, home) == block
-        within += first
-        first = 0
+        to_globals = tl.where(beyond, 0, tl.where(there, entry, -1)) == block
     else:
         to_tokens = in_list | with_globals
-        to_globals = tl.where(with_globals & (block == 0), 0, home) == block
-    place = tl.where(beyond, number - first, within)
-    return first, place, exists, limit, to_tokens, to_globals, beyond, number
+        to_globals = tl.where(step < 0, 0, entry) == block
+    return token, exists, source, some, within, limit, to_tokens, to_globals, beyond, number
 
 
 @triton.jit
@@ -232,9 +232,7 @@ def bias_index(
     else:
         index = row_code[:, None] - code[None, :]
     index = tl.minimum(index.to(tl.uint32), last.to(tl.uint32)[:, None]).to(tl.int32)
-    if NUM_GLOBAL == 1:
-        index += tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
-    elif NUM_GLOBAL > 1:
+    if NUM_GLOBAL > 1:
         number = tl.minimum(number, NUM_GLOBAL - 1)[None, :]
         a = tl.where(of_global >= 0, of_global, 0)[:, None]
         if ROWS_ARE_KEYS:
@@ -248,25 +246,31 @@ def bias_index(
 
 @triton.jit
 def column_logits(
-    step, entry, listed, walked, lead, block, length, rows,
+    step, entry, listed, walked, start, block, length, rows,
     held, ptr, stride, other_ptr, other_stride,
     scale_log2, table_ptr, codes_ptr, row_code, shift, num_offsets,
     ROWS_ARE_KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One step of columns: their tokens, which exist, which are tokens of the own block, whether
-    the global rows see any (of several blocks, which), their rows behind `ptr` and `other_ptr`, the
+    """One step of columns: their tokens, which exist, which can only be globals, the tokens to read
+    and whether to read any, all five together; which are tokens of the own block, whether the
+    global rows see any (of several blocks, which), their rows behind `ptr` and `other_ptr`, the
     logits of the first with the rows that hold `held`, which rows see any of them, and the table's
-    entry behind each pair.
+    entry of each pair (where the column is a single global, the one before it).
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
     whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
-    first, place, exists, limit, to_tokens, to_globals, beyond, number = column_tokens(
-        step, entry, listed, walked, lead, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+    token, exists, source, some, within, limit, to_tokens, to_globals, beyond, number = (
+        column_tokens(
+            step, entry, listed, walked, start, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
     )
-    token = first + place
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
+    if ROWS_ARE_KEYS and COLUMNS // BLOCK_SIZE <= 1:
+        # The same by one comparison: fewer instructions, but for queries more registers.
+        to_tokens = step < tl.where(start < 0, listed * parts, 2**31 - 1)
     index = 0
     LINES: tl.constexpr = not ROWS_ARE_KEYS and NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
     if table_ptr is not None:
@@ -274,7 +278,7 @@ def column_logits(
         if LINES:
             line, largest, low, high = row_code
             # Two of each, or every thread would load the codes of all its columns.
-            places = (first - NUM_GLOBAL + place)[:, None] + tl.zeros([1, 2], tl.int32)
+            places = (token - NUM_GLOBAL)[:, None] + tl.zeros([1, 2], tl.int32)
             code = tl.load(codes_ptr + places, mask=(exists & ~beyond)[:, None], other=0)
             code, _ = tl.split(-tl.minimum(tl.maximum(code - largest, low), high))
             bias = tl.load((table_ptr + line)[:, None] + code[None, :])
@@ -285,15 +289,16 @@ def column_logits(
                 rows, row_code, code, beyond, number, num_offsets,
                 ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
             )  # fmt: skip
-            bias = tl.load(table_ptr + index)
+            further = 0
+            if NUM_GLOBAL == 1:
+                further = tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
+            bias = tl.load(table_ptr + further + index)
     # Both on their way before anything waits for one of them.
-    here = load_rows(ptr + first * stride, place, stride, exists, HEAD_DIM, DIM)
-    other_ptr += first * other_stride
-    other = load_rows(other_ptr, place, other_stride, exists, HEAD_DIM, DIM)
-    if LINES and NUM_GLOBAL == 1 and table_ptr is not None:
+    here = load_rows(ptr, source, stride, some, HEAD_DIM, DIM)
+    other = load_rows(other_ptr, source, other_stride, some, HEAD_DIM, DIM)
+    if LINES and NUM_GLOBAL == 1 and table_ptr is not None:  # noqa: SIM102 (while compiling)
         # Only in these steps does the global row, or the global column, count.
-        parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
-        if to_globals | (step < parts + lead):
+        if to_globals | (step < parts):
             is_token = rows < BLOCK_SIZE
             bias = tl.where(is_token[:, None], bias, tl.load(table_ptr + num_offsets))
             to_global = tl.load(table_ptr + num_offsets + tl.where(is_token, 1, 2))
@@ -312,12 +317,17 @@ def column_logits(
         seen = exists[None, :] & first_block[:, None]
         logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
         if limit < BLOCK_SIZE:
-            # With the step on both sides, no column keeps a register between the steps for this.
-            present = (place + step < limit + step) | beyond
-            logit = tl.where(present[None, :], logit, float("-inf"))
+            present = within < limit
+            if COLUMNS < 64 or NUM_GLOBAL == 0 or table_ptr is None:  # else that would spill
+                # A thread has the same two of all eight columns: it compares one number of its own
+                # with constants.
+                column = tl.arange(0, COLUMNS)
+                present = limit - (within - column) - (column & 6) > (column & -7)
+            logit = tl.where((present | beyond)[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
     own = exists & (token >= NUM_GLOBAL) & ((token - NUM_GLOBAL) // BLOCK_SIZE == block)
-    return token, exists, own, to_globals, here, other, logit, active, index
+    columns = token, exists, beyond, source, some
+    return columns, own, to_globals, here, other, logit, active, index
 
 
 @triton.jit

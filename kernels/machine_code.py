@@ -51,7 +51,8 @@ class Loop:
     conflict_ways: int
     """Times that the worst access to shared memory is served; 1 is without conflict."""
     uncoalesced: int
-    """Accesses to global memory that touch more sectors of 32 bytes than their bytes fill."""
+    """Accesses to global memory that touch more sectors of 32 bytes than their bytes fill, and the
+    one more that it takes to start inside a sector."""
     untraced: int
     """Accesses of whose addresses neither is known: by unknown strides, or by what was loaded."""
 
@@ -120,7 +121,10 @@ def matrix_loops(listing: str, num_warps: int) -> list[Loop]:
                 products=products,
                 cycles=sum(max(stall, 1) for stall in stalls[first : last + 1]),
                 conflict_ways=max((x.get("conflict_ways", 1) for x in known), default=1),
-                uncoalesced=sum(x["verdict"] == "uncoalesced" for x in known),
+                uncoalesced=sum(
+                    x["verdict"] == "uncoalesced" and x["sectors_best"] > x["sectors_ideal"] + 1
+                    for x in known
+                ),
                 untraced=sum(start <= x["addr"] <= end for x in found["unanalyzed"]),
             )
         )

@@ -129,11 +129,12 @@ def attention_tile(
         rows, columns = min(rows, 32 if dim <= 128 else 16), 16
         num_warps, num_stages = 4 if dim <= 64 else 8, 2
     elif hopper and dim <= 64 and biased:
-        # Three programs beside each other, as on an H200 is faster than two. Of wider steps the
-        # registers hold just those of a whole block with columns to spare, and of unmasked dims.
-        plain = head_dim == 64 and block_size + num_global <= 64 and num_global <= 1
+        # Three programs beside each other, as on an H200 is faster than two, where a tile holds a
+        # block and its globals. Of wider steps the registers hold just those of unmasked dims.
+        whole = block_size + num_global <= 64
+        plain = whole and head_dim == 64 and num_global <= 1
         columns, num_stages = 64 if which == "forward" and plain else 32, 1
-        max_registers = 255 if which == "grad_key" else 168
+        max_registers = 255 if which == "grad_key" or not whole else 168
     elif hopper and dim <= 64:
         columns, num_stages = 64, 1 if which == "grad_query" else 2
         max_registers = 255 if which == "grad_key" else 168

@@ -31,6 +31,7 @@ SHF.L.U32 R8, R7, 0x3, RZ
 .L_x_2:
 LDS R4, [R3]
 LDG.E R5, desc[UR4][R2.64]
+LDG.E R5, desc[UR4][R2.64+0x4]
 LDG.E R5, desc[UR4][R8.64]
 @!P0 IMAD.MOV.U32 R5, RZ, RZ, R6
 LDG.E R6, desc[UR4][R5.64]
@@ -44,12 +45,12 @@ EXIT
 """
 STALLS = 3
 LOOP = Loop(
-    instructions=7,
+    instructions=8,
     index=1,
     products=1,
-    cycles=7 * STALLS,
+    cycles=8 * STALLS,
     conflict_ways=2,  # odd threads read 33 words further on
-    uncoalesced=1,  # 32 bytes apart; the bound is taken for outside
+    uncoalesced=1,  # 32 bytes apart, not side by side from inside a sector; the bound is outside
     untraced=1,  # at an address that was loaded
 )
 
