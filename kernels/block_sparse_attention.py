@@ -115,7 +115,7 @@ def _forward_kernel(
     entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
     for step in range(start, steps):
         following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
-        columns, own, to_globals, _, value, logit, active, _ = column_logits(
+        columns, to_globals, _, value, logit, active, _ = column_logits(
             step, entry, listed, walked, start, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
@@ -125,6 +125,9 @@ def _forward_kernel(
         if logits_ptr is not None:
             base = logits_ptr + pair.to(tl.int64) * (seq_len - NUM_GLOBAL) - NUM_GLOBAL
             if COLUMNS // BLOCK_SIZE > 1 or to_globals:
+                own = columns[1] & ~columns[2]
+                if COLUMNS // BLOCK_SIZE > 1:
+                    own = own & to_globals
                 store_row(base, columns[0], logit * weight, rows == BLOCK_SIZE, own)
         top, total, acc = weigh_values(top, total, acc, logit, weight, active, value)
 

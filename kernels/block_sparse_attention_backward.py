@@ -139,7 +139,7 @@ def _grad_query_kernel(
     entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
     for step in range(start, steps):
         following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
-        _, _, _, key, value, logit, active, _ = column_logits(
+        _, _, key, value, logit, active, _ = column_logits(
             step, entry, listed, walked, start, block, length, rows,
             query, key_ptr, key_row, value_ptr, value_row,
             scale_log2, table_ptr, codes_ptr, row_code, 0, num_offsets,
@@ -236,7 +236,7 @@ def _grad_key_kernel(
     entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
     for step in range(start, steps):
         following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
-        columns, _, _, query, grad_out, logit, active, index = column_logits(
+        columns, _, query, grad_out, logit, active, index = column_logits(
             step, entry, listed, walked, start, block, length, rows,
             key, query_ptr, query_row, grad_out_ptr, grad_out_row,
             scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,

@@ -253,10 +253,10 @@ def column_logits(
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One step of columns: their tokens, which exist, which can only be globals, the tokens to read
-    and whether to read any, all five together; which are tokens of the own block, whether the
-    global rows see any (of several blocks, which), their rows behind `ptr` and `other_ptr`, the
-    logits of the first with the rows that hold `held`, which rows see any of them, and the table's
-    entry of each pair (where the column is a single global, the one before it).
+    and whether to read any, all five together; whether the global rows see any (of several blocks,
+    which), their rows behind `ptr` and `other_ptr`, the logits of the first with the rows that hold
+    `held`, which rows see any of them, and the table's entry of each pair (where the column is a
+    single global, the one before it).
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
@@ -296,17 +296,19 @@ def column_logits(
     # Both on their way before anything waits for one of them.
     here = load_rows(ptr, source, stride, some, HEAD_DIM, DIM)
     other = load_rows(other_ptr, source, other_stride, some, HEAD_DIM, DIM)
-    if LINES and NUM_GLOBAL == 1 and table_ptr is not None:  # noqa: SIM102 (while compiling)
-        # Only in these steps does the global row, or the global column, count.
-        if to_globals | (step < parts):
-            is_token = rows < BLOCK_SIZE
-            bias = tl.where(is_token[:, None], bias, tl.load(table_ptr + num_offsets))
-            to_global = tl.load(table_ptr + num_offsets + tl.where(is_token, 1, 2))
-            bias = tl.where(beyond[None, :], to_global[:, None], bias)
-    logit = products(held, here)
-    if table_ptr is not None:
-        logit = logit * scale_log2 + bias
+    product = products(held, here)
+    logit = product
     is_token = rows < BLOCK_SIZE
+    if table_ptr is not None:
+        logit = product * scale_log2 + bias
+        if LINES and NUM_GLOBAL == 1:  # noqa: SIM102 (while compiling)
+            # Only in these steps does the global row, or the global column, count.
+            if to_globals | (step < parts):
+                of_global = product * scale_log2 + tl.load(table_ptr + num_offsets)
+                logit = tl.where(is_token[:, None], logit, of_global)
+                to_global = tl.load(table_ptr + num_offsets + tl.where(is_token, 1, 2))
+                to_global = product * scale_log2 + to_global[:, None]
+                logit = tl.where(beyond[None, :], to_global, logit)
     if COLUMNS // BLOCK_SIZE > 1:
         seen = tl.where(is_token[:, None], to_tokens[None, :], to_globals[None, :])
         logit = tl.where(seen & exists[None, :], logit, float("-inf"))
@@ -317,17 +319,14 @@ def column_logits(
         seen = exists[None, :] & first_block[:, None]
         logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
         if limit < BLOCK_SIZE:
-            present = within < limit
-            if COLUMNS < 64 or NUM_GLOBAL == 0 or table_ptr is None:  # else that would spill
-                # A thread has the same two of all eight columns: it compares one number of its own
-                # with constants.
-                column = tl.arange(0, COLUMNS)
-                present = limit - (within - column) - (column & 6) > (column & -7)
+            # A thread has the same two of all eight columns: it compares one number of its own with
+            # constants.
+            column = tl.arange(0, COLUMNS)
+            present = limit - (within - column) - (column & 6) > (column & -7)
             logit = tl.where((present | beyond)[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
-    own = exists & (token >= NUM_GLOBAL) & ((token - NUM_GLOBAL) // BLOCK_SIZE == block)
     columns = token, exists, beyond, source, some
-    return columns, own, to_globals, here, other, logit, active, index
+    return columns, to_globals, here, other, logit, active, index
 
 
 @triton.jit
