@@ -162,8 +162,10 @@ def column_tokens(
     limit = tl.where(there, length - first, 0)
     exists = tl.where(beyond, number < globals, within < limit)
     token = tl.where(beyond, number, first + within)
-    last = length - 1
-    source = tl.minimum(tl.where(limit > 0, first, 0) + within, tl.where(limit > 0, last, 0))
+    last = tl.where(limit > 0, length - 1, 0)
+    if pack == 1 and parts * COLUMNS > BLOCK_SIZE:
+        last = tl.minimum(last, first + (BLOCK_SIZE - 1))
+    source = tl.minimum(first + within, last)
     if NUM_GLOBAL > 0:
         source = tl.where(beyond & (number < globals), number, source)
     some = tl.broadcast_to(tl.maximum(limit, globals), [COLUMNS]) > 0

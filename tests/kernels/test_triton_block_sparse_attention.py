@@ -251,19 +251,24 @@ def test_matches_dense_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert error <= budget, f"{what}: error {error:.3e}, budget {budget:.3e}"
 
 
+@pytest.mark.parametrize("block_size", [20, 56])
 @pytest.mark.parametrize("num_global", [0, 1])
-def test_a_nan_reaches_the_rows_that_see_it(num_global: int) -> None:
+def test_a_nan_reaches_the_rows_that_see_it(num_global: int, block_size: int) -> None:
     """Columns that do not exist read tokens that do, which these rows see anyway."""
-    length = num_global + 44
+    length = num_global + 2 * block_size + 4
     case = replace(
-        SMALL, num_global=num_global, block_size=20, layout="local_random", lengths=(length,)
-    )
-    for token in (num_global + 19, num_global + 39, length - 1):
+        SMALL,
+        num_global=num_global, block_size=block_size, layout="local_random", lengths=(length,),
+        tokens=2 * block_size + 8,
+    )  # fmt: skip
+    for place in (block_size - 1, block_size, 2 * block_size - 1, 2 * block_size + 3):
         arguments, grad_out = make(case)
-        arguments["value"][0, 0, token] = float("nan")
+        arguments["value"][0, 0, num_global + place] = float("nan")
         rows = torch.arange(length)
-        blocks = (rows - num_global) // 20
-        seen = (rows < num_global) | arguments["layout"].to_mask().cpu()[blocks, blocks[token]]
+        blocks = (rows - num_global) // block_size
+        mask = arguments["layout"].to_mask().cpu()
+        assert not mask.all()
+        seen = (rows < num_global) | mask[blocks, place // block_size]
         out = run(arguments, grad_out)[0][0, 0, :length].cpu()
         assert torch.equal(out.isnan().all(1), seen)
         assert torch.equal(out.isnan().any(1), seen)
