@@ -47,7 +47,7 @@ from .block_sparse_walk import (
     list_extent,
     logit_weight,
     own_tile,
-    query_codes,
+    row_codes,
     row_tokens,
     row_tokens_again,
     sample_length,
@@ -101,8 +101,8 @@ def _forward_kernel(
     if table_ptr is not None:
         table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
-        row_code = query_codes(
-            codes_ptr, row_token, length, num_offsets, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        row_code = row_codes(
+            codes_ptr, row_token, length, num_offsets, False, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
 
     scale_log2 = logit_weight(scale)

@@ -23,8 +23,10 @@ fixed point. The query kernel finds, per head, the largest magnitude a pair may 
 integer maximum over float bits); the key kernel scales by a power of two such that all pairs of
 that head together stay below 2^62, rounds, and adds. With 2^c pairs a head this keeps 62 - c bits
 below the largest contribution (about 38 for 32 clips of 4 frames, against the 24 of an fp32 sum).
-Sums with the globals' entries, which all tokens share, are reduced in the program first. A NaN or
-infinite contribution makes that head's gradient NaN.
+All tokens share the entries of a global: where it is the only one, what it gets as a key is reduced
+in the program first, and what it gets as a query is no sum at all: a query's contributions add up
+to 0, so its tokens' are those among the globals, with the other sign. A NaN or infinite
+contribution makes that head's gradient NaN.
 
 Source: SViTT (Li et al., CVPR 2023), section 3.2; FlashAttention-2 (Dao, 2023), algorithm 2.
 """
@@ -37,23 +39,29 @@ import triton.language as tl
 
 from .block_sparse_attention import block_sparse_attention
 from .block_sparse_walk import (
-    GLOBAL_CODE,
     bias_arguments,
     column_logits,
     key_value_strides,
     layout_strides,
     list_entries,
     list_extent,
-    load_codes,
     logit_weight,
     own_tile,
-    query_codes,
+    row_codes,
     row_tokens,
     row_tokens_again,
     sample_length,
 )
 from .rows import load_offsets, load_rows, needs_wide_offsets, products, store_rows
-from .tiles import attention_tile, cdiv, combine_chunk, device_arch, launch_options, on_device
+from .tiles import (
+    attention_tile,
+    cdiv,
+    combine_chunk,
+    device_arch,
+    launch_options,
+    next_pow2,
+    on_device,
+)
 
 _SIZES = [
     "num_heads", "seq_len", "num_blocks", "list_width", "num_offsets", "pair_bits",
@@ -84,7 +92,7 @@ def _add_fixed(ptr, value, unit, mask):
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_query_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, stats_ptr, terms_ptr,
-    grad_query_ptr, partial_ptr, sums_ptr,
+    grad_query_ptr, partial_ptr, entries_ptr,
     counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, layout_batch, layout_head, codes_batch,
     stats_stack, grad_out_batch, grad_out_head, grad_out_row, query_batch, query_head, query_row,
@@ -92,7 +100,7 @@ def _grad_query_kernel(
     out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row tile of queries; their lse in base 2 and delta, side by side for the next
     kernel; the top magnitude of a bias term.
@@ -106,7 +114,7 @@ def _grad_query_kernel(
     lse_ptr += pair.to(tl.int64) * seq_len
     if stats_ptr is not None:
         stats_ptr += pair.to(tl.int64) * seq_len
-    terms_ptr += pair.to(tl.int64) * seq_len * 2
+    terms_ptr += pair.to(tl.int64) * (seq_len + 1) * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     query_ptr += batch * query_batch + head * query_head
@@ -117,19 +125,27 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, row_token, out_row, row_exists, HEAD_DIM, DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
     lse, lse_low = load_offsets(lse_ptr, stats_ptr, stats_stack, row_token, row_exists)
+    own_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
+    owned = (rows < own_rows) & (row_token < seq_len)
+    terms = tl.join(lse, delta)
+    places = tl.broadcast_to(row_token[:, None] * 2 + tl.arange(0, 2)[None, :], terms.shape)
+    tl.store(terms_ptr + places, terms, mask=owned[:, None])
+    if tl.program_id(0) % (grid_blocks * ROW_TILES) == 0:
+        # Of a query that does not exist, for the next kernel: its probabilities are 0.
+        which = tl.arange(0, 2)
+        tl.store(terms_ptr + seq_len * 2 + which, tl.where(which == 0, float("inf"), 0.0))
     blocks_ptr, listed, walked, start, steps = list_extent(
         counts_ptr, blocks_ptr, batch * layout_batch + head * layout_head + block, list_width,
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code = 0
     if table_ptr is not None:
-        table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
-        table_ptr += head * table_size
+        table_ptr += head * (num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL)
         codes_ptr += batch * codes_batch
-        row_code = query_codes(
-            codes_ptr, row_token, length, num_offsets, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        row_code = row_codes(
+            codes_ptr, row_token, length, num_offsets, False, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
-        top_bits = tl.zeros([ROWS], tl.int32)
+        top_bits = tl.zeros([ROWS, 4], tl.int32)
 
     scale_log2 = logit_weight(scale)
     weight = scale_log2
@@ -151,13 +167,14 @@ def _grad_query_kernel(
         prob = tl.exp2(logit)
         entry = following
         grad_prob = products(grad_out, value)
-        grad_logit = prob * (grad_prob - delta[:, None])
-        acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
         if table_ptr is not None:
             # Without the cancellation between the two terms, a bound for the other kernel's
             # rounding too.
             bound = prob * (tl.abs(grad_prob) + tl.abs(delta)[:, None])
-            top_bits = tl.maximum(top_bits, tl.max(bound.to(tl.int32, bitcast=True), axis=1))
+            bits = tl.reshape(bound.to(tl.int32, bitcast=True), [ROWS, COLUMNS // 8, 4, 2])
+            top_bits = tl.maximum(top_bits, tl.max(tl.max(bits, axis=3), axis=1))
+        grad_logit = prob * (grad_prob - delta[:, None])
+        acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
 
     acc *= scale
     rows, row_token, _ = row_tokens_again(
@@ -167,24 +184,19 @@ def _grad_query_kernel(
     grad_query_ptr += batch * grad_batch + head * grad_head
     store_rows(grad_query_ptr, row_token, grad_row, acc, is_token, HEAD_DIM, DIM)
     is_global = (rows >= BLOCK_SIZE) & (rows < BLOCK_SIZE + NUM_GLOBAL)
-    own_rows = tl.where(block == 0, BLOCK_SIZE + NUM_GLOBAL, BLOCK_SIZE)
-    owned = (rows < own_rows) & (row_token < seq_len)
-    terms = tl.join(lse, delta)
-    places = tl.broadcast_to(row_token[:, None] * 2 + tl.arange(0, 2)[None, :], terms.shape)
-    tl.store(terms_ptr + places, terms, mask=owned[:, None])
     if NUM_GLOBAL > 0:
         slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
         store_rows(partial_ptr, slot, HEAD_DIM, acc, is_global, HEAD_DIM, DIM)
     if table_ptr is not None:
-        top_ptr = sums_ptr + head * (table_size + 1) + table_size
-        tl.atomic_max(top_ptr, tl.max(top_bits, axis=0).to(tl.int64), sem="relaxed")
+        top_ptr = entries_ptr + (head + 1) * 2 * SLOTS - 1
+        tl.atomic_max(top_ptr, tl.max(tl.max(top_bits, axis=1), axis=0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_key_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, stats_ptr, terms_ptr,
-    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr, sums_ptr,
-    counts_ptr, blocks_ptr, table_ptr, codes_ptr, lengths_ptr, scale,
+    grad_key_ptr, grad_value_ptr, partial_key_ptr, partial_value_ptr,
+    counts_ptr, blocks_ptr, entries_ptr, codes_ptr, lengths_ptr, scale,
     num_heads, seq_len, num_blocks, list_width, num_offsets, pair_bits,
     layout_batch, layout_head, codes_batch,
     stats_stack, grad_out_batch, grad_out_head, grad_out_row, query_batch, query_head, query_row,
@@ -192,7 +204,7 @@ def _grad_key_kernel(
     grad_batch, grad_head, grad_row,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, ROW_TILES: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one row tile of keys and values; columns are the queries that attend them."""
     grid_blocks, pair, batch, head, block, tile = own_tile(num_heads, num_blocks, ROW_TILES, WIDE)
@@ -201,7 +213,7 @@ def _grad_key_kernel(
     grad_out_ptr += batch * grad_out_batch + head * grad_out_head
     if stats_ptr is not None:
         stats_ptr += stats_stack + pair.to(tl.int64) * seq_len
-    terms_ptr += pair.to(tl.int64) * seq_len * 2
+    terms_ptr += pair.to(tl.int64) * (seq_len + 1) * 2
 
     rows, row_token, row_exists = row_tokens(block, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS)
     key_ptr += batch * key_batch + head * key_head
@@ -213,41 +225,42 @@ def _grad_key_kernel(
         block, num_blocks, tile, length, BLOCK_SIZE, NUM_GLOBAL, ROWS, COLUMNS,
     )  # fmt: skip
     row_code, centre = 0, 0
-    if table_ptr is not None:
-        table_size = num_offsets + 2 * NUM_GLOBAL + NUM_GLOBAL * NUM_GLOBAL
-        table_ptr += head * table_size
+    if entries_ptr is not None:
+        entries_ptr += head * 2 * SLOTS
         codes_ptr += batch * codes_batch
-        row_code = load_codes(codes_ptr, row_token, length, 0, -GLOBAL_CODE, NUM_GLOBAL)
+        row_code = row_codes(
+            codes_ptr, row_token, length, num_offsets, True, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
+        )
         centre = (num_offsets - 1) // 2
-        sums_ptr += head * (table_size + 1)
-        top_bits = tl.load(sums_ptr + table_size).to(tl.int32)
+        top_bits = tl.load(entries_ptr + 2 * SLOTS - 1).to(tl.int32)
         unit = _power_of_two(_fixed_point_exponent(top_bits, pair_bits))
-        is_key = row_exists & (rows < BLOCK_SIZE)
-        is_global_key = row_exists & (rows >= BLOCK_SIZE)
+        unit = tl.where(row_exists, unit, 0.0)[:, None]
         to_global = tl.zeros([ROWS], tl.float32)
+        among = tl.zeros([ROWS], tl.float32)
 
     scale_log2 = logit_weight(scale)
     weight = scale_log2
-    if table_ptr is not None:
+    if entries_ptr is not None:
         weight = 1.0
+    LINES: tl.constexpr = NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
-    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
     for step in range(start, steps):
         following = list_entries(step + 1, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
-        columns, _, query, grad_out, logit, active, index = column_logits(
+        columns, to_globals, query, grad_out, logit, active, entries = column_logits(
             step, entry, listed, walked, start, block, length, rows,
             key, query_ptr, query_row, grad_out_ptr, grad_out_row,
-            scale_log2, table_ptr, codes_ptr, row_code, centre, num_offsets,
+            scale_log2, entries_ptr, codes_ptr, row_code, centre, num_offsets,
             True, BLOCK_SIZE, NUM_GLOBAL, HEAD_DIM, COLUMNS, DIM,
         )  # fmt: skip
-        token, exists, beyond, source, some = columns
+        token, exists, beyond, _, _ = columns
         entry = following
         # As many numbers as threads, and the compiler loads them once, not for each thread: two for
         # each of 64 columns; of fewer columns, each of the two twice.
-        places = source[:, None] * 2 + (tl.arange(0, 2 if COLUMNS >= 64 else 4) % 2)[None, :]
-        terms = tl.load(terms_ptr + places, mask=some[:, None], other=0.0)
+        which = tl.arange(0, 2 if COLUMNS >= 64 else 4) % 2
+        places = tl.where(exists, token, seq_len)[:, None] * 2 + which[None, :]
+        terms = tl.load(terms_ptr + places)
         if COLUMNS < 64:
             even, odd = tl.split(tl.reshape(terms, [COLUMNS, 2, 2]))
             terms = tl.join(tl.split(even)[0], tl.split(odd)[0])
@@ -255,26 +268,24 @@ def _grad_key_kernel(
         shift = tl.where(active[:, None], lse[None, :], float("inf"))
         logit = logit * weight - shift
         if stats_ptr is not None:
-            logit -= tl.load(stats_ptr + source, mask=some, other=0.0)[None, :]
+            logit -= tl.load(stats_ptr + token, mask=exists, other=0.0)[None, :]
         prob = tl.exp2(logit)
         acc_value = tl.dot(prob.to(grad_out.dtype), grad_out, acc_value, input_precision="ieee")
         grad_prob = products(value, grad_out)
         grad_logit = prob * (grad_prob - delta[None, :])
         acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
-        if table_ptr is not None:
-            among_tokens = is_key[:, None] & ~beyond[None, :] & (grad_logit != 0.0)
-            _add_fixed(sums_ptr + index, grad_logit, unit, among_tokens)
-            if NUM_GLOBAL > 0:
-                from_token = is_global_key[:, None] & ~beyond[None, :]
-                to_global += tl.sum(tl.where(from_token, grad_logit, 0.0), axis=1)
-                if step < parts:  # the steps that can hold a global
-                    is_global = beyond & exists
-                    sums = sums_ptr + num_offsets + token
-                    to_tokens = tl.sum(tl.where(is_key[:, None], grad_logit, 0.0), axis=0)
-                    _add_fixed(sums, to_tokens, unit, is_global)
-                    among = is_global_key[:, None] & is_global[None, :]
-                    further = 1 if NUM_GLOBAL == 1 else 0
-                    _add_fixed(sums_ptr + further + index, grad_logit, unit, among)
+        if entries_ptr is not None:
+            entries += SLOTS
+            if LINES:
+                # Pairs among tokens: a mask that does not wait for the values.
+                pairs = (rows < BLOCK_SIZE)[:, None] & (exists & ~beyond)[None, :]
+                _add_fixed(entries, grad_logit, unit, pairs)
+                if NUM_GLOBAL > 0:  # noqa: SIM102 (while compiling)
+                    if to_globals:
+                        to_global += tl.sum(grad_logit, axis=1)
+                        among += tl.sum(tl.where(beyond[None, :], grad_logit, 0.0), axis=1)
+            else:
+                _add_fixed(entries, grad_logit, unit, grad_logit != 0)
 
     acc_key *= scale
     rows, row_token, row_exists = row_tokens_again(
@@ -291,9 +302,12 @@ def _grad_key_kernel(
         slot = (pair.to(tl.int64) * NUM_GLOBAL + rows - BLOCK_SIZE) * grid_blocks + block
         store_rows(partial_key_ptr, slot, HEAD_DIM, acc_key, partial, HEAD_DIM, DIM)
         store_rows(partial_value_ptr, slot, HEAD_DIM, acc_value, partial, HEAD_DIM, DIM)
-        if table_ptr is not None:
-            sums = sums_ptr + num_offsets + NUM_GLOBAL + rows - BLOCK_SIZE
-            _add_fixed(sums, to_global, unit, is_global_key)
+        if entries_ptr is not None and LINES:
+            sums = entries_ptr + SLOTS + num_offsets + tl.zeros([ROWS, 1], tl.int32)
+            among, is_global = among[:, None], (partial & row_exists)[:, None]
+            _add_fixed(sums, -among, unit, is_global)
+            _add_fixed(sums + 1, to_global[:, None] - among, unit, is_global)
+            _add_fixed(sums + 2, among, unit, is_global)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_partials", "stack"])
@@ -327,14 +341,16 @@ def _combine_grads_kernel(
 
 
 @triton.jit(do_not_specialize=["num_heads", "table_size", "pair_bits"])
-def _finish_table_kernel(sums_ptr, grad_ptr, num_heads, table_size, pair_bits, SIZE: tl.constexpr):
-    """Fixed-point sums (heads, R + 1) to the fp32 gradient (R, heads)."""
+def _finish_table_kernel(
+    entries_ptr, grad_ptr, num_heads, table_size, pair_bits, SIZE: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """Fixed-point sums of all heads to the fp32 gradient (R, heads)."""
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     exists = place < num_heads * table_size
     row, head = place // num_heads, (place % num_heads).to(tl.int64)
-    sums_ptr += head * (table_size + 1)
-    total = tl.load(sums_ptr + row, mask=exists, other=0)
-    top_bits = tl.load(sums_ptr + table_size, mask=exists, other=0).to(tl.int32)
+    entries_ptr += head * 2 * SLOTS
+    total = tl.load(entries_ptr + SLOTS + row, mask=exists, other=0)
+    top_bits = tl.load(entries_ptr + 2 * SLOTS - 1, mask=exists, other=0).to(tl.int32)
     unit = _power_of_two(-_fixed_point_exponent(top_bits, pair_bits))
     grad = tl.where(top_bits < _FINITE_BITS, total.to(tl.float32) * unit, float("nan"))
     tl.store(grad_ptr + place, grad, mask=exists)
@@ -397,20 +413,24 @@ def block_sparse_attention_backward(
 
     biased, arch = bias_table is not None, device_arch(query.device)
     grid_blocks = max(num_blocks, 1)
-    terms = lse.new_empty(*lse.shape, 2)
+    terms = lse.new_empty(batch, heads, seq_len + 1, 2)
     partial_shape = (3, batch, heads, num_global, grid_blocks, head_dim)
     partials = query.new_empty(partial_shape, dtype=torch.float32)
     partial_query, partial_key, partial_value = partials.unbind(0)
     table, num_offsets, codes_batch = bias_arguments(bias_table, position_codes, num_global)
-    sums = None
+    entries, slots = None, 1
     if table is not None:
-        # One row a head: the fixed-point sums of its entries, and the bits of the top magnitude.
-        sums = query.new_zeros(heads, table.shape[1] + 1, dtype=torch.int64)
+        # Of each head the table, an entry in the first half of 8 bytes; as far behind each as these
+        # are many, its fixed-point sum; and as the last, the bits of the top magnitude.
+        slots = next_pow2(table.shape[1] + 1)
+        entries = query.new_zeros(heads, 2, slots, dtype=torch.int64)
+        entries[:, 0].view(torch.float32)[:, : 2 * table.shape[1] : 2] = table
     degree = num_global + min(max(key_blocks.shape[3], 1) * block_size, num_tokens)
     pair_bits = (batch * (num_tokens * degree + num_global * seq_len)).bit_length()
     inputs = [x.stride(i) for x in (grad_out, query, key, value) for i in range(3)]
     config = {"BLOCK_SIZE": block_size, "NUM_GLOBAL": num_global, "HEAD_DIM": head_dim}
     config["WIDE"] = needs_wide_offsets(grad_out, query, key, value, out, *grads)
+    config["SLOTS"] = slots
 
     with on_device(query):
         for which in ("grad_query", "grad_key"):
@@ -423,7 +443,7 @@ def block_sparse_attention_backward(
             if which == "grad_query":
                 _grad_query_kernel[grid](
                     grad_out, query, key, value, out, lse, stats, terms,
-                    grads[0], partial_query, sums,
+                    grads[0], partial_query, entries,
                     key_counts, key_blocks, table, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, key_blocks.shape[3], num_offsets,
                     *layout_strides(key_counts), codes_batch, stats_stack,
@@ -433,8 +453,8 @@ def block_sparse_attention_backward(
             else:
                 _grad_key_kernel[grid](
                     grad_out, query, key, value, stats, terms,
-                    grads[1], grads[2], partial_key, partial_value, sums,
-                    query_counts, query_blocks, table, position_codes, key_lengths, scale,
+                    grads[1], grads[2], partial_key, partial_value,
+                    query_counts, query_blocks, entries, position_codes, key_lengths, scale,
                     heads, seq_len, num_blocks, query_blocks.shape[3], num_offsets, pair_bits,
                     *layout_strides(query_counts), codes_batch, stats_stack,
                     *inputs, *grads[1].stride()[:3], **config, **shape,
@@ -446,9 +466,9 @@ def block_sparse_attention_backward(
                 NUM_GLOBAL=num_global, HEAD_DIM=head_dim, DIM=dim,
                 CHUNK=combine_chunk(dim), **launch_options(),
             )  # fmt: skip
-        if sums is not None:
+        if entries is not None:
             _finish_table_kernel[(cdiv(grad_table.numel(), 1024),)](
-                sums, grad_table, heads, grad_table.shape[0], pair_bits,
-                SIZE=1024, **launch_options(),
+                entries, grad_table, heads, grad_table.shape[0], pair_bits,
+                SIZE=1024, SLOTS=slots, **launch_options(),
             )  # fmt: skip
     return grads[0], grads[1], grads[2], grad_table

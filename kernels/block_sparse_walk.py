@@ -102,23 +102,24 @@ def list_extent(
 
 @triton.jit
 def list_slots(step, walked, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of the walked blocks a step is of, of several the one behind each column; `walked` in
-    the steps for nothing but globals.
+    """Which of the walked blocks a step is of, of several the one behind each column; more than any
+    in the steps for nothing but globals.
     """
     step += tl.zeros_like(walked)  # the interpreter's steps are no tensors
-    slot = step
+    slot = step.to(tl.uint32)
     if COLUMNS < BLOCK_SIZE:
-        slot = step // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
+        slot = slot // ((BLOCK_SIZE + COLUMNS - 1) // COLUMNS)
     elif COLUMNS // BLOCK_SIZE > 1:
         pack: tl.constexpr = COLUMNS // BLOCK_SIZE
-        slot = step * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
-    return tl.where(step < 0, walked, slot)
+        slot = slot * pack + tl.minimum(tl.arange(0, COLUMNS) // BLOCK_SIZE, pack - 1)
+    return slot
 
 
 @triton.jit
 def list_entries(step, blocks_ptr, listed, walked, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
     """The listed blocks of a step; all its loads wait for them, so they are loaded a step ahead."""
     slot = list_slots(step, walked, BLOCK_SIZE, COLUMNS)
+    slot = tl.minimum(slot, walked.to(tl.uint32)).to(tl.int32)
     return tl.load(blocks_ptr + slot, mask=slot < listed, other=0)
 
 
@@ -128,9 +129,9 @@ def column_tokens(
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Columns of one step: the token of each; which exist; the token to read for each, and whether
-    to read any; their places in the block, and how many of those hold tokens; which the token rows
-    see, which the global rows, or whether they see any; which can only be globals, and their
-    numbers.
+    to read any; the first token of their block, their places from there, and how many tokens there
+    are from there; which the token rows see, which the global rows, or whether they see any; which
+    can only be globals, and their numbers.
 
     For a column that does not exist one is read that the same rows see anyway, the last token of
     its block or a global: that takes one minimum, where a mask takes four instructions. Its logits
@@ -145,7 +146,7 @@ def column_tokens(
     column = tl.arange(0, COLUMNS)
     within = column
     if parts > 1:
-        within += tl.where(step < 0, parts - 1, step % parts) * COLUMNS
+        within += ((step + parts).to(tl.uint32) % parts).to(tl.int32) * COLUMNS
     beyond = within >= pack * BLOCK_SIZE
     number = within - pack * BLOCK_SIZE
     if pack > 1:
@@ -155,8 +156,9 @@ def column_tokens(
     if leads:
         number = (step - start) * COLUMNS + column
         beyond = beyond | (number < tl.where(step < 0, NUM_GLOBAL + COLUMNS, 0))
-    there = slot < walked
-    in_list = slot < listed
+    is_global = beyond & (number < globals)
+    there = slot < walked.to(tl.uint32)
+    in_list = slot < listed.to(tl.uint32)
     entry = tl.where(in_list, entry, block)
     first = NUM_GLOBAL + entry * BLOCK_SIZE
     limit = tl.where(there, length - first, 0)
@@ -167,7 +169,7 @@ def column_tokens(
         last = tl.minimum(last, first + (BLOCK_SIZE - 1))
     source = tl.minimum(first + within, last)
     if NUM_GLOBAL > 0:
-        source = tl.where(beyond & (number < globals), number, source)
+        source = tl.where(is_global, number, source)
     some = tl.broadcast_to(tl.maximum(limit, globals), [COLUMNS]) > 0
     # Each global row meets a token in that token's own block, and the globals in block 0, whose own
     # block is the first that it lists, if any.
@@ -177,7 +179,9 @@ def column_tokens(
     else:
         to_tokens = in_list | with_globals
         to_globals = tl.where(step < 0, 0, entry) == block
-    return token, exists, source, some, within, limit, to_tokens, to_globals, beyond, number
+    return (
+        token, exists, source, some, first, within, limit, to_tokens, to_globals, beyond, number
+    )  # fmt: skip
 
 
 @triton.jit
@@ -189,27 +193,37 @@ def load_codes(ptr, tokens, length, shift, of_globals, NUM_GLOBAL: tl.constexpr)
 
 
 @triton.jit
-def query_codes(
-    codes_ptr, tokens, length, num_offsets,
+def row_codes(
+    codes_ptr, tokens, length, num_offsets, ROWS_ARE_KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NUM_GLOBAL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `column_logits` takes as the codes of rows that are queries.
+    """What `column_logits` takes as the codes of rows.
 
-    Where it can be, four numbers by which a pair's row of the bias table is one subtraction: where
-    a row has the key of code 0; what to subtract from a key's code, and its least and largest value
-    then. All count from the largest code of the rows. Clamped are the few codes rather than each
-    pair: those of rows to at most (R0 - 1) / 2 below, and those of keys to as much from every row.
-    That changes none that fits the table, and leads no other outside it.
+    Where it can be, three numbers by which a pair's row of the bias table is one addition: where a
+    row has the column of least code; that code, and how far above it a column's may be. Clamped are
+    the few codes rather than each pair: those of rows to at most (R0 - 1) / 2 below the largest,
+    and those of columns to as much from every row. That changes none that fits the table, and leads
+    no other outside it.
     """
     centre = (num_offsets - 1) // 2
     if NUM_GLOBAL > 1 or COLUMNS // BLOCK_SIZE > 1:
-        return load_codes(codes_ptr, tokens, length, centre, GLOBAL_CODE, NUM_GLOBAL)
+        if ROWS_ARE_KEYS:
+            return load_codes(codes_ptr, tokens, length, 0, -GLOBAL_CODE, NUM_GLOBAL)
+        else:
+            return load_codes(codes_ptr, tokens, length, centre, GLOBAL_CODE, NUM_GLOBAL)
     else:
         held = (tokens < length) & (tokens >= NUM_GLOBAL)
         code = tl.load(codes_ptr + tokens - NUM_GLOBAL, mask=held, other=-(2**31))
         largest = tl.max(code, axis=0)
         code = tl.where(held, tl.minimum(tl.maximum(code - largest, -centre), 0), 0)
-        return code + centre, largest, -centre, tl.min(code, axis=0) + centre
+        line = -code if ROWS_ARE_KEYS else code + 2 * centre
+        return line, largest - centre, (tl.min(code, axis=0) + 2 * centre).to(tl.uint32)
+
+
+@triton.jit
+def load_bias(entries):
+    """The bias of entries of the table, which start with it: in the dK/dV kernel they are int64."""
+    return tl.load(entries.to(tl.pointer_type(tl.float32), bitcast=True))
 
 
 @triton.jit
@@ -257,14 +271,13 @@ def column_logits(
     """One step of columns: their tokens, which exist, which can only be globals, the tokens to read
     and whether to read any, all five together; whether the global rows see any (of several blocks,
     which), their rows behind `ptr` and `other_ptr`, the logits of the first with the rows that hold
-    `held`, which rows see any of them, and the table's entry of each pair (where the column is a
-    single global, the one before it).
+    `held`, which rows see any of them, and where the table's entry of each pair is.
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
     whole row sees nothing: a select for each pair is kept for the few steps that need it.
     """
-    token, exists, source, some, within, limit, to_tokens, to_globals, beyond, number = (
+    token, exists, source, some, first, within, limit, to_tokens, to_globals, beyond, number = (
         column_tokens(
             step, entry, listed, walked, start, block, length, BLOCK_SIZE, NUM_GLOBAL, COLUMNS
         )
@@ -273,28 +286,34 @@ def column_logits(
     if ROWS_ARE_KEYS and COLUMNS // BLOCK_SIZE <= 1:
         # The same by one comparison: fewer instructions, but for queries more registers.
         to_tokens = step < tl.where(start < 0, listed * parts, 2**31 - 1)
-    index = 0
-    LINES: tl.constexpr = not ROWS_ARE_KEYS and NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
+    entries = 0
+    LINES: tl.constexpr = NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
     if table_ptr is not None:
         # Before the product: of two layouts that meet, the compiler goes on with the later one's.
         if LINES:
-            line, largest, low, high = row_code
+            line, least, span = row_code
             # Two of each, or every thread would load the codes of all its columns.
-            places = (token - NUM_GLOBAL)[:, None] + tl.zeros([1, 2], tl.int32)
-            code = tl.load(codes_ptr + places, mask=(exists & ~beyond)[:, None], other=0)
-            code, _ = tl.split(-tl.minimum(tl.maximum(code - largest, low), high))
-            bias = tl.load((table_ptr + line)[:, None] + code[None, :])
+            last = length - NUM_GLOBAL - 1
+            place = tl.minimum((first - NUM_GLOBAL + within).to(tl.uint32), last.to(tl.uint32))
+            places = place.to(tl.int32)[:, None] + tl.zeros([1, 2], tl.int32)
+            code = tl.load(codes_ptr + places, mask=places >= 0, other=0)
+            code = tl.minimum((code - least).to(tl.uint32), span).to(tl.int32)
+            code, _ = tl.split(code if ROWS_ARE_KEYS else -code)
+            near, far = line[:, None], code[None, :]
+            if ROWS_ARE_KEYS:
+                near, far = code[None, :], line.to(tl.uint32)[:, None]
         else:
             of_globals = GLOBAL_CODE if ROWS_ARE_KEYS else -GLOBAL_CODE
             code = load_codes(codes_ptr, token, length, shift, of_globals, NUM_GLOBAL)
-            index = bias_index(
+            far = bias_index(
                 rows, row_code, code, beyond, number, num_offsets,
                 ROWS_ARE_KEYS, BLOCK_SIZE, NUM_GLOBAL,
             )  # fmt: skip
-            further = 0
+            near = tl.zeros([1, COLUMNS], tl.int32)
             if NUM_GLOBAL == 1:
-                further = tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
-            bias = tl.load(table_ptr + further + index)
+                near = tl.where(beyond, 1 if ROWS_ARE_KEYS else 2, 0)[None, :]
+        entries = (table_ptr + near) + far
+        bias = load_bias(entries)
     # Both on their way before anything waits for one of them.
     here = load_rows(ptr, source, stride, some, HEAD_DIM, DIM)
     other = load_rows(other_ptr, source, other_stride, some, HEAD_DIM, DIM)
@@ -306,9 +325,11 @@ def column_logits(
         if LINES and NUM_GLOBAL == 1:  # noqa: SIM102 (while compiling)
             # Only in these steps does the global row, or the global column, count.
             if to_globals | (step < parts):
-                of_global = product * scale_log2 + tl.load(table_ptr + num_offsets)
+                globals_ptr = table_ptr + num_offsets
+                of_global = tl.fma(product, scale_log2, load_bias(globals_ptr + ROWS_ARE_KEYS))
                 logit = tl.where(is_token[:, None], logit, of_global)
-                to_global = tl.load(table_ptr + num_offsets + tl.where(is_token, 1, 2))
+                from_token = load_bias(globals_ptr + (1 - ROWS_ARE_KEYS))
+                to_global = tl.where(is_token, from_token, load_bias(globals_ptr + 2))
                 to_global = product * scale_log2 + to_global[:, None]
                 logit = tl.where(beyond[None, :], to_global, logit)
     if COLUMNS // BLOCK_SIZE > 1:
@@ -316,19 +337,20 @@ def column_logits(
         logit = tl.where(seen & exists[None, :], logit, float("-inf"))
         active = rows >= 0
     else:
-        # Of columns that can only be globals here, of the others where some are missing.
-        first_block = tl.where(is_token, 0, block) == 0
-        seen = exists[None, :] & first_block[:, None]
-        logit = tl.where(seen | ~beyond[None, :], logit, float("-inf"))
-        if limit < BLOCK_SIZE:
-            # A thread has the same two of all eight columns: it compares one number of its own with
-            # constants.
-            column = tl.arange(0, COLUMNS)
-            present = limit - (within - column) - (column & 6) > (column & -7)
-            logit = tl.where((present | beyond)[None, :], logit, float("-inf"))
+        unseen = (tl.where(is_token, 0, block) != 0)[:, None]
+        if not ROWS_ARE_KEYS:  # of a query that does not exist the lse is infinite
+            unseen = unseen | ~exists[None, :]
+        logit = tl.where(beyond[None, :] & unseen, float("-inf"), logit)
+        if not ROWS_ARE_KEYS:  # noqa: SIM102 (while compiling)
+            if limit < BLOCK_SIZE:
+                # A thread has the same two of all eight columns: it compares one number of its own
+                # with constants.
+                column = tl.arange(0, COLUMNS)
+                present = limit - (within - column) - (column & 6) > (column & -7)
+                logit = tl.where((present | beyond)[None, :], logit, float("-inf"))
         active = tl.where(is_token, to_tokens, to_globals)
     columns = token, exists, beyond, source, some
-    return columns, to_globals, here, other, logit, active, index
+    return columns, to_globals, here, other, logit, active, entries
 
 
 @triton.jit

@@ -133,7 +133,7 @@ def attention_tile(
         # block and its globals. Of wider steps the registers hold just those of unmasked dims.
         whole = block_size + num_global <= 64
         plain = whole and head_dim == 64 and num_global <= 1
-        columns, num_stages = 64 if which == "forward" and plain else 32, 1
+        columns, num_stages = 64 if which != "grad_key" and plain else 32, 1
         max_registers = 255 if which == "grad_key" or not whole else 168
     elif hopper and dim <= 64:
         columns, num_stages = 64, 1 if which == "grad_query" else 2
