@@ -23,10 +23,8 @@ fixed point. The query kernel finds, per head, the largest magnitude a pair may 
 integer maximum over float bits); the key kernel scales by a power of two such that all pairs of
 that head together stay below 2^62, rounds, and adds. With 2^c pairs a head this keeps 62 - c bits
 below the largest contribution (about 38 for 32 clips of 4 frames, against the 24 of an fp32 sum).
-All tokens share the entries of a global: where it is the only one, what it gets as a key is reduced
-in the program first, and what it gets as a query is no sum at all: a query's contributions add up
-to 0, so its tokens' are those among the globals, with the other sign. A NaN or infinite
-contribution makes that head's gradient NaN.
+All tokens share the entries of a global: where it is the only one, its sums are reduced in the
+program first. A NaN or infinite contribution makes that head's gradient NaN.
 
 Source: SViTT (Li et al., CVPR 2023), section 3.2; FlashAttention-2 (Dao, 2023), algorithm 2.
 """
@@ -234,15 +232,15 @@ def _grad_key_kernel(
         centre = (num_offsets - 1) // 2
         top_bits = tl.load(entries_ptr + 2 * SLOTS - 1).to(tl.int32)
         unit = _power_of_two(_fixed_point_exponent(top_bits, pair_bits))
-        unit = tl.where(row_exists, unit, 0.0)[:, None]
-        to_global = tl.zeros([ROWS], tl.float32)
-        among = tl.zeros([ROWS], tl.float32)
+        with_globals = tl.zeros([ROWS], tl.float32)
+        with_all = tl.zeros([ROWS], tl.float32)
 
     scale_log2 = logit_weight(scale)
     weight = scale_log2
     if entries_ptr is not None:
         weight = 1.0
     LINES: tl.constexpr = NUM_GLOBAL <= 1 and COLUMNS // BLOCK_SIZE <= 1
+    parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
     acc_key = tl.zeros([ROWS, DIM], tl.float32)
     acc_value = tl.zeros([ROWS, DIM], tl.float32)
     entry = list_entries(start, blocks_ptr, listed, walked, BLOCK_SIZE, COLUMNS)
@@ -265,6 +263,8 @@ def _grad_key_kernel(
             even, odd = tl.split(tl.reshape(terms, [COLUMNS, 2, 2]))
             terms = tl.join(tl.split(even)[0], tl.split(odd)[0])
         lse, delta = tl.split(terms)
+        if entries_ptr is not None:
+            active = active & row_exists  # a logit of 0 may be far above a query's lse
         shift = tl.where(active[:, None], lse[None, :], float("inf"))
         logit = logit * weight - shift
         if stats_ptr is not None:
@@ -280,10 +280,12 @@ def _grad_key_kernel(
                 # Pairs among tokens: a mask that does not wait for the values.
                 pairs = (rows < BLOCK_SIZE)[:, None] & (exists & ~beyond)[None, :]
                 _add_fixed(entries, grad_logit, unit, pairs)
-                if NUM_GLOBAL > 0:  # noqa: SIM102 (while compiling)
+                if NUM_GLOBAL > 0:
+                    if step < parts:  # the steps that can hold a global
+                        of_global = tl.where(beyond[None, :], grad_logit, 0.0)
+                        with_globals += tl.sum(of_global, axis=1)
                     if to_globals:
-                        to_global += tl.sum(grad_logit, axis=1)
-                        among += tl.sum(tl.where(beyond[None, :], grad_logit, 0.0), axis=1)
+                        with_all += tl.sum(grad_logit, axis=1)
             else:
                 _add_fixed(entries, grad_logit, unit, grad_logit != 0)
 
@@ -303,11 +305,12 @@ def _grad_key_kernel(
         store_rows(partial_key_ptr, slot, HEAD_DIM, acc_key, partial, HEAD_DIM, DIM)
         store_rows(partial_value_ptr, slot, HEAD_DIM, acc_value, partial, HEAD_DIM, DIM)
         if entries_ptr is not None and LINES:
-            sums = entries_ptr + SLOTS + num_offsets + tl.zeros([ROWS, 1], tl.int32)
-            among, is_global = among[:, None], (partial & row_exists)[:, None]
-            _add_fixed(sums, -among, unit, is_global)
-            _add_fixed(sums + 1, to_global[:, None] - among, unit, is_global)
-            _add_fixed(sums + 2, among, unit, is_global)
+            sums = entries_ptr + SLOTS + num_offsets
+            to_tokens = tl.sum(tl.where(rows < BLOCK_SIZE, with_globals, 0.0), axis=0)
+            _add_fixed(sums, to_tokens, unit, to_tokens != 0)
+            sums += tl.zeros([ROWS], tl.int32)
+            _add_fixed(sums + 1, with_all - with_globals, unit, partial)
+            _add_fixed(sums + 2, with_globals, unit, partial)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_partials", "stack"])

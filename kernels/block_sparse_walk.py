@@ -134,9 +134,9 @@ def column_tokens(
     can only be globals, and their numbers.
 
     For a column that does not exist one is read that the same rows see anyway, the last token of
-    its block or a global: that takes one minimum, where a mask takes four instructions. Its logits
-    become -inf, so nothing of it counts, but that an infinite value of that token, times a
-    probability of 0, is NaN.
+    its block or a global: that takes one minimum, where a mask takes four instructions. Its
+    probabilities are 0, so nothing of it counts, but that an infinite value of that token, times
+    one of them, is NaN.
     """
     pack: tl.constexpr = COLUMNS // BLOCK_SIZE if COLUMNS > BLOCK_SIZE else 1
     parts: tl.constexpr = (BLOCK_SIZE + COLUMNS - 1) // COLUMNS
@@ -275,7 +275,8 @@ def column_logits(
 
     With a table logits are in base 2, without one they are bare products, to be multiplied by
     `scale_log2` where that costs nothing. Those of pairs that do not attend are -inf, but where a
-    whole row sees nothing: a select for each pair is kept for the few steps that need it.
+    whole row sees nothing, or the column is a query that does not exist: a select for each pair is
+    kept for the few steps that need it.
     """
     token, exists, source, some, first, within, limit, to_tokens, to_globals, beyond, number = (
         column_tokens(
@@ -293,9 +294,9 @@ def column_logits(
         if LINES:
             line, least, span = row_code
             # Two of each, or every thread would load the codes of all its columns.
-            last = length - NUM_GLOBAL - 1
-            place = tl.minimum((first - NUM_GLOBAL + within).to(tl.uint32), last.to(tl.uint32))
-            places = place.to(tl.int32)[:, None] + tl.zeros([1, 2], tl.int32)
+            last = length - NUM_GLOBAL - 1  # below 0 without tokens
+            place = tl.minimum(first - NUM_GLOBAL + within, last)
+            places = place[:, None] + tl.zeros([1, 2], tl.int32)
             code = tl.load(codes_ptr + places, mask=places >= 0, other=0)
             code = tl.minimum((code - least).to(tl.uint32), span).to(tl.int32)
             code, _ = tl.split(code if ROWS_ARE_KEYS else -code)

@@ -325,6 +325,38 @@ def test_codes_too_far_apart_read_the_table(num_global: int) -> None:
         assert torch.equal(first, second)
 
 
+def test_reads_no_code_of_no_token() -> None:
+    arguments, grad_out = make(Case(tokens=0, bias="shared"))
+    for ours, exact in zip(
+        run(arguments, grad_out), dense(arguments, grad_out, torch.float64), strict=False
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_global", [0, 1, 2])
+def test_keys_that_do_not_exist_add_nothing_to_the_table(num_global: int) -> None:
+    """Their logits are 0, and those of the other keys here so far below that 2^128 is too small."""
+    case = replace(
+        SMALL, num_global=num_global, tokens=21, block_size=20, layout="full", bias="shared"
+    )
+    arguments, grad_out = make(case)
+    arguments["query"].fill_(8)
+    arguments["key"].mul_(0.05).sub_(8)
+    exact, got = dense(arguments, grad_out, torch.float64)[-1], run(arguments, grad_out)[-1]
+    assert (got - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_a_global_that_attends_to_itself_keeps_the_gradient_of_its_bias() -> None:
+    """Its contributions add up to 0 only as far as its rounded output is right."""
+    case = replace(SMALL, tokens=111, layout="full", bias="shared", dtype=torch.float16)
+    arguments, grad_out = make(case)
+    arguments["bias_table"][-1] += 9
+    exact = dense(arguments, grad_out, torch.float64)[-1][-3]
+    usual = dense(arguments, grad_out, case.dtype)[-1][-3]
+    got = run(arguments, grad_out)[-1][-3]
+    assert (got - exact).abs().max() <= 2 * (usual - exact).abs().max()
+
+
 @pytest.mark.parametrize("name", ["svitt_half", "three_globals", "block_100"])
 def test_rerun_is_bitwise_equal(name: str) -> None:
     """What runs at once decides nothing; interpreted programs run one by one, and few will do."""
