@@ -148,6 +148,9 @@ ELSEWHERE = {
     "svitt bench --predict h100 --kernels COMMIT": "the same",
     "svitt bench --predict h200 --compare RESULT.json": "the same",
     "python -m bench.predict.rank": "the same",
+    "CFLAGS=-DSVITT_STAND_IN make setup": "another extension",
+    "SVITT_CPU_CAPABILITY=avx512_bf16 .venv/bin/python -m bench.predict.stand_in": "of that one:"
+    " test_stand_in.py",
     ".venv/bin/python -m svitt_ops.kernels.compile_check --quick --arch 90"
     " --keep kernels/machine_code.json": "make compile-check compares with what it keeps",
     "svitt tune --dry-run": "needs the checkout: test_tune.py",

@@ -42,7 +42,7 @@ void multiply_pair_tile(const PairProduct& p, int row, int vector, const Finish&
       std::memcpy(&both, a + r * p.row, 4);
       const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 2
-      for (int v = 0; v < C; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, loaded[v]);
+      for (int v = 0; v < C; ++v) acc[r][v] = add_pairs(acc[r][v], pair, loaded[v]);
     }
   }
   vf sums[R][C];
