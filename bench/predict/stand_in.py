@@ -84,7 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.predict.stand_in", description=__doc__)
     parser.add_argument("--op", choices=OPS, help="one op (default: all of them)")
     parser.add_argument("--case", default="", metavar="TEXT", help="cases whose name contains this")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="a number")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="time for the samples of one call",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--out", type=Path, metavar="PATH", help="the rows as JSON")
     given = parser.parse_args(arguments)
@@ -102,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             case, ratio, product = row["case"], row["fp32_ratio"], row["of_product"]
             label = f"{case:<26} {row['direction']:<17}"
             print(f"{label} {row['ms']:9.3f} {product:11.2f} {ratio:7.2f}", flush=True)
+    if not rows:
+        parser.error(f"--case: no bf16 case of {given.op or 'these ops'} contains {given.case!r}")
     if given.out:
         save(given.out, {"environment": environment.describe(torch.device("cpu")), "rows": rows})
 

@@ -55,6 +55,9 @@ def test_rows(
     for row in document["rows"]:
         assert row["ms"] > 0 and 0 < row["of_product"] < 1 and row["fp32_ratio"] > 0
     assert capsys.readouterr().out.count("b32-d256-bf16") == 2
+    with pytest.raises(SystemExit):
+        stand_in.main(["--op", "info_nce", "--case", "b33", "--threads", "1"])
+    assert "--case: no bf16 case of info_nce contains 'b33'" in capsys.readouterr().err
 
 
 def test_every_case_has_its_twin_in_fp32() -> None:
