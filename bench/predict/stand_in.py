@@ -22,15 +22,15 @@ import torch.nn.functional as F
 
 import svitt_ops as so
 from bench import cases
-from bench.measure import environment
+from bench.measure import environment, floors
 from bench.measure.harness import Case, Problem, runner
 from bench.measure.timing import Effort, interleave
 from bench.predict.run import save
 
 OPS = ("block_sparse_attention", "cross_attention", "info_nce", "queue_info_nce")
 TIER = "avx512_bf16"
-SIZE = 2048
-"""Of the product that others are compared with."""
+QUICK = False
+"""Whether a small product will do."""
 HEADER = f"{'case':<26} {'direction':<17} {'ms':>9} {'of product':>11} {'fp32':>7}"
 EXPLANATION = """\
 of product  useful FLOP/s, of twice the rate of an fp32 product
@@ -62,20 +62,21 @@ def pairs_of(op: str, wanted: str) -> Iterator[tuple[Problem, Case, Problem]]:
 
 def rows_of(op: str, wanted: str, effort: Effort) -> Iterator[dict[str, Any]]:
     """Times of an op's cases, and what they are compared with, timed in turns."""
-    device, matrix = torch.device("cpu"), torch.randn(SIZE, SIZE)
+    device = torch.device("cpu")
+    product = floors.ceilings(device, torch.float32, QUICK)[0]
     for problem, case, fp32 in pairs_of(op, wanted):
         for direction in case.directions:
             calls = {
                 "bf16": runner(problem.provider("svitt_ops").build(), problem, direction),
                 "fp32": runner(fp32.provider("svitt_ops").build(), fp32, direction),
-                "product": lambda: matrix @ matrix,
+                "product": product.call,
             }
             for call in calls.values():
                 call()
             ms = {k: x.summary()["ms"] for k, x in interleave(calls, device, effort).items()}
             row = {"op": op, "case": case.name, "direction": direction, "ms": ms["bf16"]}
             rate = problem.flops[direction] / ms["bf16"]
-            row["of_product"] = rate / (2 * 2.0 * SIZE**3 / ms["product"])
+            row["of_product"] = rate / (2 * product.flops / ms["product"])
             yield row | {"fp32_ratio": ms["fp32"] / ms["bf16"]}
 
 

@@ -42,7 +42,7 @@ def test_rows(
     denormals: list[bool],
 ) -> None:
     monkeypatch.setattr(stand_in, "refusal", str)
-    monkeypatch.setattr(stand_in, "SIZE", 256)
+    monkeypatch.setattr(stand_in, "QUICK", True)
     out = tmp_path / "rows.json"
     chosen = ["--op", "info_nce", "--case", "b32-d256", "--budget", "0.01", "--threads", "1"]
     stand_in.main([*chosen, "--out", str(out)])
