@@ -162,6 +162,14 @@ def save(paint: Callable[[Any, Theme], None], theme: Theme, path: Path) -> Path:
     return path
 
 
+def _mark_log(axis: Any) -> None:
+    """Marks at 1, 2 and 5 of each power of ten, of which a plot may hold a single one."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _draw_tokens(figure: Any, theme: Theme, document: Document) -> None:
     kinds, peers = _kinds(document), (theme.dense, theme.costly, theme.third, theme.second)
     directions = [x for x in TITLES if any(r["direction"] == x for r in document["results"])]
@@ -181,6 +189,7 @@ def _draw_tokens(figure: Any, theme: Theme, document: Document) -> None:
         for axis, direction in zip(axes[i], directions, strict=True):
             axis.set(title=f"{TITLES[direction]}, {dtype}", xscale="log", yscale="log")
             axis.minorticks_off()
+            _mark_log(axis.yaxis)
             for name, color, width in curves:
                 if points := _token_points(document, name, dtype, direction):
                     line = axis.plot(*zip(*points, strict=True), "o-", color=color, linewidth=width)
@@ -259,6 +268,7 @@ def _draw_frames(figure: Any, theme: Theme, document: Document) -> None:
         axis.set(xscale="log", yscale="log", xlabel="frames")
         axis.set_xticks(scaling.FRAMES, [str(x) for x in scaling.FRAMES])
         axis.minorticks_off()
+        _mark_log(axis.yaxis)
     axes[0].set(title="Time", ylabel="ms")
     axes[1].set(title="Peak memory", ylabel="MiB")
     handles, labels = axes[0].get_legend_handles_labels()
